@@ -1,0 +1,192 @@
+"""The contract of an adapter: the learned change of one site.
+
+Letters: N rows of the batch, T tokens, in/out features of the site, r rank, K adapters in a bank.
+Kept apart: what is *stored* (parameters, seeds, indices), how the operator is *built* (factors, delta_weight), how it is
+*applied* (delta, forward, forward_rows). Learned tensors are fp32; they are cast to the dtype of x when applied.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..modeling.protocols import Base
+from ..registry import MethodConfig
+
+
+class SiteShape(Protocol):
+    """What an adapter may know of its site."""
+
+    name: str
+    in_features: int
+    out_features: int
+    layer: int
+    role: str
+
+
+class AdapterConfig(MethodConfig):
+    """Options every adapter has (PEFT's meaning)."""
+
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: list[str] = []
+    layers_to_transform: list[int] | None = None
+    modules_to_save: list[str] = []
+    """Whole linear modules (a task head, say) that are trained and saved beside the adapter."""
+
+
+@dataclass
+class Bank:
+    """Adapters of one class at one site, stacked: factors A (K, r, in) and B (K, out, r), ranks padded with zeros."""
+
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None = None  # (K, out)
+    dropout: Tensor | None = None  # (K,), only while training
+    key: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for t in (self.A, self.B, self.bias) if t is not None)
+
+
+class Adapter(nn.Module):
+    """The change of one site. A method overrides `factors` (low rank), or `delta` and `delta_weight` (additive, any
+    rank), or `forward`, `rows_inputs`, `rows_combine` and `delta_weight` (multiplicative)."""
+
+    scope: ClassVar[str] = "site"  # site | block | model
+    position: ClassVar[str] = "outside"  # outside | inside | metadata, relative to the quantiser
+    merge_exactness: ClassVar[str] = "exact"  # exact | by_construction | lossy
+    multiplicative: ClassVar[bool] = False  # changes the frozen product itself, so it cannot be summed with others
+    seeded: ClassVar[bool] = False  # part of the operator is regenerated from a seed and never saved
+    starts_at_identity: ClassVar[bool] = True
+
+    def __init__(self, site: SiteShape, config: AdapterConfig, *, shared: nn.Module | None, generator: torch.Generator):
+        super().__init__()
+        self.site_name, self.in_features, self.out_features = site.name, site.in_features, site.out_features
+        self.dropout = 0.0
+
+    def drop(self, x: Tensor, base: Base) -> Tensor:
+        """Dropout of the adapter's input (any shape), in training only, from the model's clock."""
+        if self.dropout and self.training and torch.is_grad_enabled():
+            return base.noise.dropout(x, self.dropout, self.site_name)
+        return x
+
+    @classmethod
+    def derived_traits(cls) -> dict[str, Any]:
+        """Traits that follow from which methods a class overrides."""
+        def overrides(name: str) -> bool:
+            return getattr(cls, name) is not getattr(Adapter, name)
+
+        return {"scope": cls.scope, "position": cls.position, "merge_exactness": cls.merge_exactness, "seeded": cls.seeded,
+                "multiplicative": cls.multiplicative, "low_rank": overrides("factors"),
+                "mergeable": overrides("factors") or overrides("delta_weight"), "edits_base": overrides("base_edit"),
+                "starts_at_identity": cls.starts_at_identity}
+
+    # -- once per graft --------------------------------------------------------------------------------------------
+    @classmethod
+    def make_shared(cls, sites: Sequence[SiteShape], config: AdapterConfig, seed: int) -> nn.Module | None:
+        """Pools and bases that all sites share; registered once at the model root."""
+        return None
+
+    @classmethod
+    def parameter_count(cls, site: SiteShape, config: AdapterConfig) -> int:
+        """Number of trained values at this site, by the method's formula."""
+        raise NotImplementedError
+
+    # -- built -----------------------------------------------------------------------------------------------------
+    def factors(self, base: Base | None = None) -> tuple[Tensor, Tensor] | None:
+        """(B (out, r), A (r, in)), exact, scale folded in; None where the change is not low-rank."""
+        return None
+
+    def delta_weight(self, base: Base) -> Tensor | None:
+        """Exact change of W, (out, in) in fp32; None when it depends on the input."""
+        pair = self.factors(base)
+        return None if pair is None else pair[0].float() @ pair[1].float()
+
+    def delta_bias(self) -> Tensor | None:
+        """Change of the bias (out,), or None."""
+        return None
+
+    def base_edit(self) -> tuple[Tensor, Tensor] | None:
+        """(B0, A0) of the low-rank part of W that this adapter replaces (W is used as W - B0 A0), or None."""
+        return None
+
+    # -- applied -----------------------------------------------------------------------------------------------------
+    def delta(self, x: Tensor, base: Base) -> Tensor:
+        """Change of the output: x (..., in) -> (..., out)."""
+        B, A = self.factors(base)
+        change = F.linear(F.linear(self.drop(x, base), A.to(x.dtype)), B.to(x.dtype))
+        bias = self.delta_bias()
+        return change if bias is None else change + bias.to(x.dtype)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """Whole output of the site: x (..., in) -> (..., out)."""
+        return base(x) + self.delta(x, base)
+
+    # -- many rows, many adapters -------------------------------------------------------------------------------------
+    @classmethod
+    def stack(cls, adapters: Sequence["Adapter"], dtype: torch.dtype) -> Any:
+        """A Bank of these adapters in the compute dtype; ragged ranks are padded. Differentiable: one Parameter per
+        adapter stays, so an adapter that is absent from the batch gets no gradient."""
+        pairs = [a.factors(None) for a in adapters]
+        rank = max(A.shape[0] for _, A in pairs)
+        biases = [a.delta_bias() for a in adapters]
+        bias = None
+        if any(b is not None for b in biases):
+            bias = torch.stack([pairs[0][0].new_zeros(a.out_features) if b is None else b for a, b in zip(adapters, biases)])
+        return Bank(torch.stack([F.pad(A, (0, 0, 0, rank - A.shape[0])) for _, A in pairs]).to(dtype),
+                    torch.stack([F.pad(B, (0, rank - B.shape[1])) for B, _ in pairs]).to(dtype),
+                    None if bias is None else bias.to(dtype), cls.bank_dropout(adapters), adapters[0].site_name)
+
+    @staticmethod
+    def bank_dropout(adapters: Sequence["Adapter"]) -> Tensor | None:
+        """Dropout probabilities (K,) when any adapter of the bank is training with dropout."""
+        rates = [a.dropout if a.training else 0.0 for a in adapters]
+        return torch.tensor(rates) if any(rates) and torch.is_grad_enabled() else None
+
+    @classmethod
+    def forward_rows(cls, bank: Any, index: Tensor, x: Tensor, base: Base) -> Tensor:
+        """Change of the output for rows of different adapters: x (N, ..., in), index (N,) int64 into the bank ->
+        (N, ..., out)."""
+        shape = x.shape
+        if bank.dropout is not None:
+            x = base.noise.dropout(x, bank.dropout[index].reshape(-1, *[1] * (x.dim() - 1)), bank.key)
+        flat = x.reshape(shape[0], -1, shape[-1])
+        hidden = torch.bmm(flat, bank.A[index].transpose(1, 2))
+        if bank.bias is None:
+            change = torch.bmm(hidden, bank.B[index].transpose(1, 2))
+        else:
+            change = torch.baddbmm(bank.bias[index].unsqueeze(1), hidden, bank.B[index].transpose(1, 2))
+        return change.reshape(*shape[:-1], -1)
+
+    @classmethod
+    def rows_inputs(cls, bank: Any, index: Tensor, x: Tensor) -> Tensor:
+        """Multiplicative classes: the inputs (N*k, ..., in) for which the frozen product is wanted."""
+        raise NotImplementedError
+
+    @classmethod
+    def rows_combine(cls, bank: Any, index: Tensor, z: Tensor) -> Tensor:
+        """Multiplicative classes: the products z (N*k, ..., out) back to outputs (N, ..., out), without bias."""
+        raise NotImplementedError
+
+    # -- training ------------------------------------------------------------------------------------------------------
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups of this adapter's trained parameters: {params, lr_scale, weight_decay?}. lr_scale multiplies the rate."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "lr_scale": 1.0}]
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """Term that the method adds to the loss, or None."""
+        return None
+
+
+def pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    """PEFT's per-module override: keys are regular expressions matched as `(.*\\.)?(KEY)$`, the first match wins."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default

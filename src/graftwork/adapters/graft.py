@@ -1,0 +1,405 @@
+"""A graft: all adapters of one method on one model, their shared state and config; attach, detach, merge, convert."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GraftworkError, IncompatibleError, UsageError
+from ..modeling.protocols import Base, StoredWeight
+from ..modeling.sites import Site, find_sites
+from ..modeling.state import StateHolder, state_of
+from ..registry import MethodConfig, MethodInfo, lookup, make_config
+from .base import Adapter
+from .slot import GraftPoint, Slot, drop_point, graft_point
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_@-]{0,127}")
+
+
+@dataclass
+class MergeReport:
+    """What merging did: rounding error of the merged weight against W + delta, relative to the delta, by site."""
+
+    target: str
+    errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> float:
+        return max(self.errors.values(), default=0.0)
+
+
+class Graft:
+    """A graft on a model. Made by `attach` or `attach_saved`; attributes: name, method, config, adapters {site: Adapter},
+    sites {site: Site}, shared (nn.Module or None), weight (its factor in a sum of grafts), merged."""
+
+    def __init__(self, model: nn.Module, name: str, info: MethodInfo, config: MethodConfig, seed: int):
+        self.model, self.name, self.info, self.config, self.seed = model, name, info, config, seed
+        self.sites: dict[str, Site] = {}
+        self.adapters: dict[str, Adapter] = {}
+        self.shared: nn.Module | None = None
+        self.saved_modules: dict[str, Adapter] = {}
+        self.weight, self.merged = 1.0, False
+        self.initializer: dict[str, Any] | None = None
+        self.edited_storage: dict[str, nn.Module] = {}  # site -> the storage that an initializer replaced
+        self.provenance: dict[str, Any] = {}
+
+    @property
+    def method(self) -> str:
+        return self.info.name
+
+    @property
+    def holder(self) -> StateHolder:
+        return state_of(self.model)
+
+    # -- parameters ------------------------------------------------------------------------------------------------
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """(key, module) of everything the graft owns, keys as in the artifact."""
+        if self.shared is not None:
+            yield "shared", self.shared
+        yield from self.adapters.items()
+        for name, module in self.saved_modules.items():
+            yield f"modules_to_save.{name}", module
+
+    def named_parameters(self, *, trainable: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+        """(key, parameter) in a stable order; only trained ones by default."""
+        for key, module in self.named_modules():
+            for name, parameter in module.named_parameters():
+                if parameter.requires_grad or not trainable:
+                    yield f"{key}.{name}", parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for _, p in self.named_parameters()]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups: parameters of equal lr_scale and weight decay together; keys params, names, lr_scale, role."""
+        names = {id(p): n for n, p in self.named_parameters()}
+        merged: dict[tuple, dict[str, Any]] = {}
+        modules = [m for _, m in self.named_modules()]
+        for module in modules:
+            groups = module.parameter_groups() if isinstance(module, Adapter) else [
+                {"params": [p for p in module.parameters() if p.requires_grad], "lr_scale": 1.0}]
+            for group in groups:
+                key = (group["lr_scale"], group.get("weight_decay"))
+                entry = merged.setdefault(key, {"params": [], "names": [], "role": "adapter",
+                                                **{k: v for k, v in group.items() if k != "params"}})
+                entry["params"] += group["params"]
+                entry["names"] += [names[id(p)] for p in group["params"]]
+        return [g for g in merged.values() if g["params"]]
+
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    # -- on and off ------------------------------------------------------------------------------------------------
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Scope in which this graft is off (the bare base, or the other grafts)."""
+        if self.merged:
+            raise UsageError(f"graft '{self.name}' is merged and cannot be switched off", remedy="graft.unmerge() first")
+        with self.holder.scope(disabled=self.holder.current.disabled | {self.name}):
+            yield
+
+    def scale(self, weight: float) -> None:
+        """Factor of this graft's change in a sum of grafts. Only for additive methods."""
+        if self.info.traits["multiplicative"] and weight != 1.0:
+            raise IncompatibleError(f"'{self.method}' is multiplicative: its change has no scale")
+        self.weight = float(weight)
+
+    def detach(self) -> None:
+        """Remove the graft; the base is bit for bit what it was."""
+        if self.merged:
+            self.unmerge()
+        for site in self.sites.values():
+            self._restore_storage(site)
+        for module_name in {s.module_name for s in self.sites.values()} | set(self.saved_modules):
+            module = self.model.get_submodule(module_name)
+            point = module._modules["graft"]
+            for key, slot in list(point.named_children()):
+                slot.drop(self.name)
+                if not slot.entries:
+                    del point._modules[key]
+            drop_point(module)
+        pools = self.model._modules.get("graft_shared")
+        if pools is not None and self.name in pools:
+            del pools[self.name]
+            if not len(pools):
+                del self.model._modules["graft_shared"]
+        if hasattr(self.info.cls, "on_detach"):
+            self.info.cls.on_detach(self)
+        del self.holder.grafts[self.name]
+
+    # -- exact change ------------------------------------------------------------------------------------------------
+    def base_of(self, site: Site) -> Base:
+        return Base(site.product)
+
+    @torch.no_grad()
+    def delta_weights(self) -> dict[str, Tensor]:
+        """{site: exact change (out, in), fp32}. Raises UsageError for methods whose change depends on the input."""
+        changes = {}
+        for name, adapter in self.adapters.items():
+            change = adapter.delta_weight(self.base_of(self.sites[name]))
+            if change is None:
+                raise UsageError(f"'{self.method}' has no weight change: it depends on the input")
+            changes[name] = change
+        return changes
+
+    @torch.no_grad()
+    def to_lora(self, rank: int | None = None) -> tuple["dict[str, tuple[Tensor, Tensor]]", float]:
+        """({site: (B (out, r), A (r, in))}, error): exact factors (error 0) where the method is low-rank and rank is not
+        smaller, else the truncated SVD with its relative Frobenius error over all sites."""
+        pairs, lost, total = {}, 0.0, 0.0
+        for name, adapter in self.adapters.items():
+            exact = adapter.factors(self.base_of(self.sites[name]))
+            if exact is not None and (rank is None or exact[1].shape[0] <= rank):
+                pairs[name] = (exact[0].float(), exact[1].float())
+                continue
+            change = adapter.delta_weight(self.base_of(self.sites[name]))
+            if change is None:
+                raise UsageError(f"'{self.method}' cannot become a LoRA: its change depends on the input")
+            if rank is None:
+                raise UsageError(f"'{self.method}' is not low-rank: its LoRA form is an approximation",
+                                 remedy="name the rank: to_lora(rank=16)")
+            U, S, Vh = torch.linalg.svd(change, full_matrices=False)
+            pairs[name] = (U[:, :rank] * S[:rank], Vh[:rank])
+            lost += float((S[rank:] ** 2).sum())
+            total += float((S**2).sum())
+        return pairs, (lost / total) ** 0.5 if total else 0.0
+
+    # -- merge ---------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def merge(self, *, requantize: bool = False, force: bool = False) -> MergeReport:
+        """Fold the change into the weights. A dense base takes W + delta; a quantised one becomes dense D(W) + delta, or is
+        quantised again with requantize=True, which is refused when over half of the change would be lost (force=True
+        overrides). Returns the error. `unmerge` puts the pristine weights back."""
+        if self.merged:
+            raise UsageError(f"graft '{self.name}' is merged already")
+        if not self.info.traits["mergeable"]:
+            raise IncompatibleError(f"'{self.method}' cannot be merged: it has no weight change",
+                                    remedy="serve it beside the base instead")
+        from .merging import merge_sites
+
+        report = merge_sites(self, requantize=requantize, force=force)
+        self.merged = True
+        return report
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the pristine weights back (re-read, never subtracted)."""
+        from .merging import unmerge_sites
+
+        if not self.merged:
+            raise UsageError(f"graft '{self.name}' is not merged")
+        unmerge_sites(self)
+        self.merged = False
+
+    # -- disk ------------------------------------------------------------------------------------------------------------
+    def save(self, folder, **options) -> None:
+        """Write the artifact (graft.safetensors, graft.json) atomically; see graftwork.artifact."""
+        from ..artifact import save_graft
+
+        save_graft(self, folder, **options)
+
+    def _restore_storage(self, site: Site) -> None:
+        kept = self.edited_storage.pop(site.name, None)
+        if kept is not None:
+            swap_storage(site, kept)
+
+    def __repr__(self) -> str:
+        return f"Graft('{self.name}', method='{self.method}', sites={len(self.adapters)}, parameters={self.parameter_count():,})"
+
+
+def swap_storage(site: Site, stored: nn.Module) -> nn.Module:
+    """Exchange the tensors of a stored site for those of another storage of the same class; returns the old ones as a
+    storage without graft. The module object stays, so references to it stay valid."""
+    module = site.module
+    assert isinstance(module, StoredWeight)
+    old = {k: v for k, v in module._parameters.items()}
+    attributes = {k: v for k, v in stored.__dict__.items() if not k.startswith("_") and k != "training"}
+    before = {k: module.__dict__.get(k) for k in attributes}
+    for key, value in stored._parameters.items():
+        if key != "bias":
+            module._parameters[key] = value
+    module.__dict__.update(attributes)
+    for key in old:
+        if key != "bias":
+            stored._parameters[key] = old[key]
+    stored.__dict__.update(before)
+    return stored
+
+
+def site_generator(seed: int, name: str) -> torch.Generator:
+    """Private CPU generator that depends on the graft's seed and the site's name only."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
+
+
+def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str = "default", initializer: Any = None,
+           batches: Iterable[dict[str, Tensor]] | None = None, seed: int = 0, ranks: dict[str, int] | None = None,
+           **config: Any) -> Graft:
+    """Attach a new graft to a model, in place; freezes everything that is not a graft.
+
+    method: a registered name with options as keywords, or a config object. initializer: a name, or {method, options}.
+    batches: model inputs for initializers that need statistics. ranks: {site: rank}, overriding the config (0: no adapter).
+    Raises UsageError (unknown name or option, no site, name taken) and IncompatibleError."""
+    config_object = method if isinstance(method, MethodConfig) else make_config("adapter", method, **config)
+    if isinstance(method, MethodConfig) and config:
+        config_object = type(method)(**{**method.model_dump(), **config})
+    info = lookup("adapter", config_object.method)
+    holder = state_of(model)
+    if not NAME.fullmatch(name):
+        raise UsageError(f"'{name}' is no name for a graft", remedy="letters, digits, '_', '-', '@', at most 128")
+    if name in holder.grafts:
+        raise UsageError(f"a graft named '{name}' is attached already", remedy="choose another name, or detach it first")
+    graft = Graft(model, name, info, config_object, seed)
+    if not holder.grafts:
+        model.requires_grad_(False)
+    if info.traits["scope"] == "model":
+        holder.grafts[name] = graft
+        try:
+            info.cls.attach_to(graft)
+        except BaseException:
+            holder.grafts.pop(name, None)
+            raise
+        _attach_saved_modules(graft)
+        return graft
+    sites = find_sites(model, config_object.target_modules, exclude_modules=config_object.exclude_modules,
+                       layers=config_object.layers_to_transform)
+    _check_exclusive(holder, info, sites)
+    start = _initializer(initializer)
+    statistics = None
+    if start is not None:
+        start.check(info, config_object, sites)
+        statistics = start.statistics(model, sites, config_object, batches)
+        ranks = {**start.ranks(sites, config_object, statistics), **(ranks or {})}
+        graft.initializer = {"method": start.method, **start.config.model_dump()}
+    graft.shared = info.cls.make_shared(sites, config_object, seed)
+    if graft.shared is not None:
+        if "graft_shared" not in model._modules:
+            model.add_module("graft_shared", nn.ModuleDict())
+        model._modules["graft_shared"][name] = graft.shared
+    holder.grafts[name] = graft
+    try:
+        for site in sites:
+            if ranks and ranks.get(site.name) == 0:
+                continue
+            _attach_site(graft, site, (ranks or {}).get(site.name), start, statistics)
+        _attach_saved_modules(graft)
+    except BaseException:
+        graft.detach()
+        raise
+    return graft
+
+
+def _initializer(choice: Any):
+    if choice is None or choice == "default":
+        return None
+    options = {"method": choice} if isinstance(choice, str) else dict(choice)
+    name = options.pop("method")
+    if name == "default":
+        return None
+    return lookup("initializer", name).cls(make_config("initializer", name, **options))
+
+
+def _attach_site(graft: Graft, site: Site, rank: int | None, start: Any, statistics: Any) -> None:
+    config = graft.config if rank is None else with_rank(graft.config, site.name, rank)
+    generator = site_generator(graft.seed, site.name)
+    adapter = graft.info.cls(site, config, shared=graft.shared, generator=generator)
+    if start is not None:
+        edited = start.build(site, site.product, adapter, statistics, generator)
+        if edited is not None:
+            graft.edited_storage[site.name] = swap_storage(site, edited)
+    adapter.to(device=site.product.device)
+    point = graft_point(site.module, graft.holder)
+    slot = point.slot(site.slot_name)
+    if slot is None:
+        whole = site.product.whole if site.rows is not None else site.product
+        slot = Slot(whole, graft.holder)
+        point.add_module(site.slot_name, slot)
+    slot.put(graft.name, site.rows, site.role, adapter)
+    graft.sites[site.name], graft.adapters[site.name] = site, adapter
+
+
+def with_rank(config: MethodConfig, site: str, rank: int) -> MethodConfig:
+    """The config for one site whose rank was chosen by an initializer; alpha/r stays what it was."""
+    if "r" not in type(config).model_fields:
+        raise IncompatibleError(f"'{config.method}' has no rank that an initializer could choose")
+    update: dict[str, Any] = {"r": rank}
+    if "rank_pattern" in type(config).model_fields:
+        update["rank_pattern"] = {}
+    if getattr(config, "alpha", None) is not None:
+        from .base import pattern_value
+
+        before = pattern_value(getattr(config, "rank_pattern", {}), site, config.r)
+        scale = (rank / before) ** (0.5 if getattr(config, "use_rslora", False) else 1.0)
+        update["alpha"] = pattern_value(getattr(config, "alpha_pattern", {}), site, config.alpha) * scale
+        if "alpha_pattern" in type(config).model_fields:
+            update["alpha_pattern"] = {}
+    return config.model_copy(update=update)
+
+
+def _check_exclusive(holder: StateHolder, info: MethodInfo, sites: list[Site]) -> None:
+    names = {s.name for s in sites}
+    for other in holder.grafts.values():
+        overlap = names & set(other.sites)
+        if overlap and (other.edited_storage or info.traits["position"] != "outside" or other.info.traits["position"] != "outside"):
+            raise IncompatibleError(
+                f"graft '{other.name}' ({other.method}) owns the stored weight of {len(overlap)} of these sites",
+                remedy=f"detach '{other.name}' first: methods that edit the stored base are exclusive")
+        if other.merged:
+            raise IncompatibleError(f"graft '{other.name}' is merged into the weights", remedy=f"unmerge or detach '{other.name}' first")
+
+
+def _attach_saved_modules(graft: Graft) -> None:
+    from ..modeling.protocols import product_of
+    from .saved_module import SavedModule
+
+    for ending in graft.config.modules_to_save:
+        found = [n for n, _ in graft.model.named_modules() if (n == ending or n.endswith("." + ending)) and ".graft" not in n]
+        if not found:
+            raise UsageError(f"modules_to_save: no module is named '{ending}'")
+        for module_name in found:
+            module = graft.model.get_submodule(module_name)
+            product = product_of(module)
+            if product is None:
+                raise UsageError(f"modules_to_save: '{module_name}' is a {type(module).__name__}, not a linear map")
+            site = Site(module_name, module_name, module, product, "saved", -1)
+            adapter = SavedModule(site, graft.config, shared=None, generator=site_generator(graft.seed, module_name))
+            adapter.take(product)
+            point = graft_point(module, graft.holder)
+            slot = point.slot("whole")
+            if slot is None:
+                slot = Slot(product, graft.holder)
+                point.add_module("whole", slot)
+            slot.put(graft.name, None, "saved", adapter.to(product.device))
+            graft.saved_modules[module_name] = adapter
+
+
+@contextmanager
+def routing(model: nn.Module, rows: Iterable[str | None], *, expansion: int = 1) -> Iterator[None]:
+    """Scope in which row i of the batch is answered by the graft named rows[i]; None is the bare base.
+
+    expansion: consecutive rows of the tensors per name (beams, several samples)."""
+    holder = state_of(model)
+    names = tuple(rows)
+    for name in set(names) - {None}:
+        if name not in holder.grafts:
+            from ..errors import nearest
+
+            raise UsageError(f"no graft named '{name}' is attached{nearest(name, holder.grafts)}",
+                             remedy=f"attached: {', '.join(holder.grafts) or 'none'}")
+    if any(g.merged for g in holder.grafts.values()):
+        raise UsageError("a merged graft is part of every row", remedy="unmerge it before routing")
+    edited = [g.name for g in holder.grafts.values() if g.edited_storage]
+    if edited and set(names) != {edited[0]}:
+        raise IncompatibleError(f"graft '{edited[0]}' runs on an edited base that other rows cannot share",
+                                remedy="train it on dense storage, or convert it to lora (exact, rank 2r)")
+    with holder.scope(rows=names, expansion=expansion, token_rows=None):
+        yield
+
+
+__all__ = ["Graft", "GraftworkError", "GraftPoint", "MergeReport", "attach", "routing", "swap_storage"]

@@ -1,0 +1,147 @@
+"""Merging a graft's exact change into the weights, and taking it out again by re-reading the pristine weights.
+
+Arithmetic cannot undo a merge in bf16 (adding and subtracting a change moves about 16 % of the entries), so `unmerge`
+restores a copy: the model's file where there is one that equals the live weight, else a CPU copy made at merge time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GraftworkError, IncompatibleError
+from ..modeling.protocols import StorageProduct, StoredWeight, is_conv1d
+from ..modeling.sites import Site
+
+if TYPE_CHECKING:
+    from .graft import Graft, MergeReport
+
+#: requantising may lose at most this share of the change without force
+LOSS_LIMIT = 0.5
+
+
+def merge_sites(graft: "Graft", *, requantize: bool, force: bool) -> "MergeReport":
+    """Write W + delta at every site. All new weights are computed before the first one is written."""
+    from .graft import MergeReport
+
+    _refuse_tied(graft)
+    stored = any(isinstance(s.module, StoredWeight) for s in graft.sites.values())
+    report = MergeReport("requantized" if stored and requantize else "dense")
+    planned: list[tuple[Site, Tensor, Tensor | None]] = []
+    for name, adapter in {**graft.adapters, **graft.saved_modules}.items():
+        site = graft.sites.get(name) or _saved_site(graft, name)
+        base = graft.base_of(site)
+        change = adapter.delta_weight(base)
+        dense = base.weight()
+        exact = dense.float() + change
+        new = exact.to(dense.dtype)
+        if requantize and isinstance(site.module, StoredWeight):
+            again = type(site.module).from_weight(new, graft.model.graft_storage, dtype=site.module.compute_dtype)
+            new = again.dequantize()
+        size = change.norm().item()
+        report.errors[name] = ((new.float() - exact).norm().item() / size) if size else 0.0
+        bias = adapter.delta_bias() if name in graft.adapters else _bias_change(adapter, site)
+        planned.append((site, new, bias))
+    if requantize and report.worst > LOSS_LIMIT and not force:
+        raise GraftworkError(
+            f"quantising the merged weights again would lose {report.worst:.0%} of the change at "
+            f"'{max(report.errors, key=report.errors.get)}'",
+            remedy="merge into dense weights (the default), or pass force=True")
+    originals: dict[str, Tensor | nn.Module] = {}
+    for site, new, bias in planned:
+        originals[site.name] = _write(site, new, bias, requantize, graft)
+    graft.__dict__["_originals"] = originals
+    return report
+
+
+def unmerge_sites(graft: "Graft") -> None:
+    """Put every site's pristine weight back."""
+    originals = graft.__dict__.pop("_originals")
+    for name, kept in originals.items():
+        site = graft.sites.get(name) or _saved_site(graft, name)
+        _restore(site, kept)
+
+
+def _saved_site(graft: "Graft", name: str) -> Site:
+    module = graft.model.get_submodule(name)
+    return Site(name, name, module, module._modules["graft"].slot("whole").frozen, "saved", -1)
+
+
+def _bias_change(adapter, site: Site) -> Tensor | None:
+    return None if adapter.bias is None else adapter.bias.float() - site.product.bias.float()
+
+
+def _write(site: Site, new: Tensor, bias: Tensor | None, requantize: bool, graft: "Graft") -> dict:
+    """Write one merged weight; returns what restores it."""
+    kept: dict = {}
+    module = site.module
+    if bias is not None:
+        target = site.product.bias
+        if target is None:
+            raise IncompatibleError(f"'{site.name}' has no bias that the change of the bias could be merged into",
+                                    remedy="attach with bias='none'")
+        kept["bias"] = target.detach().cpu().clone()
+        target.data.copy_((target.float() + bias).to(target.dtype))
+    if site.expert is not None:
+        holder = getattr(module, site.attribute)
+        if isinstance(holder, nn.ModuleList):
+            kept["stored"] = (holder, site.expert, holder[site.expert])
+            holder[site.expert] = _stored(holder[site.expert], new, requantize, graft)
+        else:
+            kept["weight"] = holder.data[site.expert].cpu().clone()
+            holder.data[site.expert].copy_(new)
+    elif isinstance(module, StoredWeight):
+        slot = module._modules["graft"].slot("whole")
+        kept["frozen"] = (slot, slot.frozen)
+        slot.frozen = _replacement(_stored(module, new, requantize, graft), module)
+    else:
+        view = module.weight.data.T if is_conv1d(module) else module.weight.data
+        part = view if site.rows is None else view[site.rows]
+        kept["weight"] = part.cpu().clone()
+        part.copy_(new)
+    return kept
+
+
+def _restore(site: Site, kept: dict) -> None:
+    module = site.module
+    if "bias" in kept:
+        site.product.bias.data.copy_(kept["bias"])
+    if "stored" in kept:
+        holder, expert, old = kept["stored"]
+        holder[expert] = old
+    elif "frozen" in kept:
+        slot, old = kept["frozen"]
+        slot.frozen = old
+    elif site.expert is not None:
+        getattr(module, site.attribute).data[site.expert].copy_(kept["weight"])
+    else:
+        view = module.weight.data.T if is_conv1d(module) else module.weight.data
+        (view if site.rows is None else view[site.rows]).copy_(kept["weight"])
+
+
+def _stored(module: nn.Module, new: Tensor, requantize: bool, graft: "Graft") -> nn.Module:
+    from ..registry import lookup, make_config
+
+    if requantize:
+        return type(module).from_weight(new, graft.model.graft_storage, dtype=module.compute_dtype)
+    return lookup("storage", "dense").cls.from_weight(new, make_config("storage", "dense"), dtype=new.dtype)
+
+
+def _refuse_tied(graft: "Graft") -> None:
+    owners: dict[int, str] = {}
+    for name, parameter in graft.model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), name)
+    for name in [*graft.adapters, *graft.saved_modules]:
+        site = graft.sites.get(name) or _saved_site(graft, name)
+        weight = getattr(site.module, "weight", None)
+        first = owners.get(id(weight))
+        if isinstance(weight, nn.Parameter) and first is not None and not first.startswith(site.module_name + "."):
+            raise IncompatibleError(f"'{site.module_name}' shares its weight with '{first}': merging would change both",
+                                    remedy="untie the model first (config.tie_word_embeddings=False and a cloned head weight)")
+
+
+def _replacement(stored: nn.Module, module: nn.Module) -> StorageProduct:
+    stored.bias = module.bias
+    return StorageProduct(stored)

@@ -1,0 +1,231 @@
+"""The run-time of a site: a slot holds the adapters of all grafts at one linear map and combines them per forward.
+
+Attaching changes the class of the module instance and adds one child, `graft` (a GraftPoint); the module's weight, its
+hooks and its state-dict keys stay, so tied heads, `save_pretrained` and `resize_token_embeddings` keep working. The
+frozen weight is multiplied once per forward, whatever the number of adapters.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import IncompatibleError
+from ..modeling.experts import is_experts, run_expert_by_expert
+from ..modeling.protocols import Base, Product, RowsProduct
+from ..modeling.state import StateHolder
+from .base import Adapter
+
+
+class GraftPoint(nn.Module):
+    """The one child that attaching adds to a module: its slots (one, or two per expert of an experts module)."""
+
+    def __init__(self, holder: StateHolder):
+        super().__init__()
+        self.holder = holder
+
+    def slot(self, name: str) -> "Slot | None":
+        return self._modules.get(name)
+
+
+class GraftedSite:
+    """Mixed into the class of a grafted module (see `graft_point`)."""
+
+    plain_class: type
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._modules["graft"]._modules["whole"].run(x)
+
+
+_GRAFTED: dict[type, type] = {}
+
+
+def graft_point(module: nn.Module, holder: StateHolder) -> GraftPoint:
+    """The module's GraftPoint; made, and the module's class changed in place, on first use."""
+    point = module._modules.get("graft")
+    if point is None:
+        plain = type(module)
+        if is_experts(module):
+            run_expert_by_expert(module)
+        else:
+            if plain not in _GRAFTED:
+                _GRAFTED[plain] = type(plain.__name__, (GraftedSite, plain), {"plain_class": plain})
+            module.__class__ = _GRAFTED[plain]
+        point = GraftPoint(holder)
+        module.add_module("graft", point)
+    return point
+
+
+def drop_point(module: nn.Module) -> None:
+    """Remove an empty GraftPoint and give the module its own class back."""
+    point = module._modules.get("graft")
+    if point is not None and not any(len(slot.entries) for slot in point.children()):
+        del module._modules["graft"]
+        keeps_loop = any(isinstance(getattr(module, a, None), nn.ModuleList) for a in ("gate_up_proj", "down_proj"))
+        if hasattr(type(module), "plain_class") and not keeps_loop:
+            module.__class__ = type(module).plain_class
+
+
+class Slot(nn.Module):
+    """Adapters at one linear map. `entries` maps a key (graft name, or `name[q]` for a slice of a fused map) to an
+    adapter; `owners` maps the key to (graft name, output slice or None)."""
+
+    def __init__(self, frozen: Product, holder: StateHolder):
+        super().__init__()
+        self.frozen, self.holder = frozen, holder
+        self.entries = nn.ModuleDict()
+        self.owners: dict[str, tuple[str, slice | None]] = {}
+        self.taps: list[Callable[[Tensor, Tensor], None]] = []
+        self._plan: tuple | None = None
+        self._banks: dict = {}
+
+    def put(self, graft: str, rows: slice | None, part: str, adapter: Adapter) -> None:
+        key = graft if rows is None else f"{graft}[{part}]"
+        self.entries[key] = adapter
+        self.owners[key] = (graft, rows)
+        self._plan, self._banks = None, {}
+
+    def drop(self, graft: str) -> None:
+        for key in [k for k, (owner, _) in self.owners.items() if owner == graft]:
+            del self.entries[key], self.owners[key]
+        self._plan, self._banks = None, {}
+
+    def run(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), with whatever grafts the state calls for."""
+        state = self.holder.current
+        base = Base(self.frozen, self.holder)
+        y = self._all(x, base, state) if state.rows is None else self._by_row(x, base, state)
+        if self.taps and y.requires_grad:
+            seen = x.detach()
+            y.register_hook(lambda grad: [tap(seen, grad) for tap in self.taps] and None)
+        return y
+
+    # -- every graft on every row --------------------------------------------------------------------------------
+    def _all(self, x: Tensor, base: Base, state) -> Tensor:
+        grafts = self.holder.grafts
+        live = []
+        for key, (name, rows) in self.owners.items():
+            graft = grafts[name]
+            if name not in state.disabled and not graft.merged:
+                live.append((self.entries[key], graft.weight, rows))
+        if not live:
+            return base(x)
+        if len(live) == 1 and live[0][1] == 1.0 and live[0][2] is None:
+            return live[0][0](x, base)
+        y = base(x)
+        for adapter, weight, rows in live:
+            if adapter.multiplicative:
+                if rows is not None and weight == 1.0 and sum(r == rows for _, _, r in live) == 1:
+                    sliced = Base(RowsProduct(self.frozen, rows))
+                    y = torch.cat([y[..., : rows.start], adapter(x, sliced), y[..., rows.stop:]], -1)
+                    continue
+                raise IncompatibleError(
+                    f"'{adapter.method}' changes the frozen product and cannot be added to other grafts at one site",
+                    remedy="choose one graft per row with graftwork.routing, or disable the others")
+            change = adapter.delta(x, base)
+            change = change if weight == 1.0 else change * weight
+            y = y + change if rows is None else torch.cat(
+                [y[..., : rows.start], y[..., rows] + change, y[..., rows.stop:]], -1)
+        return y
+
+    # -- one graft per row ------------------------------------------------------------------------------------------
+    def _by_row(self, x: Tensor, base: Base, state) -> Tensor:
+        index = self.holder.row_index(x)
+        groups = self._groups(state)
+        if not groups:
+            return base(x)
+        # position of each entry of x's first dimension in every group's bank (-1: not in it)
+        def where(position: Tensor) -> Tensor:
+            position = position.to(x.device)
+            return position if index is None else position.index_select(0, index)
+
+        added, replaced = [], []
+        for cls, out_rows, keys, position, whole in groups:
+            if whole and index is None:
+                selected, local = None, where(position)
+            elif index is None:
+                selected, local = self._selection(position, x.device)
+            else:
+                local = where(position)
+                selected = torch.where(local >= 0)[0]
+                local = local.index_select(0, selected)
+            (replaced if cls.multiplicative else added).append((cls, out_rows, keys, selected, local))
+        y = self._replace(x, base, replaced) if replaced else base(x)
+        for cls, out_rows, keys, selected, local in added:
+            part = x if selected is None else x.index_select(0, selected)
+            change = cls.forward_rows(self._bank(cls, keys, x.dtype), local, part, base)
+            if out_rows is not None:
+                padded = y.new_zeros(*change.shape[:-1], y.shape[-1])
+                padded[..., out_rows] = change
+                change = padded
+            y = y + change if selected is None else y.index_add(0, selected, change.to(y.dtype))
+        return y
+
+    def _groups(self, state) -> list[tuple]:
+        """[(class, output slice, keys, position (rows,) int64 with -1, covers every row)] for the named rows."""
+        token = (state.rows, state.disabled)
+        if self._plan is not None and self._plan[0] == token:
+            return self._plan[1]
+        sorted_keys: dict[tuple, list[str]] = {}
+        wanted = {name for name in state.rows if name is not None and name not in state.disabled}
+        for key, (name, rows) in self.owners.items():
+            if name in wanted:
+                bounds = None if rows is None else (rows.start, rows.stop)
+                sorted_keys.setdefault((type(self.entries[key]), bounds), []).append(key)
+        groups = []
+        for (cls, bounds), keys in sorted_keys.items():
+            place = {self.owners[key][0]: i for i, key in enumerate(keys)}
+            position = torch.tensor([place.get(name, -1) for name in state.rows])
+            groups.append((cls, None if bounds is None else slice(*bounds), tuple(keys), position,
+                           all(name in place for name in state.rows)))
+        self._plan = (token, groups)
+        return groups
+
+    @staticmethod
+    def _selection(position: Tensor, device) -> tuple[Tensor, Tensor]:
+        chosen = [i for i, p in enumerate(position.tolist()) if p >= 0]
+        selected = torch.tensor(chosen, device=device)
+        return selected, position.to(device).index_select(0, selected)
+
+    def _bank(self, cls: type[Adapter], keys: tuple[str, ...], dtype: torch.dtype):
+        adapters = [self.entries[key] for key in keys]
+        if torch.is_grad_enabled() and any(p.requires_grad for a in adapters for p in a.parameters()):
+            return cls.stack(adapters, dtype)
+        version = (dtype, tuple((id(p), p._version) for a in adapters for p in a.parameters()))
+        kept = self._banks.get(keys)
+        if kept is None or kept[0] != version:
+            self._banks = {} if len(self._banks) > 8 else self._banks
+            self._banks[keys] = kept = (version, cls.stack(adapters, dtype))
+        return kept[1]
+
+    def _replace(self, x: Tensor, base: Base, groups: list[tuple]) -> Tensor:
+        """Rows of multiplicative adapters get their product, all other rows the plain one: one product in all."""
+        device, total = x.device, x.shape[0]
+        pieces, order, sizes = [], [], []
+        taken = torch.zeros(total, dtype=torch.bool, device=device)
+        for cls, out_rows, keys, selected, local in groups:
+            if out_rows is not None:
+                raise IncompatibleError(f"'{cls.method}' on a slice of a fused projection cannot be chosen per row",
+                                        remedy="target the whole projection, or attach it alone")
+            chosen = torch.arange(total, device=device) if selected is None else selected
+            taken = taken.index_fill(0, chosen, True)
+            part = x if selected is None else x.index_select(0, selected)
+            inputs = cls.rows_inputs(self._bank(cls, keys, x.dtype), local, part)
+            pieces.append(inputs)
+            order.append(chosen)
+            sizes.append(inputs.shape[0])
+        covered = sum(o.shape[0] for o in order)
+        if covered < total:
+            rest = torch.argsort(taken.to(torch.int8), stable=True)[: total - covered]
+            pieces.append(x.index_select(0, rest))
+            order.append(rest)
+            sizes.append(rest.shape[0])
+        products = base.product(torch.cat(pieces)).split(sizes)
+        outputs = [cls.rows_combine(self._bank(cls, keys, x.dtype), local, z)
+                   for (cls, _, keys, _, local), z in zip(groups, products)]
+        outputs += list(products[len(groups):])
+        back = torch.argsort(torch.cat(order))
+        y = torch.cat(outputs).index_select(0, back)
+        return y if base.bias is None else y + base.bias.to(y.dtype)

@@ -1,0 +1,59 @@
+"""The contract of an initializer: a plan, a statistics pass, then site by site `build`.
+
+`plan` bounds the ranks without any values (for the planner); `statistics` runs once before any adapter exists; `ranks`
+turns statistics into the rank of each site (0: no adapter there); `build` sets one adapter's starting point and may
+return a new storage for the site (residual of a quantised base). It all happens before the optimizer exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import IncompatibleError, UsageError
+from ..modeling.protocols import Product
+from ..registry import MethodConfig, MethodInfo
+
+
+class Initializer:
+    """One way to start. Subclasses set `needs` and override what they use."""
+
+    needs: ClassVar[str | None] = None  # None | "weights" | "activations" | "gradients"
+    methods: ClassVar[tuple[str, ...]] = ("lora",)  # adapters it can start
+
+    def __init__(self, config: MethodConfig):
+        self.config = config
+
+    @classmethod
+    def derived_traits(cls) -> dict[str, Any]:
+        return {"needs": cls.needs, "adapters": list(cls.methods)}
+
+    def check(self, adapter: MethodInfo, config: MethodConfig, sites: Sequence[Any]) -> None:
+        """Raises IncompatibleError for an adapter it cannot start."""
+        if adapter.name not in self.methods:
+            raise IncompatibleError(f"initializer '{self.method}' starts {', '.join(self.methods)}, not '{adapter.name}'",
+                                    remedy="use initializer: default")
+
+    def plan(self, sites: Sequence[Any], config: MethodConfig) -> dict[str, int]:
+        """Upper bound {site: rank} without looking at values; empty: the config's ranks."""
+        return {}
+
+    def statistics(self, model: nn.Module, sites: Sequence[Any], config: MethodConfig,
+                   batches: Iterable[dict[str, Tensor]] | None) -> Any:
+        """The pass over weights or data. Raises UsageError when it needs data and got none."""
+        if self.needs in ("activations", "gradients"):
+            if batches is None:
+                raise UsageError(f"initializer '{self.method}' needs data: it reads {self.needs}",
+                                 remedy="pass batches=... to attach, or use it in a recipe with data.train")
+        return None
+
+    def ranks(self, sites: Sequence[Any], config: MethodConfig, statistics: Any) -> dict[str, int]:
+        """{site: rank} where it differs from the config."""
+        return {}
+
+    def build(self, site: Any, product: Product, adapter: nn.Module, statistics: Any,
+              generator: torch.Generator) -> nn.Module | None:
+        """Set the adapter's start at one site; returns the new storage of an edited, stored base, or None."""
+        raise NotImplementedError

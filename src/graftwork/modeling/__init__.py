@@ -1,0 +1,1 @@
+"""Models, their sites, and the state of one forward pass."""

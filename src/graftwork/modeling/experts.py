@@ -1,0 +1,95 @@
+"""Fused 3-D expert parameters of Transformers 5 (Mixtral, Qwen-MoE ...), as one linear map per expert.
+
+An experts module keeps `gate_up_proj` (E, 2*ff, d) and `down_proj` (E, d, ff). Grafting one changes the class of the
+module in place to a loop over its experts, in which every expert's two maps are sites of their own; the parameters and
+their state-dict keys stay. Tokens arrive flat, (N*T, d), row-major; routed rows are followed through `state.tokens`.
+"""
+
+from __future__ import annotations
+
+from typing import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .protocols import ExpertProduct, Product
+
+ATTRIBUTES = ("gate_up_proj", "down_proj")
+
+
+def is_experts(module: nn.Module) -> bool:
+    """True for a module with fused, gated, untransposed 3-D expert parameters (or the storages that replaced them)."""
+    kept = [getattr(module, a, None) for a in ATTRIBUTES]
+    fused = all((isinstance(k, nn.Parameter) and k.dim() == 3) or isinstance(k, nn.ModuleList) for k in kept)
+    return fused and getattr(module, "has_gate", True) and not getattr(module, "is_transposed", False) \
+        and not getattr(module, "has_bias", False)
+
+
+def expert_count(module: nn.Module) -> int:
+    return len(getattr(module, ATTRIBUTES[0]))
+
+
+def expert_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, int, Product]]:
+    """(module name, module, attribute, expert, product) for every expert map of the model."""
+    for name, module in model.named_modules():
+        if is_experts(module):
+            for attribute in ATTRIBUTES:
+                for expert in range(expert_count(module)):
+                    yield name, module, attribute, expert, ExpertProduct(module, attribute, expert)
+
+
+def replace_expert(module: nn.Module, attribute: str, expert: int, stored: nn.Module) -> None:
+    """Put expert `expert` of a fused parameter into a storage. The last one replaces the 3-D parameter by the list of
+    storages and makes the module run expert by expert."""
+    pending = module.__dict__.setdefault("_pending_experts", {}).setdefault(attribute, {})
+    pending[expert] = stored
+    if len(pending) == len(getattr(module, attribute)):
+        delattr(module, attribute)
+        setattr(module, attribute, nn.ModuleList(pending[e] for e in range(len(pending))))
+        module.__dict__["_pending_experts"].pop(attribute)
+        run_expert_by_expert(module)
+
+
+def run_expert_by_expert(module: nn.Module) -> None:
+    """Change the class of an experts module in place to the loop over its experts (idempotent)."""
+    if not isinstance(module, ExpertLoop):
+        module.__class__ = type(type(module).__name__, (ExpertLoop, type(module)), {"plain_class": type(module)})
+
+
+class ExpertLoop:
+    """Forward of an experts module as a loop in which each expert's map may be taken over by a graft's slot."""
+
+    plain_class: type
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (M, d); top_k_index, top_k_weights (M, k) -> (M, d)."""
+        slots = self._modules.get("graft")
+        holder = slots.holder if slots is not None else None
+        mask = F.one_hot(top_k_index, num_classes=expert_count(self) + 1).sum(1)  # (M, E+1)
+        out = torch.zeros_like(hidden_states)
+        for expert in range(expert_count(self)):
+            token = torch.where(mask[:, expert] > 0)[0]
+            if token.numel() == 0:
+                continue
+            share = (top_k_weights * (top_k_index == expert)).sum(-1)[token, None]
+            x = hidden_states.index_select(0, token)
+            if holder is None or holder.current.rows is None:
+                y = self._one(expert, x, slots)
+            else:
+                state = holder.current
+                if state.token_rows is None:
+                    rows = len(state.rows) * state.expansion
+                    token = token // (hidden_states.shape[0] // rows) // state.expansion
+                with holder.tokens(token):
+                    y = self._one(expert, x, slots)
+            out.index_add_(0, torch.where(mask[:, expert] > 0)[0], (y * share).to(out.dtype))
+        return out
+
+    def _one(self, expert: int, x: Tensor, slots: nn.Module | None) -> Tensor:
+        def linear(attribute: str, value: Tensor) -> Tensor:
+            slot = None if slots is None else slots.slot(f"{attribute}_{expert}")
+            return ExpertProduct(self, attribute, expert).product(value) if slot is None else slot.run(value)
+
+        hidden = self._apply_gate(linear("gate_up_proj", x))
+        return linear("down_proj", hidden)
