@@ -1,0 +1,120 @@
+"""From a recipe to the parts of a run: model, grafts, data, objective, optimizer, step. Used by training and by the planner.
+
+With `fake=True` nothing is read but the config: the caller is inside a FakeTensorMode and gets the same objects on fake
+tensors, so what is planned is what is run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from .adapters.graft import Graft, attach
+from .errors import TrainingError
+from .recipe import Recipe
+from .registry import MethodConfig, lookup
+from .storage.base import apply_storage
+from .training.step import TrainStep
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Parts:
+    """What a run consists of. grafts is empty for full tuning; a fleet has one graft a file."""
+
+    recipe: Recipe
+    model: nn.Module
+    tokenizer: Any
+    grafts: list[Graft]
+    objective: Any
+    step: TrainStep
+    optimizer: torch.optim.Optimizer | None
+    train_data: Any = None
+    eval_data: Any = None
+    new_weights: list[str] = field(default_factory=list)
+
+
+def task_of(recipe: Recipe) -> str:
+    """causal_lm | classification: the kind of model that the objective needs."""
+    return lookup("objective", recipe.objective.method).traits.get("task", "causal_lm")
+
+
+def build_model(recipe: Recipe, *, num_labels: int | None = None, fake: bool = False,
+                progress: Callable[[str], None] | None = None) -> tuple[nn.Module, Any]:
+    """(model in its storage, frozen state as loaded, tokenizer)."""
+    from .modeling.models import load_model
+
+    model, tokenizer = load_model(recipe.model, task=task_of(recipe), dtype=DTYPES[recipe.train.precision], num_labels=num_labels,
+                                  fake=fake, trust_remote_code=recipe.trust_remote_code, seed=recipe.train.seed)
+    apply_storage(model, recipe.storage, on_site=progress)
+    if recipe.train.gradient_checkpointing:
+        from .modeling.state import state_of
+
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=state_of(model).checkpoint_kwargs())
+        model.config.use_cache = False
+    return model, tokenizer
+
+
+def adapter_config(recipe: Recipe, model: nn.Module) -> MethodConfig | None:
+    """The adapter's options; heads that the checkpoint lacks (a new classifier) are trained and saved with it."""
+    config = recipe.adapter
+    new = sorted({name.rpartition(".")[0] for name in getattr(model, "graft_new_weights", [])})
+    if config is None or not new or task_of(recipe) != "classification":
+        return config
+    return config.model_copy(update={"modules_to_save": list(dict.fromkeys([*config.modules_to_save, *new]))})
+
+
+def build_grafts(recipe: Recipe, model: nn.Module, names: Sequence[str] = ("default",),
+                 batches: Callable[[str], Iterable[dict[str, Any]]] | None = None) -> list[Graft]:
+    """Attach the recipe's adapter once per name; for full tuning make the model's own weights trainable instead."""
+    config = adapter_config(recipe, model)
+    if config is None:
+        model.requires_grad_(True)
+        return []
+    if recipe.adapter_from:
+        from .artifact import attach_saved
+
+        return [attach_saved(model, recipe.adapter_from, name=name, trainable=True) for name in names]
+    start = None if recipe.initializer is None else {"method": recipe.initializer.method, **recipe.initializer.model_dump()}
+    return [attach(model, config, name=name, initializer=start, batches=batches(name) if batches else None, seed=recipe.train.seed)
+            for name in names]
+
+
+def trained_parameters(model: nn.Module, grafts: Sequence[Graft]) -> list[tuple[str, nn.Parameter]]:
+    """Stable, named list of what is trained."""
+    if not grafts:
+        return [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    prefix = len(grafts) > 1
+    return [(f"{g.name}/{n}" if prefix else n, p) for g in grafts for n, p in g.named_parameters()]
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module, grafts: Sequence[Graft]) -> torch.optim.Optimizer | None:
+    """The recipe's optimizer over the grafts' groups, or over the model's own weights; None when the estimator moves them."""
+    from .optim import optimizer
+
+    if recipe.optimizer is None:
+        return None
+    decay = recipe.optimizer.weight_decay
+    if not grafts:
+        source: Any = model
+    else:
+        source = [{"weight_decay": decay, **{k: v for k, v in group.items() if k != "names"}, "graft": graft.name}
+                  for graft in grafts for group in graft.parameter_groups()]
+    return optimizer(recipe.optimizer, source)
+
+
+def build_step(recipe: Recipe, model: nn.Module, grafts: Sequence[Graft], total_steps: int) -> TrainStep:
+    """Objective, estimator, selections and optimizer of a recipe as one step."""
+    parameters = trained_parameters(model, grafts)
+    if not parameters:
+        raise TrainingError("nothing to train: every parameter is frozen", remedy="add an adapter, or adapter: null for full tuning")
+    objective = lookup("objective", recipe.objective.method).cls(recipe.objective)
+    estimator = lookup("estimator", recipe.estimator.method).cls(recipe.estimator)
+    selections = [lookup("selection", s.method).cls(s) for s in recipe.selection]
+    clip = [[p for p in g.parameters()] for g in grafts] if len(grafts) > 1 else []
+    return TrainStep(model, objective, estimator, parameters, grafts, selections, build_optimizer(recipe, model, grafts),
+                     recipe.train.max_grad_norm, clip, total_steps, recipe.train.seed)

@@ -1,0 +1,104 @@
+"""Rules of a recipe as data: keys of other tools that are understood, and which choices cannot be combined.
+
+A combination is judged from the traits of its methods, in one function; nothing here names a method.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Callable
+
+from .registry import lookup
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+#: key of another tool -> (our dotted path, conversion)
+ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "model_name_or_path": ("model", _same), "base_model": ("model", _same),
+    "finetuning_type": ("adapter.method", _same), "fine_tune_type": ("adapter.method", _same),
+    "lora_rank": ("adapter.r", _same), "lora_r": ("adapter.r", _same), "lora_alpha": ("adapter.alpha", _same),
+    "lora_dropout": ("adapter.dropout", _same), "lora_target": ("adapter.target_modules", lambda v: "all-linear" if v == "all" else v),
+    "lora_target_modules": ("adapter.target_modules", _same), "target_modules": ("adapter.target_modules", _same),
+    "use_rslora": ("adapter.use_rslora", _same), "load_in_4bit": ("storage", lambda v: "nf4" if v else "dense"),
+    "quantization_bit": ("storage", lambda v: "nf4" if v == 4 else v),
+    "dataset": ("data.train", _same), "train_file": ("data.train", _same), "cutoff_len": ("data.max_length", _same),
+    "sequence_len": ("data.max_length", _same), "max_seq_length": ("data.max_length", _same), "max_length": ("data.max_length", _same),
+    "packing": ("data.packing", _same), "sample_packing": ("data.packing", _same),
+    "train_on_prompt": ("data.train_on", lambda v: "all" if v else "assistant"),
+    "train_on_inputs": ("data.train_on", lambda v: "all" if v else "assistant"),
+    "mask_prompt": ("data.train_on", lambda v: "assistant" if v else "all"),
+    "per_device_train_batch_size": ("train.batch_size", _same), "micro_batch_size": ("train.batch_size", _same),
+    "batch_size": ("train.batch_size", _same), "gradient_accumulation_steps": ("train.grad_accumulation", _same),
+    "num_train_epochs": ("train.epochs", _same), "num_epochs": ("train.epochs", _same), "epochs": ("train.epochs", _same),
+    "max_steps": ("train.max_steps", _same), "iters": ("train.max_steps", _same),
+    "learning_rate": ("optimizer.lr", _same), "lr": ("optimizer.lr", _same),
+    "lr_scheduler_type": ("train.schedule", _same), "lr_scheduler": ("train.schedule", _same),
+    "warmup_ratio": ("train.warmup", _same), "warmup_steps": ("train.warmup", _same),
+    "gradient_checkpointing": ("train.gradient_checkpointing", _same), "save_steps": ("train.save_steps", _same),
+    "eval_steps": ("train.eval_steps", _same), "seed": ("train.seed", _same), "report_to": ("train.report_to", _same),
+    "bf16": ("train.precision", lambda v: "bf16" if v else "fp32"), "max_grad_norm": ("train.max_grad_norm", _same),
+}
+
+
+def reasons_against(recipe: "Recipe") -> list[tuple[str, str, str]]:
+    """[(section, reason, nearest combination that works)]; empty when the recipe is possible. Looks at traits only."""
+    storage, adapter = lookup("storage", recipe.storage.method), recipe.adapter and lookup("adapter", recipe.adapter.method)
+    estimator, objective = lookup("estimator", recipe.estimator.method), lookup("objective", recipe.objective.method)
+    optimizer = recipe.optimizer and lookup("optimizer", recipe.optimizer.method)
+    start = recipe.initializer and lookup("initializer", recipe.initializer.method)
+    selections = [lookup("selection", s.method) for s in recipe.selection]
+    fused = bool(getattr(recipe.optimizer, "fused", False))
+    found: list[tuple[str, str, str]] = []
+
+    def unless(possible: bool, section: str, why: str, fix: str) -> None:
+        if not possible:
+            found.append((section, why, fix))
+
+    if adapter is None:
+        unless(storage.name == "dense", "storage", f"full tuning trains the weights themselves, and {storage.name} weights are frozen codes",
+               f"storage: dense, or keep {storage.name} and add adapter: lora")
+        unless(start is None, "initializer", "an initializer starts an adapter, and there is none", "remove initializer")
+        unless(not recipe.is_fleet, "data.train", "a fleet trains one adapter a file, and there is no adapter", "add adapter: lora")
+    else:
+        unless(not (optimizer and optimizer.traits.get("projects")), "optimizer",
+               f"{optimizer and optimizer.name} projects the gradients of full weights; an adapter's tensors are small already",
+               "optimizer: adamw, or adapter: null (full tuning)")
+        for i, s in enumerate(selections):
+            unless(not s.traits["full_tuning_only"], f"selection.{i}", f"{s.name} chooses among the model's own weights, which "
+                   f"{adapter.name} freezes", f"remove selection {s.name}, or adapter: null with storage: dense")
+        if start is not None:
+            unless(adapter.name in start.traits["adapters"], "initializer",
+                   f"{start.name} starts {', '.join(start.traits['adapters'])}, not {adapter.name}",
+                   f"adapter: {start.traits['adapters'][0]}, or initializer: default")
+            unless(not (start.traits.get("edits_base") and getattr(recipe.adapter, "dropout", 0)), "adapter.dropout",
+                   f"{start.name} moves a part of W into the adapter; dropout would drop it", "adapter.dropout: 0")
+        unless(adapter.traits["scope"] != "model" or not recipe.data.packing, "data.packing",
+               f"{adapter.name} puts a prefix before each example, packed rows hold several", "data.packing: false")
+    unless(estimator.traits["gradients"] or optimizer is None, "optimizer",
+           f"{estimator.name} moves the parameters itself and takes no optimizer", f"remove optimizer (its rate is estimator.lr of {estimator.name})")
+    unless(estimator.traits["gradients"] or not recipe.train.gradient_checkpointing, "train.gradient_checkpointing",
+           f"{estimator.name} runs no backward pass, so there are no activations to save", "train.gradient_checkpointing: false")
+    unless(estimator.traits["gradients"] or not recipe.is_fleet, "estimator",
+           f"{estimator.name} moves all adapters of a mixed batch at once", "estimator: backprop")
+    for i, s in enumerate(selections):
+        unless(estimator.traits["gradients"] or not s.traits["reads_gradients"], f"selection.{i}",
+               f"{s.name} reads gradients and {estimator.name} makes none", "estimator: backprop")
+        unless(not (fused and s.traits["reads_gradients"]), f"selection.{i}",
+               f"a fused optimizer updates inside backward, before {s.name} could read the gradients", "optimizer.fused: false")
+    unless(not (fused and recipe.train.grad_accumulation > 1), "train.grad_accumulation",
+           "a fused optimizer updates on every micro-batch", "optimizer.fused: false, or train.grad_accumulation: 1")
+    unless(not (fused and recipe.train.max_grad_norm > 0), "train.max_grad_norm",
+           "a fused optimizer updates before the global norm is known", "train.max_grad_norm: 0, or optimizer.fused: false")
+    unless(not (recipe.data.packing and not objective.traits.get("packs", True)), "data.packing",
+           f"{objective.name} scores whole rows", "data.packing: false")
+    unless(not (recipe.train.early_stopping or recipe.train.restore_best) or bool(recipe.train.eval_steps), "train.eval_steps",
+           "early stopping and restore_best compare evaluations, and eval_steps is 0", "train.eval_steps: 50")
+    unless(not (recipe.train.early_stopping or recipe.train.restore_best or recipe.train.eval_steps)
+           or bool(recipe.data.eval or getattr(recipe.data, "eval_fraction", 0)), "data.eval",
+           "evaluation during training needs data", "data.eval: FILE, or data.eval_fraction: 0.05")
+    return found
