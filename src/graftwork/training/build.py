@@ -12,12 +12,12 @@ from typing import Any, Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from .adapters.graft import Graft, attach
-from .errors import TrainingError
-from .recipe import Recipe
-from .registry import MethodConfig, lookup
-from .storage.base import apply_storage
-from .training.step import TrainStep
+from ..adapters.graft import Graft, attach
+from ..errors import TrainingError
+from ..recipe import Recipe
+from ..registry import MethodConfig, lookup
+from ..storage.base import apply_storage
+from .step import TrainStep
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,13 +46,13 @@ def task_of(recipe: Recipe) -> str:
 def build_model(recipe: Recipe, *, num_labels: int | None = None, fake: bool = False,
                 progress: Callable[[str], None] | None = None) -> tuple[nn.Module, Any]:
     """(model in its storage, frozen state as loaded, tokenizer)."""
-    from .modeling.models import load_model
+    from ..modeling.models import load_model
 
     model, tokenizer = load_model(recipe.model, task=task_of(recipe), dtype=DTYPES[recipe.train.precision], num_labels=num_labels,
                                   fake=fake, trust_remote_code=recipe.trust_remote_code, seed=recipe.train.seed)
     apply_storage(model, recipe.storage, on_site=progress)
     if recipe.train.gradient_checkpointing:
-        from .modeling.state import state_of
+        from ..modeling.state import state_of
 
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=state_of(model).checkpoint_kwargs())
         model.config.use_cache = False
@@ -76,7 +76,7 @@ def build_grafts(recipe: Recipe, model: nn.Module, names: Sequence[str] = ("defa
         model.requires_grad_(True)
         return []
     if recipe.adapter_from:
-        from .artifact import attach_saved
+        from ..artifact import attach_saved
 
         return [attach_saved(model, recipe.adapter_from, name=name, trainable=True) for name in names]
     start = None if recipe.initializer is None else {"method": recipe.initializer.method, **recipe.initializer.model_dump()}
@@ -94,7 +94,7 @@ def trained_parameters(model: nn.Module, grafts: Sequence[Graft]) -> list[tuple[
 
 def build_optimizer(recipe: Recipe, model: nn.Module, grafts: Sequence[Graft]) -> torch.optim.Optimizer | None:
     """The recipe's optimizer over the grafts' groups, or over the model's own weights; None when the estimator moves them."""
-    from .optim import optimizer
+    from ..optim import optimizer
 
     if recipe.optimizer is None:
         return None
