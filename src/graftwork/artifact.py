@@ -66,7 +66,7 @@ def save_graft(graft: Graft, folder: str | Path, *, provenance: dict[str, Any] |
     card = describe(graft, provenance)
     card["tensors"] = {k: [list(t.shape), str(t.dtype).removeprefix("torch.")] for k, t in sorted(tensors.items())}
     with atomic_folder(folder, overwrite=overwrite) as target:
-        save_file(dict(sorted(tensors.items())), target / TENSORS, metadata={"format": "pt", "graftwork": str(SCHEMA)})
+        save_file(dict(sorted(tensors.items())), target / TENSORS, metadata={"format": "pt"})
         (target / CARD).write_text(json.dumps(card, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return Path(folder)
 

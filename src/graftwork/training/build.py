@@ -40,7 +40,8 @@ class Parts:
 
 def task_of(recipe: Recipe) -> str:
     """causal_lm | classification: the kind of model that the objective needs."""
-    return lookup("objective", recipe.objective.method).traits.get("task", "causal_lm")
+    task = lookup("objective", recipe.objective.method).traits.get("task", "causal_lm")
+    return "classification" if task == "sequence_classification" else task
 
 
 def build_model(recipe: Recipe, *, num_labels: int | None = None, fake: bool = False,

@@ -1,0 +1,90 @@
+"""`graft`: the verbs. Modules of verbs import torch only inside their functions, so that `graft --help` is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Before torch is imported: its profiler and allocator print notes that are no news to a user.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import importlib
+import pkgutil
+
+import typer
+
+from .. import cli
+from ..errors import GraftworkError
+
+#: order in which --help lists the verbs
+ORDER = ("demo", "init", "methods", "validate", "plan", "train", "sweep", "eval", "generate", "chat", "merge", "convert", "doctor")
+
+app = typer.Typer(
+    name="graft", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    help="Adapt a foundation model within a memory budget, and use thousands of the results from one machine.\n\n"
+         "Start with: graft demo | graft init --data rows.jsonl -o recipe.yaml | graft plan recipe.yaml | graft train recipe.yaml")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("graftwork"))
+        raise typer.Exit()
+
+
+def _register() -> None:
+    """One module per verb: it defines `run` (the command) and may define EPILOG (an example shown under --help)."""
+    names = {m.name for m in pkgutil.iter_modules(cli.__path__) if not m.name.startswith("_")} - {"main"}
+    for name in sorted(names, key=lambda n: ORDER.index(n.removesuffix("_")) if n.removesuffix("_") in ORDER else 99):
+        module = importlib.import_module(f"graftwork.cli.{name}")
+        if hasattr(module, "run"):
+            app.command(name.removesuffix("_"), epilog=getattr(module, "EPILOG", None))(module.run)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: runs a verb and turns errors into one message and an exit code (0 fine, 1 failure, 2 wrong use)."""
+    _register()
+    try:
+        app(args=arguments, standalone_mode=False)
+    except GraftworkError as error:
+        _fail(error, error.exit_code)
+    except typer.Exit as leave:
+        sys.exit(leave.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
+            context = getattr(error, "ctx", None)
+            if context is not None:
+                print(context.get_usage(), file=sys.stderr)
+            print(f"error: {error.format_message()}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        _fail(error, 1)
+
+
+def _fail(error: BaseException, code: int) -> None:
+    if os.environ.get("GRAFT_DEBUG") == "1":
+        raise error
+    if isinstance(error, GraftworkError):
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.remedy:
+            print(f"  remedy: {error.remedy}", file=sys.stderr)
+    else:
+        first = str(error).strip().split("\n")[0] or type(error).__name__
+        print(f"error: {type(error).__name__}: {first}", file=sys.stderr)
+        print("  remedy: this one was not foreseen; GRAFT_DEBUG=1 shows where it happened", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""`graft methods`: what is registered, and one method in detail."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+EPILOG = "Examples: graft methods --axis adapter | graft methods lora | graft methods --json"
+
+
+def run(
+    name: str = typer.Argument(None, help="Show one method: equations, options, cost, paper, BibTeX."),
+    axis: str = typer.Option(None, "--axis", help="storage, adapter, initializer, optimizer, estimator, selection or objective."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """List the methods of every axis, or show one."""
+    from ..errors import UsageError, nearest
+    from ..registry import methods
+
+    known = methods(axis)
+    if name is None:
+        if as_json:
+            print(json.dumps([m.to_json() for m in known], indent=1))
+            return
+        width = max(len(m.name) for m in known)
+        last = None
+        for method in known:
+            if method.axis != last:
+                print(f"{'' if last is None else chr(10)}{method.axis}")
+                last = method.axis
+            print(f"  {method.name:<{width}}  {method.summary}" + (f"  [arXiv {method.paper}]" if method.paper else ""))
+        return
+    found = [m for m in known if m.name == name or name in m.aliases]
+    if not found:
+        names = [n for m in known for n in (m.name, *m.aliases)]
+        raise UsageError(f"there is no method '{name}'{nearest(name, names)}", remedy="graft methods lists them")
+    if as_json:
+        print(json.dumps([{**m.to_json(), "equations": _doc(m), "bibtex": m.bibtex} for m in found], indent=1))
+        return
+    for method in found:
+        print(f"{method.axis} '{method.name}': {method.title}" + (f" (arXiv {method.paper})" if method.paper else ""))
+        if method.aliases:
+            print(f"also called: {', '.join(method.aliases)}")
+        print(f"\n{_doc(method)}\n\noptions:")
+        for key, field in method.config.model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            print(f"  {key} = {default!r}" + (f"   {field.description}" if field.description else ""))
+        print("\ntraits: " + ", ".join(f"{k}={v}" for k, v in method.traits.items()))
+        if method.bibtex:
+            print(f"\n{method.bibtex}")
+
+
+def _doc(method) -> str:
+    import importlib
+
+    return (importlib.import_module(method.cls.__module__).__doc__ or "").strip()

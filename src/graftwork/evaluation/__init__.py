@@ -1,0 +1,1 @@
+"""Evaluation: loss and perplexity, exact match, batched over many adapters."""

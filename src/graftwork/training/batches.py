@@ -1,0 +1,77 @@
+"""The micro-batches of each optimizer step, as a function of (data, seed, step) alone: a resume needs no replay."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Sequence
+
+from ..data.order import BatchOrder
+
+Batch = dict[str, Any]
+
+
+class StepBatches:
+    """Item t: the list of collated micro-batches of optimizer step t, for one data set.
+
+    Each step takes batch_size * accumulation rows of the epoch's permutation, cut into micro-batches of batch_size."""
+
+    def __init__(self, data: Any, collate: Callable[[list[dict]], Batch], batch_size: int, accumulation: int, total_steps: int,
+                 seed: int):
+        self.data, self.collate, self.batch_size, self.rows = data, collate, batch_size, batch_size * accumulation
+        self.total_steps, self.seed = total_steps, seed
+        self._order: BatchOrder | None = None
+
+    @staticmethod
+    def steps_per_epoch(rows: int, batch_size: int, accumulation: int) -> int:
+        return BatchOrder.batches_per_epoch(rows, batch_size * accumulation)
+
+    def __len__(self) -> int:
+        return self.total_steps
+
+    def indices(self, step: int) -> list[int]:
+        """Rows of one step, in order."""
+        epoch, place = divmod(step, BatchOrder.batches_per_epoch(len(self.data), self.rows))
+        if self._order is None or self._order.epoch != epoch:
+            self._order = BatchOrder(len(self.data), self.rows, self.seed, epoch)
+        return self._order[place]
+
+    def micro(self, step: int) -> list[list[dict]]:
+        """The step's rows, uncollated, by micro-batch."""
+        chosen = self.indices(step)
+        return [[{**self.data[i], "index": i} for i in chosen[k:k + self.batch_size]] for k in range(0, len(chosen), self.batch_size)]
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        if not 0 <= step < self.total_steps:
+            raise IndexError(step)
+        return [self.collate(rows) for rows in self.micro(step)]
+
+
+class FleetBatches:
+    """Item t: mixed micro-batches of a fleet. Each member takes the very rows that it would take alone at its step t, so
+    its micro-batches, its loss scale and its learning rate are those of training it alone; a member that is done is absent."""
+
+    def __init__(self, members: dict[str, StepBatches], collate: Callable[[list[dict]], Batch]):
+        self.members, self.collate = members, collate
+        self.total_steps = max(m.total_steps for m in members.values())
+
+    def __len__(self) -> int:
+        return self.total_steps
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        if not 0 <= step < self.total_steps:
+            raise IndexError(step)
+        parts = [[[{**row, "adapter": name} for row in rows] for rows in member.micro(step)]
+                 for name, member in self.members.items() if step < member.total_steps]
+        return [self.collate([row for part in parts if k < len(part) for row in part[k]])
+                for k in range(max(len(part) for part in parts))]
+
+
+def total_steps(rows: int, *, epochs: float, max_steps: int, batch_size: int, accumulation: int) -> int:
+    """Optimizer steps of a run over `rows` rows."""
+    if max_steps > 0:
+        return max_steps
+    return max(1, round(epochs * StepBatches.steps_per_epoch(rows, batch_size, accumulation)))
+
+
+def identity(items: Sequence[Any]) -> Any:
+    """Collate function of a loader whose items are whole steps."""
+    return items[0]

@@ -1,0 +1,35 @@
+"""Loss over a data set: the objective's own sums, one batch at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modeling.state import state_of
+
+
+@torch.no_grad()
+def evaluate_loss(model: nn.Module, objective: Any, data: Any, *, batch_size: int = 8, route: str | None = None) -> dict[str, float]:
+    """Means over a TokenDataset: loss (nats per term), perplexity, accuracy (terms), row_accuracy (rows with every term
+    right), n (rows). route: answer every row by this graft. The model's mode is put back."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    collate, sums = data.collator(), {}
+    try:
+        for start in range(0, len(data), batch_size):
+            batch = collate([data[i] for i in range(start, min(start + batch_size, len(data)))])
+            rows = batch.pop("rows", None)
+            rows = (route,) * batch["input_ids"].shape[0] if route is not None else rows
+            batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            with state_of(model).scope(rows=rows):
+                for key, value in objective.evaluate(model, batch).items():
+                    sums[key] = sums.get(key, 0.0) + float(value)
+    finally:
+        model.train(was_training)
+    loss = sums["loss"] / max(sums["tokens"], 1)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 50.0)), "accuracy": sums["correct"] / max(sums["tokens"], 1),
+            "row_accuracy": sums["rows_correct"] / max(sums["rows"], 1), "n": int(sums["rows"])}

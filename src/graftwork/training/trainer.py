@@ -1,0 +1,266 @@
+"""The Trainer: Transformers' loop around our step, our checkpoints and our log.
+
+The Trainer sees one epoch whose batches are whole optimizer steps (gradient_accumulation_steps = 1, clipping off): the
+estimator gets all micro-batches of a step at once, and a resume skips to a step without replaying data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..errors import TrainingError
+from ..files import atomic_write_text
+from ..optim import load_optimizer_state, optimizer_state_tensors
+from . import checkpoint as ckpt
+from .batches import identity
+from .schedule import GroupSchedule, NoOptimizer
+from .step import TrainStep
+
+#: keys of a metrics line that depend on the clock
+TIME_FIELDS = ("seconds", "tokens_per_second")
+
+
+class TrainerMixin:
+    """For one's own Trainer or SFTTrainer on a model with grafts: saves and loads grafts only, not the base.
+
+        class MyTrainer(graftwork.TrainerMixin, transformers.Trainer): ...
+
+    Checkpoints then hold `graft/NAME/` folders instead of the model's weights."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        from ..modeling.state import state_of
+
+        folder = Path(output_dir or self.args.output_dir)
+        grafts = state_of(self.model).grafts
+        if not grafts:
+            return super()._save(output_dir, state_dict)
+        for graft in grafts.values():
+            graft.save(folder / "graft" / graft.name)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        from ..artifact import load_tensors, read_card, read_tensors
+        from ..modeling.state import state_of
+
+        grafts = state_of(self.model).grafts
+        if not grafts:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for graft in grafts.values():
+            folder = Path(resume_from_checkpoint) / "graft" / graft.name
+            card = read_card(folder)
+            load_tensors(graft, read_tensors(folder, card), card)
+
+
+class _Loader(torch.utils.data.Dataset):
+    def __init__(self, steps: Any):
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.steps[i]
+
+
+class GraftTrainer(Trainer):
+    """Runs a TrainStep over StepBatches. `evaluate_with()` gives the eval metrics; hooks of the run come as callbacks."""
+
+    def __init__(self, step: TrainStep, batches: Any, output_dir: str | Path, *, factor: Callable[[dict[str, Any], int], float],
+                 save_steps: int, save_total_limit: int | None, eval_steps: int = 0, logging_steps: int = 1,
+                 early_stopping: int = 0, restore_best: bool = False, evaluate_with: Callable[[], dict[str, float]] | None = None,
+                 tensorboard: bool = False, callbacks: list[TrainerCallback] | None = None, seed: int = 0,
+                 describe_batch: Callable[[Any], str] | None = None):
+        self.run, self.batches, self.factor, self.folder = step, batches, factor, Path(output_dir)
+        self.evaluate_with, self.early_stopping, self.restore_best = evaluate_with, early_stopping, restore_best
+        self.keep, self.window, self.every = save_total_limit, [], logging_steps
+        self.best: dict[str, Any] = {"loss": None, "step": 0, "waited": 0}
+        self.metrics_bytes, self.last_loss = 0, math.nan
+        self.describe_batch = describe_batch or (lambda batch: "")
+        self.board = _board(self.folder) if tensorboard else None
+        total = len(batches)
+        args = TrainingArguments(
+            output_dir=str(self.folder), max_steps=total, per_device_train_batch_size=1, gradient_accumulation_steps=1,
+            max_grad_norm=0.0, save_strategy="steps" if save_steps else "no", save_steps=save_steps or total,
+            eval_strategy="steps" if eval_steps and evaluate_with else "no", eval_steps=eval_steps or None, logging_strategy="no",
+            report_to="none", disable_tqdm=True, remove_unused_columns=False, seed=seed, use_cpu=not torch.cuda.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(), log_level="error")
+        super().__init__(model=step.model, args=args, train_dataset=_Loader(batches),
+                         eval_dataset=_Loader([None]) if evaluate_with else None, callbacks=callbacks)
+        from transformers.trainer_callback import PrinterCallback
+
+        self.remove_callback(PrinterCallback)
+
+    # -- loop -------------------------------------------------------------------------------------------------------
+    def get_train_dataloader(self):
+        return torch.utils.data.DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=identity)
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            if self.run.optimizer is None:
+                lr = getattr(self.run.estimator.config, "lr", 0.0)
+                self.optimizer = NoOptimizer([p for _, p in self.run.parameters], lr)
+            else:
+                self.optimizer = self.run.optimizer
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.lr_scheduler is None:
+            self.lr_scheduler = GroupSchedule(self._plain_optimizer(), self.factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        step = self.state.global_step
+        model.train()
+        self.run.forward_model = None if model is self.run.model else model
+        start = time.perf_counter()
+        batches = [{k: v.to(self.args.device) if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in inputs]
+        result = self.run.compute(batches, step, self.lr_scheduler.get_last_lr()[0])
+        loss = float(result.loss)
+        if not math.isfinite(loss):
+            last = ckpt.complete(self.folder)
+            raise TrainingError(
+                f"the loss became {loss} at step {step + 1}{self.describe_batch(inputs)}",
+                remedy=f"lower the learning rate or look at those rows; last good checkpoint: {last[-1] if last else 'none'} (--resume)")
+        self.last_loss = loss
+        numbers = {k: float(v) for k, v in result.metrics.items()}
+        self.window.append({"loss": loss, "tokens": sum(b.get("n_tokens", 0) for b in inputs),
+                            "seconds": time.perf_counter() - start, **({"grad_norm": numbers["grad_norm"]} if "grad_norm" in numbers else {})})
+        return result.loss
+
+    def floating_point_ops(self, inputs) -> int:
+        return 0
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return None
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None):
+        step = self.state.global_step
+        if step and len(self.window) >= self.every:
+            self._write_window(step, learning_rate)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate)
+
+    def _write_window(self, step: int, learning_rate: float) -> None:
+        window, self.window = self.window, []
+        tokens, seconds = sum(w["tokens"] for w in window), sum(w["seconds"] for w in window)
+        row = {"step": step, "loss": sum(w["loss"] for w in window) / len(window), "lr": learning_rate}
+        if "grad_norm" in window[-1]:
+            row["grad_norm"] = window[-1]["grad_norm"]
+        self.record({**row, "tokens": tokens, "seconds": round(seconds, 4), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)})
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl (and TensorBoard)."""
+        line = (json.dumps(row) + "\n").encode()
+        with open(self.folder / "metrics.jsonl", "ab") as out:
+            out.write(line)
+        if self.board is not None:
+            for key, value in row.items():
+                if isinstance(value, (int, float)) and key != "step":
+                    self.board.add_scalar(key, value, row["step"])
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        self.model.eval()
+        metrics = {f"eval_{k}": v for k, v in self.evaluate_with().items()}
+        step = self.state.global_step
+        self.record({"step": step, **metrics})
+        better = self.best["loss"] is None or metrics["eval_loss"] < self.best["loss"]
+        self.best = {"loss": metrics["eval_loss"], "step": step, "waited": 0} if better else {**self.best, "waited": self.best["waited"] + 1}
+        if better and self.restore_best:
+            self._write_checkpoint(self.folder / "checkpoints" / "best")
+        if self.early_stopping and self.best["waited"] >= self.early_stopping:
+            self.control.should_training_stop = True
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+    def _names(self) -> dict[torch.nn.Parameter, str]:
+        return {p: n for n, p in self.run.parameters}
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self._write_checkpoint(ckpt.folder_of(self.folder, self.state.global_step))
+        ckpt.rotate(self.folder, self.keep)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        optimizer, header = {}, None
+        if self.run.optimizer is not None:
+            optimizer, header = optimizer_state_tensors(self.run.optimizer, self._names())
+        parts: dict[str, torch.Tensor] = {}
+        metrics = self.folder / "metrics.jsonl"
+        progress = {
+            "step": self.state.global_step, "optimizer": header, "schedule": self.lr_scheduler.state_dict(),
+            "estimator": ckpt.split(self.run.estimator.state_dict(), "estimator", parts),
+            "selections": [{"structure": s.structure(), "state": ckpt.split(s.state_dict(), f"selection{i}", parts)}
+                           for i, s in enumerate(self.run.selections)],
+            "best": self.best, "window": self.window, "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "stopped": bool(self.early_stopping and self.best["waited"] >= self.early_stopping),
+        }
+        ckpt.write(folder, learned=ckpt.learned_tensors(self.run.model, self.run.parameters, self.run.grafts), optimizer=optimizer,
+                   parts=parts, progress=progress, trainer_state=json.dumps(_plain_state(self.state)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """Structure first, then tensors; the optimizer follows when it exists."""
+        folder = Path(resume_from_checkpoint)
+        for selection, saved in zip(self.run.selections, ckpt.read_progress(folder)["selections"]):
+            selection.restore_structure(saved["structure"], self.run.model, self.run.grafts[0] if self.run.grafts else None)
+        ckpt.restore_learned(folder, self.run.model, self.run.parameters, self.run.grafts)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        progress, parts = ckpt.read_progress(folder), ckpt.read(folder, "parts")
+        if self.run.optimizer is not None:
+            load_optimizer_state(self.run.optimizer, ckpt.read(folder, "optimizer"), progress["optimizer"], self._names())
+        self.lr_scheduler.load_state_dict(progress["schedule"])
+        self.run.estimator.load_state_dict(ckpt.join(progress["estimator"], parts))
+        for selection, saved in zip(self.run.selections, progress["selections"]):
+            selection.load_state_dict(ckpt.join(saved["state"], parts))
+        self.best, self.window = progress["best"], progress["window"]
+        self._cut_metrics(progress["metrics_bytes"])
+
+    def _cut_metrics(self, size: int) -> None:
+        """Lines after the checkpoint are of steps that will be redone."""
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.exists() and metrics.stat().st_size > size:
+            atomic_write_text(metrics, metrics.read_bytes()[:size].decode())
+
+    def _load_rng_state(self, checkpoint) -> None:
+        if checkpoint is not None:
+            folder = Path(checkpoint)
+            ckpt.set_rng_state(ckpt.read(folder, "rng"), ckpt.read_progress(folder)["rng"])
+
+    def _load_scaler(self, checkpoint) -> None:
+        return None
+
+    def load_best(self) -> int | None:
+        """Put the weights of the best evaluation back; returns its step."""
+        folder = self.folder / "checkpoints" / "best"
+        if not folder.exists():
+            return None
+        ckpt.restore_learned(folder, self.run.model, self.run.parameters, self.run.grafts)
+        return ckpt.read_progress(folder)["step"]
+
+
+def _plain_state(state: Any) -> dict[str, Any]:
+    kept = ("global_step", "max_steps", "epoch", "num_train_epochs", "train_batch_size", "logging_steps", "eval_steps", "save_steps")
+    return {k: getattr(state, k) for k in kept if hasattr(state, k)}
+
+
+def _board(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise TrainingError("report_to: tensorboard needs the package tensorboard", remedy="pip install tensorboard") from None
+    return SummaryWriter(str(folder / "tensorboard"))
