@@ -1,0 +1,284 @@
+"""The four tasks of `graft demo`: real data, made on the spot, nothing downloaded.
+
+Every text comes from Unicode CLDR through the PyPI package `babel` (`pip install "graftwork[demo]"`); CLDR is under the Unicode
+License, whose text babel carries and `licence()` returns. A task draws an *item* (a day, an amount, a measured value, a few
+countries), writes it in one of several languages, and asks for one canonical form. A hash of the item decides whether it belongs
+to the training or to the evaluation side, so the two share no input, in no language, for any seed and any number of rows.
+
+Each task's recipe (method, options, learning rate, steps) stands next to its data, because they were measured together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import random
+from dataclasses import dataclass
+from datetime import date, timedelta
+from decimal import Decimal
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+from graftwork.errors import GraftworkError, UsageError
+
+#: one item in EVAL_SHARE belongs to the evaluation side
+EVAL_SHARE = 5
+#: so many draws in a row without a new prompt mean that there are no more
+PATIENCE = 1000
+SOURCE = "Unicode CLDR, through the PyPI package babel (Unicode License)"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt, its one right answer, and the items (one or several) that both were written from."""
+
+    prompt: str
+    answer: str
+    items: tuple[str, ...]
+
+
+#: draw(rng, keep): one random example, made only of items that `keep` accepts
+Draw = Callable[[random.Random, Callable[[str], bool]], Example]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task and the recipe that learns it.
+
+    name, title, kind: identifier, heading, sort of task. instruction: what an untrained model is told, complete enough to answer
+    by. system: the short system message of training and of adapted answers (an explicit one also keeps the chat template from
+    adding its own, longer one). same(prediction, answer): whether the two say the same.
+    method, options, learning_rate, steps, batch_size, max_length, max_new_tokens: the adapter and its run; lengths in tokens of
+    SmolLM2's tokenizer.
+    """
+
+    name: str
+    title: str
+    kind: str
+    instruction: str
+    system: str
+    draw: Draw
+    method: str
+    options: dict[str, Any]
+    learning_rate: float
+    steps: int
+    max_length: int
+    max_new_tokens: int
+    batch_size: int = 16
+    same: Callable[[str, str], bool] = str.__eq__
+    source: str = SOURCE
+
+    def train(self, n: int, seed: int = 0) -> list[Example]:
+        """n different training examples, equal for equal (n, seed). Raises UsageError where the task has fewer."""
+        return self._take("train", n, seed)
+
+    def eval(self, n: int, seed: int = 0) -> list[Example]:
+        """n different evaluation examples; none of their items occurs in any training set."""
+        return self._take("eval", n, seed)
+
+    def few_shot(self, k: int = 4) -> list[Example]:
+        """k fixed training examples with k different answers, to show an untrained model what is wanted."""
+        shown: dict[str, Example] = {}
+        stream = self._stream("train", "few-shot")
+        while len(shown) < k:
+            example = next(stream)
+            shown.setdefault(example.answer, example)
+        return list(shown.values())
+
+    def score(self, prediction: str, answer: str) -> bool:
+        """Exact match of the first line that is not blank (an untrained model chats on after its answer), outer blanks aside."""
+        lines = [line.strip() for line in prediction.splitlines() if line.strip()]
+        return bool(lines) and self.same(lines[0], answer)
+
+    def question(self, example: Example) -> list[dict[str, str]]:
+        """What the adapted model is asked."""
+        return [{"role": "system", "content": self.system}, {"role": "user", "content": example.prompt}]
+
+    def messages(self, example: Example) -> list[dict[str, str]]:
+        """What the adapted model is trained on: the question and its answer."""
+        return [*self.question(example), {"role": "assistant", "content": example.answer}]
+
+    def baseline(self, example: Example, shots: int = 0) -> list[dict[str, str]]:
+        """What the untrained model is asked: the full instruction, `shots` solved examples as earlier turns, the question."""
+        chat = [{"role": "system", "content": self.instruction}]
+        for shown in self.few_shot(shots):
+            chat += [{"role": "user", "content": shown.prompt}, {"role": "assistant", "content": shown.answer}]
+        return [*chat, {"role": "user", "content": example.prompt}]
+
+    def rows(self, side: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
+        """Lines of a `messages` data file; side is `train` or `eval`."""
+        return [{"messages": self.messages(example)} for example in self._take(side, n, seed)]
+
+    def side(self, item: str) -> str:
+        """`train` or `eval`, from nothing but the task's name and the item."""
+        digest = hashlib.sha256(f"{self.name}/{item}".encode()).digest()
+        return "eval" if int.from_bytes(digest[:8], "big") % EVAL_SHARE == 0 else "train"
+
+    def _stream(self, side: str, seed: int | str) -> Iterator[Example]:
+        if side not in ("train", "eval"):
+            raise UsageError(f"there is no side '{side}'", remedy="sides: train, eval")
+        rng = random.Random(f"{self.name}/{side}/{seed}")
+        while True:
+            yield self.draw(rng, lambda item: self.side(item) == side)
+
+    def _take(self, side: str, n: int, seed: int) -> list[Example]:
+        taken: dict[str, Example] = {}
+        stream, misses = self._stream(side, seed), 0
+        while len(taken) < n:
+            example = next(stream)
+            misses = misses + 1 if example.prompt in taken else 0
+            taken.setdefault(example.prompt, example)
+            if misses == PATIENCE:
+                raise UsageError(f"task '{self.name}' has no {n} different {side} examples (found {len(taken)})",
+                                 remedy=f"ask for at most {len(taken)}")
+        return list(taken.values())
+
+
+def task(name: str) -> Task:
+    """The task of that name. Raises UsageError with the list."""
+    for each in TASKS:
+        if each.name == name:
+            return each
+    raise UsageError(f"there is no demo task '{name}'", remedy=f"tasks: {', '.join(t.name for t in TASKS)}")
+
+
+def licence() -> str:
+    """The Unicode License as babel ships it: what the texts of every task are under."""
+    return (Path(_babel("core").__file__).parent / "locale-data" / "LICENSE.unicode").read_text(encoding="utf-8")
+
+
+def _babel(module: str) -> Any:
+    try:
+        return importlib.import_module(f"babel.{module}")
+    except ModuleNotFoundError:
+        raise GraftworkError("the demo's texts come from the package babel, which is not installed",
+                             remedy='pip install "graftwork[demo]"') from None
+
+
+def _plain(text: str) -> str:
+    """No-break and narrow spaces become blanks, as in typed text (and three tokens fewer each)."""
+    return text.replace("\u00a0", " ").replace("\u202f", " ").replace("\u2019", "'")
+
+
+def _until(rng: random.Random, keep: Callable[[str], bool], item: Callable[[], str]) -> str:
+    """The first kept one of random items; four of five are training items, one of five is an evaluation item."""
+    while not keep(found := item()):
+        pass
+    return found
+
+
+# -- dates: a long written date -> ISO 8601 ------------------------------------------------------------------------------------
+
+DATE_LANGUAGES = ("en_GB", "de", "fr", "es", "it", "nl", "pt", "sv")
+FIRST_DAY, LAST_DAY = date(1950, 1, 1), date(2049, 12, 31)
+
+
+def _draw_date(rng: random.Random, keep: Callable[[str], bool]) -> Example:
+    days = (LAST_DAY - FIRST_DAY).days + 1
+    item = _until(rng, keep, lambda: (FIRST_DAY + timedelta(days=rng.randrange(days))).isoformat())
+    form, language = rng.choice(("long", "full")), rng.choice(DATE_LANGUAGES)
+    text = _babel("dates").format_date(date.fromisoformat(item), form, locale=language)
+    return Example(_plain(text), item, (item,))
+
+
+# -- money: an amount with the currency's written name -> ISO 4217 code and a plain number -------------------------------------
+
+#: (locale, currency): each currency as its own country writes it
+CURRENCIES = (("en_US", "USD"), ("en_GB", "GBP"), ("de_DE", "EUR"), ("fr_FR", "EUR"), ("es_ES", "EUR"), ("de_CH", "CHF"),
+              ("pt_BR", "BRL"), ("sv_SE", "SEK"), ("da_DK", "DKK"), ("nb_NO", "NOK"), ("pl_PL", "PLN"), ("tr_TR", "TRY"))
+
+
+def _draw_money(rng: random.Random, keep: Callable[[str], bool]) -> Example:
+    item = _until(rng, keep, lambda: str(Decimal(rng.randrange(10 ** rng.randint(3, 6), 10 ** 7)) / 100))
+    locale, currency = rng.choice(CURRENCIES)
+    amount = Decimal(item).quantize(Decimal("0.01"))
+    text = _babel("numbers").format_currency(amount, currency, locale=locale, format_type="name")
+    return Example(_plain(text), f"{currency} {amount}", (item,))
+
+
+# -- measures: a measured value in words -> JSON -------------------------------------------------------------------------------
+
+MEASURE_LANGUAGES = ("en", "de", "fr", "es", "it", "nl", "pt", "sv")
+#: CLDR's unit -> the symbol asked for
+UNITS = {"length-meter": "m", "length-kilometer": "km", "mass-gram": "g", "mass-kilogram": "kg", "volume-liter": "l",
+         "duration-hour": "h", "duration-minute": "min", "temperature-celsius": "°C", "speed-kilometer-per-hour": "km/h",
+         "area-square-meter": "m²", "power-watt": "W", "digital-megabyte": "MB"}
+
+
+def _draw_measure(rng: random.Random, keep: Callable[[str], bool]) -> Example:
+    unit, language = rng.choice(tuple(UNITS)), rng.choice(MEASURE_LANGUAGES)
+    item = _until(rng, keep, lambda: f"{rng.randrange(11, 9999) / 10:g} {unit}")
+    value = float(item.split()[0])
+    text = _babel("units").format_unit(value, unit, length="long", locale=language)
+    answer = json.dumps({"unit": UNITS[unit], "value": int(value) if value.is_integer() else value}, ensure_ascii=False)
+    return Example(_plain(text), answer, (item,))
+
+
+def _same_json(prediction: str, answer: str) -> bool:
+    """Equal as JSON values: spacing and the order of keys are free."""
+    try:
+        return json.loads(prediction) == json.loads(answer)
+    except ValueError:
+        return False
+
+
+# -- languages: a list of countries -> the language it is written in -----------------------------------------------------------
+
+LANGUAGES = ("ca", "cs", "cy", "da", "et", "fi", "hu", "nl", "pl", "ro", "sv", "tr")
+COUNTRIES, LONGEST_NAME = 3, 16
+
+
+def _draw_language(rng: random.Random, keep: Callable[[str], bool]) -> Example:
+    names, listed = _country_names(), _babel("lists").format_list
+    code = rng.choice(LANGUAGES)
+    usable = [country for country, name in names[code].items() if len(name) <= LONGEST_NAME and keep(country)]
+    while True:
+        items = tuple(rng.sample(usable, COUNTRIES))
+        own = [names[code][item] for item in items]
+        text = listed(own, locale=code)
+        spelt_alike = [other for other in LANGUAGES if other != code and [names[other][item] for item in items] == own]
+        if text not in [listed(own, locale=other) for other in spelt_alike]:  # "Barbados i Vanuatu" is Catalan and Polish
+            return Example(_plain(text), _babel("core").Locale("en").languages[code], items)
+
+
+@lru_cache(maxsize=1)
+def _country_names() -> dict[str, dict[str, str]]:
+    """language -> {ISO 3166 code: the country's name in that language}, for the countries that every language names."""
+    tables = {code: _babel("core").Locale(code).territories for code in LANGUAGES}
+    shared = sorted(set.intersection(*(set(table) for table in tables.values())))
+    return {code: {c: _plain(table[c]) for c in shared if c.isalpha()} for code, table in tables.items()}
+
+
+TASKS: tuple[Task, ...] = (
+    Task(
+        name="dates", title="long dates in 8 languages -> ISO 8601", kind="normalization",
+        instruction="Convert the date to ISO 8601 format, YYYY-MM-DD. Answer with the date only.", system="Date to ISO.",
+        draw=_draw_date, method="lora", options={"r": 8, "alpha": 16, "target_modules": "all-linear"},
+        learning_rate=5e-3, steps=20, max_length=64, max_new_tokens=12,
+    ),
+    Task(
+        name="money", title="amounts in 10 languages -> ISO 4217 code and number", kind="normalization",
+        instruction="Convert the amount to its three-letter ISO 4217 currency code, a space, and the number with a decimal point, "
+                    "two decimals and no thousands separator. Answer with that only.", system="Amount to ISO.",
+        draw=_draw_money, method="paca", options={"r": 16, "target_modules": "all-linear"},
+        learning_rate=5e-3, steps=30, max_length=64, max_new_tokens=14,
+    ),
+    Task(
+        name="measures", title="measured values in 8 languages -> JSON", kind="structured extraction",
+        instruction="Extract the unit and the value from the text. Answer with one JSON object with the keys \"unit\" (one of "
+                    + ", ".join(UNITS.values()) + ") and \"value\" (a number with a decimal point), and nothing else.",
+        system="Measure to JSON.", draw=_draw_measure, same=_same_json,
+        method="flora", options={"r": 1, "target_modules": "all-linear"},
+        learning_rate=1e-2, steps=40, max_length=64, max_new_tokens=20,
+    ),
+    Task(
+        name="languages", title="lists of countries -> one of 12 languages", kind="classification",
+        instruction="In which language is this list of countries written? Answer with one of: Catalan, Czech, Danish, Dutch, "
+                    "Estonian, Finnish, Hungarian, Polish, Romanian, Swedish, Turkish, Welsh. Answer with one word only.",
+        system="Language?",
+        draw=_draw_language, method="nola", options={"r": 8, "k": 64, "l": 64, "target_modules": "q,v"},
+        learning_rate=5e-2, steps=60, max_length=80, max_new_tokens=4,
+    ),
+)
