@@ -57,3 +57,6 @@ class Initializer:
               generator: torch.Generator) -> nn.Module | None:
         """Set the adapter's start at one site; returns the new storage of an edited, stored base, or None."""
         raise NotImplementedError
+
+    def plan_extra(self, graft: Any) -> None:
+        """Give a graft of the simulation the tensors that `build` would add to it (frozen pairs, say), without values."""

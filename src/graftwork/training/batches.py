@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Callable, Sequence
 
 from ..data.order import BatchOrder
@@ -19,6 +20,17 @@ class StepBatches:
         self.data, self.collate, self.batch_size, self.rows = data, collate, batch_size, batch_size * accumulation
         self.total_steps, self.seed = total_steps, seed
         self._order: BatchOrder | None = None
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each row of the data."""
+        return list(self.data.lengths())
+
+    @cached_property
+    def target_counts(self) -> list[int]:
+        """Trained tokens (or labels) of each row of the data."""
+        rows = (self.data[i]["labels"] for i in range(len(self.data)))
+        return [sum(x != -100 for x in labels[1:]) if isinstance(labels, list) else 1 for labels in rows]
 
     @staticmethod
     def steps_per_epoch(rows: int, batch_size: int, accumulation: int) -> int:
@@ -75,3 +87,22 @@ def total_steps(rows: int, *, epochs: float, max_steps: int, batch_size: int, ac
 def identity(items: Sequence[Any]) -> Any:
     """Collate function of a loader whose items are whole steps."""
     return items[0]
+
+
+def heaviest_step(batches: Any) -> int:
+    """The step whose largest micro-batch has the most padded tokens (of equals, the one with most trained tokens), looked for
+    after step 0, where optimizer state exists."""
+    def weight(step: int) -> tuple[int, int]:
+        members = batches.members.values() if isinstance(batches, FleetBatches) else [batches]
+        best = (0, 0)
+        chunks = [[m.indices(step)[k:k + m.batch_size] for k in range(0, len(m.indices(step)), m.batch_size)]
+                  for m in members if step < m.total_steps]
+        lengths = [m.lengths for m in members if step < m.total_steps]
+        targets = [m.target_counts for m in members if step < m.total_steps]
+        for k in range(max(len(c) for c in chunks)):
+            rows = [(length[i], target[i]) for c, length, target in zip(chunks, lengths, targets) if k < len(c) for i in c[k]]
+            best = max(best, (len(rows) * max(n for n, _ in rows), sum(t for _, t in rows)))
+        return best
+
+    steps = range(1, len(batches)) if len(batches) > 1 else range(1)
+    return max(steps, key=weight)

@@ -52,7 +52,7 @@ class Interrupt(TrainerCallback):
 
 
 class PeakOfStep(TrainerCallback):
-    """Measures the memory peak of one step (the second: optimizer state exists by then) from allocator events."""
+    """Measures the memory peak of one step, the heaviest of the run, from allocator events."""
 
     def __init__(self, meter: Any, at: int = 1):
         self.meter, self.at, self.result, self._running = meter, at, None, None

@@ -17,7 +17,7 @@ from ..files import FileLock, atomic_folder, atomic_write_text, disk_errors, saf
 from ..modeling.state import state_of
 from ..recipe import Recipe, load_recipe
 from . import checkpoint as ckpt
-from .batches import FleetBatches, StepBatches, total_steps
+from .batches import FleetBatches, StepBatches, heaviest_step, total_steps
 from .build import build_grafts, build_model, build_step, task_of
 from .callbacks import AfterStep, Interrupt, PeakOfStep, Progress
 from .schedule import factor
@@ -233,7 +233,7 @@ class _Run:
             return None
         from ..planning.measure import PeakMeter
 
-        return PeakOfStep(PeakMeter)
+        return PeakOfStep(PeakMeter, heaviest_step(self.batches))
 
     def _check_fused(self, step: Any) -> None:
         if getattr(self.recipe.optimizer, "fused", False):

@@ -1,0 +1,209 @@
+"""The plan of a recipe: its real step, run twice on fake tensors, counted by the ledger.
+
+Model (from its config alone), storage, grafts, optimizer and batch are built by the code that a run uses
+(training.build), inside FakeTensorMode: shapes and dtypes are exact, no memory is touched, nothing is computed. The second
+step runs with optimizer state in place, so the peak of both is the peak of a run whose shapes do not change.
+
+The batch: where the data and the tokenizer can be read, the heaviest step of the run as it will be collated; else
+batch_size rows of max_length tokens, all trained. Upper bounds instead of exact figures: initializers that choose ranks
+from data (their largest rank), routed experts (the rows of all experts are counted, not how they are split). The pass of an
+initializer over weights or data, evaluation and checkpoint writing happen outside the step and are not in the figure.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..errors import GraftworkError
+from ..recipe import Recipe, load_recipe
+from ..training.batches import FleetBatches, StepBatches, heaviest_step, total_steps
+from ..training.build import build_grafts, build_model, build_step
+from .ledger import Ledger
+from .measure import expected_device_bytes
+
+
+@dataclass
+class Plan:
+    """peak_bytes and categories at the peak (tensor bytes); device: expected use with its basis; trained: parameters;
+    batch: (rows, tokens, trained tokens) of the simulated micro-batch; flops of one step; exact: False where bounds entered."""
+
+    peak_bytes: int
+    categories: dict[str, int]
+    device: dict[str, Any]
+    trained: int
+    batch: dict[str, Any]
+    flops: int
+    steps: int
+    seconds_per_step: tuple[float, float] | None
+    notes: list[str] = field(default_factory=list)
+    timeline: list[Any] = field(default_factory=list, repr=False)
+    fits: bool | None = None
+    budget: int | None = None
+    simulated_in: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "timeline"}
+
+
+def plan(recipe: Recipe | str | Path | dict[str, Any], *, overrides: list[str] | None = None, budget: int | None = None,
+         device: str | None = None, use_data: bool = True, estimate_time: bool = True) -> Plan:
+    """Simulate a recipe. budget in bytes: sets `fits` (device bytes with their reserve against it). device: 'cpu' or 'cuda',
+    for the bytes beside the tensors (default: what this machine has).
+
+    Raises what building the recipe raises; nothing is downloaded and no weight is read."""
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    start = time.monotonic()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    batches, steps, names, labels, notes = _batches(recipe, use_data)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        result = _simulate(recipe, mode, batches, steps, names, labels, notes)
+    ledger, flops, trained, shape = result
+    expected = expected_device_bytes(ledger.peak_bytes, device, pools=ledger.peak_pools, blocks=ledger.peak_blocks)
+    made = Plan(ledger.peak_bytes, ledger.peak_categories, expected, trained, shape, flops, steps,
+                step_seconds(flops, recipe.train.precision) if estimate_time else None, notes, ledger.timeline,
+                simulated_in=round(time.monotonic() - start, 3))
+    if budget is not None:
+        made.budget, made.fits = budget, expected["total_bytes"] <= budget
+    return made
+
+
+def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[dict[str, Any]], steps: int, names: list[str],
+              labels: int | None, notes: list[str]):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ..objectives import base as objectives
+
+    model, _ = build_model(recipe, num_labels=labels, fake=True)
+    ledger = Ledger(logits_width=getattr(model.config.get_text_config(), "vocab_size", None))
+    grafts = _grafts(recipe, model, names, notes)
+    step = build_step(recipe, model, grafts, steps)
+    with ledger:
+        ledger.track(model, "weights")
+        for graft in grafts:
+            for _, module in graft.named_modules():
+                ledger.track(module, "adapters")
+        if step.optimizer is not None:
+            ledger.track(step.optimizer)
+        model.train()
+        fake = [{k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in b.items()} for b in batches]
+        ledger.track(fake, "other")
+        scope, objectives.logits_scope = objectives.logits_scope, lambda: ledger.category("logits")
+        try:
+            step.run(fake, 0)
+            ledger.refresh()
+            counter = FlopCounterMode(display=False)
+            with counter:
+                step.run(fake, 1)
+        finally:
+            objectives.logits_scope = scope
+    trained = sum(p.numel() for _, p in step.parameters)
+    first = batches[0]
+    shape = {"micro_batches": len(batches), "rows": first["input_ids"].shape[0], "tokens": first["input_ids"].shape[1],
+             "trained_tokens": first.get("n_targets")}
+    return ledger, counter.get_total_flops(), trained, shape
+
+
+def _grafts(recipe: Recipe, model: Any, names: list[str], notes: list[str]) -> list[Any]:
+    """The recipe's grafts with the ranks that an initializer may choose at most; no statistics are taken."""
+    if recipe.adapter is None:
+        return build_grafts(recipe, model, names)
+    from ..adapters.graft import attach
+    from ..registry import lookup
+    from ..training.build import adapter_config
+
+    config, ranks = adapter_config(recipe, model), None
+    if recipe.initializer is not None:
+        from ..modeling.sites import find_sites
+
+        start = lookup("initializer", recipe.initializer.method).cls(recipe.initializer)
+        sites = find_sites(model, config.target_modules, exclude_modules=config.exclude_modules, layers=config.layers_to_transform)
+        ranks = start.plan(sites, config)
+        if ranks:
+            notes.append(f"upper bound: {start.method} chooses ranks from data, counted with its largest")
+    grafts = [attach(model, config, name=name, seed=recipe.train.seed, ranks=ranks) for name in names]
+    if recipe.initializer is not None:
+        for graft in grafts:
+            start.plan_extra(graft)
+    return grafts
+
+
+def _batches(recipe: Recipe, use_data: bool) -> tuple[list[dict[str, Any]], int, list[str], int | None, list[str]]:
+    """(micro-batches of the heaviest step, total steps, graft names, number of labels, notes)."""
+    notes: list[str] = []
+    if use_data:
+        try:
+            return (*_from_data(recipe), notes)
+        except GraftworkError as error:
+            notes.append(f"batch shape from max_length, not from the data ({error.message})")
+    return (*_from_shape(recipe), notes)
+
+
+def _from_data(recipe: Recipe) -> tuple[list[dict[str, Any]], int, list[str], int | None]:
+    from ..data import build_splits, find_files
+    from ..modeling.models import load_tokenizer
+
+    tokenizer, train = load_tokenizer(recipe.model), recipe.train
+    if tokenizer is None:
+        raise GraftworkError("the model has no tokenizer")
+    sets = {}
+    for path in find_files(recipe.data.train) if recipe.is_fleet else [None]:
+        name = "default" if path is None else path.name.split(".")[0]
+        data = recipe.data if path is None else recipe.data.model_copy(update={"train": str(path)})
+        try:
+            sets[name] = build_splits(data, tokenizer, seed=train.seed, adapter=None if path is None else name)[0]
+        except GraftworkError:
+            if path is None:
+                raise
+    if not sets:
+        raise GraftworkError("no usable data file")
+    collate = next(iter(sets.values())).collator()
+    members = {name: StepBatches(data, collate, train.batch_size, train.grad_accumulation,
+                                 total_steps(len(data), epochs=train.epochs, max_steps=train.max_steps, batch_size=train.batch_size,
+                                             accumulation=train.grad_accumulation), train.seed) for name, data in sets.items()}
+    batches = FleetBatches(members, collate) if recipe.is_fleet else members["default"]
+    labels = next(iter(sets.values())).label_names
+    return batches[heaviest_step(batches)], len(batches), list(members), len(labels) if labels else None
+
+
+def _from_shape(recipe: Recipe) -> tuple[list[dict[str, Any]], int, list[str], int | None]:
+    from ..data.collate import ClassificationCollator, Collator
+    from ..training.build import task_of
+
+    rows, length, train = recipe.train.batch_size, recipe.data.max_length, recipe.train
+    classes = task_of(recipe) == "classification"
+    collate = (ClassificationCollator if classes else Collator)(0)
+    one = {"input_ids": [1] * length, "labels": 0 if classes else [-100] + [1] * (length - 1)}
+    if recipe.data.packing:
+        one["position_ids"] = list(range(length))
+    steps = train.max_steps if train.max_steps > 0 else 1
+    return [collate([dict(one) for _ in range(rows)]) for _ in range(train.grad_accumulation)], steps, ["default"], 2 if classes else None
+
+
+_RATES: dict[str, float] = {}
+
+
+def step_seconds(flops: int, precision: str) -> tuple[float, float]:
+    """(low, high) seconds of one step on this machine: the counted flops at the matmul rate measured here, and at a quarter
+    of it, which is where small models and element-wise work end up."""
+    if precision not in _RATES:
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+        a, b = (torch.ones(1024, 1024, dtype=dtype, device=where) for _ in range(2))
+        with torch.no_grad(), nullcontext():
+            a @ b
+            start = time.perf_counter()
+            for _ in range(4):
+                a @ b
+            if where == "cuda":
+                torch.cuda.synchronize()
+        _RATES[precision] = 4 * 2 * 1024**3 / (time.perf_counter() - start)
+    low = flops / _RATES[precision]
+    return low, 4 * low
