@@ -426,7 +426,8 @@ def write_gguf(path, model, kind="F32", pre="smollm"):
     writer.add_chat_template(tiny.CHATML)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     short = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+             "self_attn.o_proj": "attn_output",
+             "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
              "post_attention_layernorm": "ffn_norm"}
     for name, weight in model.named_parameters():
         weight, parts = weight.detach(), name.split(".")
