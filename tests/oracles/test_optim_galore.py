@@ -95,6 +95,15 @@ def test_randomized_svd_finds_the_dominant_subspace(shape):
     assert torch.equal(left, again[0]) and not torch.equal(left, _top_vectors(grad, 6, seed=2)[0])
 
 
+def test_randomized_svd_on_a_flat_spectrum():
+    """Noise has no dominant subspace: power iterations must still catch nearly the energy of the best rank-6 view."""
+    from graftwork.optim.subspace import _top_vectors
+    for seed in range(3):
+        grad = torch.randn(120, 100, generator=torch.Generator().manual_seed(seed))
+        best = torch.linalg.svdvals(grad)[:6].norm()
+        assert (grad @ _top_vectors(grad, 6, seed=seed)[1].T).norm() > 0.97 * best
+
+
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
 def test_randomized_option_trains_like_the_exact_one(shape):
     generator = torch.Generator().manual_seed(5)
