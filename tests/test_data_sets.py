@@ -188,7 +188,8 @@ def test_collation_against_brute_force(parts, packed, multiple, side):
             expected += [(i * width + t + k - 1, e[k][0]) for k in range(1, len(e)) if e[k][1]]
             t += len(e)
     assert list(zip(batch["target_index"].tolist(), batch["target_ids"].tolist())) == expected
-    assert batch["row_tokens"].sum() == batch["n_targets"] == len(expected) and len(batch["row_tokens"]) == n
+    assert batch["row_tokens"].sum() == batch["n_targets"] == len(expected)
+    assert batch["row_tokens"].tolist() == batch["row_counts"] == [sum(p // width == i for p, _ in expected) for i in range(n)]
     for i, row in enumerate(rows):
         real = real_tokens(batch)[i]
         assert batch["input_ids"][i, real].tolist() == row["input_ids"] and batch["labels"][i, real].tolist() == row["labels"]

@@ -64,8 +64,8 @@ class Collator(_Padding):
     input_ids (N, T), labels (N, T) with -100 where untrained, attention_mask (N, T); for packed rows position_ids (N, T)
     and segment_ids (N, T) (1, 2, ... per example, 0 for padding) *instead of* attention_mask; target_index (n,) flat
     positions whose next token is trained; target_ids (n,) those tokens; row_tokens (N,) targets per row: all int64.
-    Python: n_targets, n_tokens (without padding), row_counts (row_tokens as a list), rows (adapter name or None per row, if any row has one),
-    index (rows of the data set, for messages). T is the longest row, rounded up to `pad_to_multiple_of`.
+    Python: n_targets, n_tokens (without padding), row_counts (row_tokens as a list), rows (adapter name or None per row,
+    if any row has one), index (rows of the data set, for messages). T is the longest row, rounded up to `pad_to_multiple_of`.
     """
 
     def collate(self, rows: list[dict]) -> Batch:
