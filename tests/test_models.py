@@ -15,7 +15,7 @@ import tiny
 from graftwork.errors import ModelError, UsageError
 from graftwork.modeling import gguf_import, references
 from graftwork.modeling.checkpoint import license_files, read_header, stored_tensors, weight_files
-from graftwork.modeling.fingerprint import fingerprint, short_fingerprint, weight_digest
+from graftwork.modeling.fingerprint import fingerprint, keep_fingerprint, short_fingerprint, weight_digest
 from graftwork.modeling.models import PACKAGED, empty_model, load_config, load_model, load_tokenizer, parse_dtype, resolve
 from graftwork.modeling.source import build_source, source_of
 
@@ -395,6 +395,11 @@ def test_children_of_ours_do_not_count_and_swapped_storage_is_refused():
     model.model.layers[0].mlp.down_proj = type("NF4", (torch.nn.Module,), {"__module__": "graftwork.storage.nf4"})()
     with pytest.raises(ModelError, match="pristine weights are gone"):
         fingerprint(model)
+    kept, meta = tiny.llama(), tiny.llama().to("meta")
+    keep_fingerprint(kept)
+    keep_fingerprint(meta)
+    kept.model.layers[0].mlp.down_proj = model.model.layers[0].mlp.down_proj
+    assert fingerprint(kept) == before and not hasattr(meta, "graft_fingerprint")
 
 
 # ---- GGUF ---------------------------------------------------------------------------------------------------------

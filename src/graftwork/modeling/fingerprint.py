@@ -10,7 +10,8 @@ that what does not matter drops out:
 - all bytes count. Sampling blocks would be faster, and blind to an edit outside the sample. Weights are hashed in
   parallel, and for files the digests are remembered in the cache by path, size and modification time.
 
-A model without files is hashed from memory; it must still be dense, and grafts on it are not counted.
+A model without files is hashed from memory, while it is still dense and unmerged: whoever is about to change its weights
+calls `keep_fingerprint` first. Grafts on it are not counted.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ def fingerprint(model: nn.Module | ModelSource, names: Iterable[str] | None = No
     Raises ModelError when a name is unknown, or when a model without files holds quantised or fake weights.
     """
     source = model if isinstance(model, ModelSource) else source_of(model)
+    kept = getattr(model, "graft_fingerprint", None)
+    if source is None and names is None and kept is not None:
+        return kept
     if source is not None:
         digests = _source_digests(source)
         wanted = source.names() if names is None else [source.aliases.get(name, name) for name in names]
@@ -56,6 +60,16 @@ def fingerprint(model: nn.Module | ModelSource, names: Iterable[str] | None = No
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 
+def keep_fingerprint(model: nn.Module) -> None:
+    """Before weights are quantised, merged or trained: notes the fingerprint of a model without files as
+    `model.graft_fingerprint`, which `fingerprint` then returns. Nothing happens for a model with files, with a note
+    already, or without values (fake, meta).
+    """
+    if source_of(model) is None and getattr(model, "graft_fingerprint", None) is None:
+        if not any(_without_values(weight) for weight in model.parameters()):
+            model.graft_fingerprint = fingerprint(model)
+
+
 def short_fingerprint(full: str) -> str:
     """The first 12 digits, for people."""
     return full[:12]
@@ -65,7 +79,7 @@ def weight_digest(tensor: torch.Tensor) -> str:
     """SHA-256 of one weight: its shape and its canonical bytes (see the module's text)."""
     import torch
 
-    if tensor.is_meta or type(tensor).__name__ == "FakeTensor":
+    if _without_values(tensor):
         raise ModelError("a weight without values has no fingerprint", remedy="load the model's weights first")
     state = hashlib.sha256(json.dumps(list(tensor.shape)).encode())
     small = tensor.is_floating_point() and tensor.element_size() <= 4
@@ -76,6 +90,10 @@ def weight_digest(tensor: torch.Tensor) -> str:
         part = flat[start:start + _CHUNK].cpu()
         state.update(memoryview((part.to(torch.float32) if small else part.contiguous()).numpy()).cast("B"))
     return state.hexdigest()
+
+
+def _without_values(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or "FakeTensor" in (type(tensor).__name__, type(tensor.data).__name__)
 
 
 def _digests(read: dict[str, Callable[[], torch.Tensor]]) -> dict[str, str]:
