@@ -7,6 +7,7 @@ Kept apart: what is *stored* (parameters, seeds, indices), how the operator is *
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Sequence
@@ -155,14 +156,14 @@ class Adapter(nn.Module):
         (N, ..., out)."""
         shape = x.shape
         if bank.dropout is not None:
-            x = base.noise.dropout(x, bank.dropout[index].reshape(-1, *[1] * (x.dim() - 1)), bank.key)
-        flat = x.reshape(shape[0], -1, shape[-1])
+            x = base.noise.dropout(x, bank.dropout.to(x.device)[index].reshape(-1, *[1] * (x.dim() - 1)), bank.key)
+        flat = as_rows(x)
         hidden = torch.bmm(flat, bank.A[index].transpose(1, 2))
         if bank.bias is None:
             change = torch.bmm(hidden, bank.B[index].transpose(1, 2))
         else:
             change = torch.baddbmm(bank.bias[index].unsqueeze(1), hidden, bank.B[index].transpose(1, 2))
-        return change.reshape(*shape[:-1], -1)
+        return change.reshape(*shape[:-1], change.shape[-1])
 
     @classmethod
     def rows_inputs(cls, bank: Any, index: Tensor, x: Tensor) -> Tensor:
@@ -182,6 +183,27 @@ class Adapter(nn.Module):
     def auxiliary_loss(self) -> Tensor | None:
         """Term that the method adds to the loss, or None."""
         return None
+
+    # -- stored --------------------------------------------------------------------------------------------------------
+    def artifact_state(self) -> dict[str, Tensor]:
+        """What the artifact keeps: all parameters, trained and frozen. Nothing that a seed gives back is one."""
+        return dict(self.named_parameters())
+
+    def load_artifact_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse. Raises RuntimeError for missing or unexpected names and wrong shapes."""
+        self.load_state_dict(state)
+
+    def stored_extra(self) -> dict[str, Any] | None:
+        """JSON facts saved with this site's tensors (a checksum of regenerated numbers, say), or None."""
+        return None
+
+    def check_extra(self, extra: dict[str, Any]) -> None:
+        """Called with what `stored_extra` gave, after loading. Raises ArtifactError when it does not hold."""
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x (N, ..., n) as (N, T, n), also for N = 0."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
 
 
 def pattern_value(pattern: dict[str, Any], name: str, default: Any) -> Any:

@@ -232,6 +232,11 @@ def swap_storage(site: Site, stored: nn.Module) -> nn.Module:
     return stored
 
 
+def on_device(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module on that device. Nothing is called when it is there already: fake tensors refuse `.to`."""
+    return module if all(p.device == device for p in module.parameters()) else module.to(device)
+
+
 def site_generator(seed: int, name: str) -> torch.Generator:
     """Private CPU generator that depends on the graft's seed and the site's name only."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
@@ -313,7 +318,7 @@ def _attach_site(graft: Graft, site: Site, rank: int | None, start: Any, statist
         edited = start.build(site, site.product, adapter, statistics, generator)
         if edited is not None:
             graft.edited_storage[site.name] = swap_storage(site, edited)
-    adapter.to(device=site.product.device)
+    on_device(adapter, site.product.device).train(site.module.training)
     point = graft_point(site.module, graft.holder)
     slot = point.slot(site.slot_name)
     if slot is None:
@@ -346,12 +351,14 @@ def _check_exclusive(holder: StateHolder, info: MethodInfo, sites: list[Site]) -
     names = {s.name for s in sites}
     for other in holder.grafts.values():
         overlap = names & set(other.sites)
-        if overlap and (other.edited_storage or info.traits["position"] != "outside" or other.info.traits["position"] != "outside"):
+        positions = {info.traits["position"], other.info.traits["position"]}
+        if overlap and (other.edited_storage or positions != {"outside"}):
             raise IncompatibleError(
                 f"graft '{other.name}' ({other.method}) owns the stored weight of {len(overlap)} of these sites",
                 remedy=f"detach '{other.name}' first: methods that edit the stored base are exclusive")
         if other.merged:
-            raise IncompatibleError(f"graft '{other.name}' is merged into the weights", remedy=f"unmerge or detach '{other.name}' first")
+            raise IncompatibleError(f"graft '{other.name}' is merged into the weights",
+                                    remedy=f"unmerge or detach '{other.name}' first")
 
 
 def _attach_saved_modules(graft: Graft) -> None:
@@ -375,7 +382,7 @@ def _attach_saved_modules(graft: Graft) -> None:
             if slot is None:
                 slot = Slot(product, graft.holder)
                 point.add_module("whole", slot)
-            slot.put(graft.name, None, "saved", adapter.to(product.device))
+            slot.put(graft.name, None, "saved", on_device(adapter, product.device).train(module.training))
             graft.saved_modules[module_name] = adapter
 
 

@@ -54,7 +54,8 @@ class LoRAAdapter(Adapter):
         bound = 1.0 / math.sqrt(site.in_features)
         self.lora_A = nn.Parameter(torch.empty(self.r, site.in_features).uniform_(-bound, bound, generator=generator))
         self.lora_B = nn.Parameter(torch.zeros(site.out_features, self.r))
-        self.register_parameter("bias_change", nn.Parameter(torch.zeros(site.out_features)) if config.bias == "lora_only" else None)
+        trains_bias = config.bias == "lora_only"
+        self.register_parameter("bias_change", nn.Parameter(torch.zeros(site.out_features)) if trains_bias else None)
         # the frozen pair of an initializer: subtracted here, or (edited storage) only remembered
         self.register_parameter("lora_A0", None)
         self.register_parameter("lora_B0", None)
@@ -81,6 +82,18 @@ class LoRAAdapter(Adapter):
 
     def base_edit(self):
         return None if self.lora_A0 is None else (self.lora_B0, self.lora_A0)
+
+    def load_artifact_state(self, state):
+        if "lora_A0" in state and self.lora_A0 is None:
+            self.set_pair(torch.empty_like(state["lora_B0"], device=self.lora_A.device),
+                          torch.empty_like(state["lora_A0"], device=self.lora_A.device), in_storage=self.pair_in_storage)
+        super().load_artifact_state(state)
+
+    def stored_extra(self):
+        return {"pair_in_storage": True} if self.pair_in_storage else None
+
+    def check_extra(self, extra):
+        self.pair_in_storage = extra["pair_in_storage"]
 
     def parameter_groups(self):
         slow = [p for p in (self.lora_A, self.bias_change) if p is not None]

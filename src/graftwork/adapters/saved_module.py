@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Adapter
+from .base import Adapter, as_rows
 
 
 class SavedModule(Adapter):
@@ -46,6 +46,6 @@ class SavedModule(Adapter):
     def forward_rows(cls, bank, index, x, base):
         weight, bias = bank
         shape = x.shape
-        y = torch.bmm(x.reshape(shape[0], -1, shape[-1]), weight[index].transpose(1, 2))
+        y = torch.bmm(as_rows(x), weight[index].transpose(1, 2))
         y = y if bias is None else y + bias[index].unsqueeze(1)
-        return y.reshape(*shape[:-1], -1) - base(x)
+        return y.reshape(*shape[:-1], y.shape[-1]) - base(x)
