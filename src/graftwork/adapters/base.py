@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +132,7 @@ class Adapter(nn.Module):
 
     # -- many rows, many adapters -------------------------------------------------------------------------------------
     @classmethod
-    def stack(cls, adapters: Sequence["Adapter"], dtype: torch.dtype) -> Any:
+    def stack(cls, adapters: Sequence[Adapter], dtype: torch.dtype) -> Any:
         """A Bank of these adapters in the compute dtype; ragged ranks are padded. Differentiable: one Parameter per
         adapter stays, so an adapter that is absent from the batch gets no gradient."""
         pairs = [a.factors(None) for a in adapters]
@@ -145,7 +146,7 @@ class Adapter(nn.Module):
                     None if bias is None else bias.to(dtype), cls.bank_dropout(adapters), adapters[0].site_name)
 
     @staticmethod
-    def bank_dropout(adapters: Sequence["Adapter"]) -> Tensor | None:
+    def bank_dropout(adapters: Sequence[Adapter]) -> Tensor | None:
         """Dropout probabilities (K,) when any adapter of the bank is training with dropout."""
         rates = [a.dropout if a.training else 0.0 for a in adapters]
         return torch.tensor(rates) if any(rates) and torch.is_grad_enabled() else None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,9 @@ class Graft:
             yield
 
     def scale(self, weight: float) -> None:
-        """Factor of this graft's change in a sum of grafts. Only for additive methods."""
+        """Factor of this graft's change, in sums, per row and when merged. Only for additive methods."""
+        if self.merged:
+            raise UsageError(f"graft '{self.name}' is merged: its weight is fixed", remedy="graft.unmerge() first")
         if self.info.traits["multiplicative"] and weight != 1.0:
             raise IncompatibleError(f"'{self.method}' is multiplicative: its change has no scale")
         self.weight = float(weight)
@@ -139,24 +142,25 @@ class Graft:
 
     @torch.no_grad()
     def delta_weights(self) -> dict[str, Tensor]:
-        """{site: exact change (out, in), fp32}. Raises UsageError for methods whose change depends on the input."""
+        """{site: exact change (out, in), fp32, times the graft's weight}. Raises UsageError for methods whose change
+        depends on the input."""
         changes = {}
         for name, adapter in self.adapters.items():
             change = adapter.delta_weight(self.base_of(self.sites[name]))
             if change is None:
                 raise UsageError(f"'{self.method}' has no weight change: it depends on the input")
-            changes[name] = change
+            changes[name] = change * self.weight
         return changes
 
     @torch.no_grad()
-    def to_lora(self, rank: int | None = None) -> tuple["dict[str, tuple[Tensor, Tensor]]", float]:
+    def to_lora(self, rank: int | None = None) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
         """({site: (B (out, r), A (r, in))}, error): exact factors (error 0) where the method is low-rank and rank is not
-        smaller, else the truncated SVD with its relative Frobenius error over all sites."""
+        smaller, else the truncated SVD with its relative Frobenius error over all sites. B carries the graft's weight."""
         pairs, lost, total = {}, 0.0, 0.0
         for name, adapter in self.adapters.items():
             exact = adapter.factors(self.base_of(self.sites[name]))
             if exact is not None and (rank is None or exact[1].shape[0] <= rank):
-                pairs[name] = (exact[0].float(), exact[1].float())
+                pairs[name] = (exact[0].float() * self.weight, exact[1].float())
                 continue
             change = adapter.delta_weight(self.base_of(self.sites[name]))
             if change is None:
@@ -165,7 +169,7 @@ class Graft:
                 raise UsageError(f"'{self.method}' is not low-rank: its LoRA form is an approximation",
                                  remedy="name the rank: to_lora(rank=16)")
             U, S, Vh = torch.linalg.svd(change, full_matrices=False)
-            pairs[name] = (U[:, :rank] * S[:rank], Vh[:rank])
+            pairs[name] = (U[:, :rank] * S[:rank] * self.weight, Vh[:rank])
             lost += float((S[rank:] ** 2).sum())
             total += float((S**2).sum())
         return pairs, (lost / total) ** 0.5 if total else 0.0
@@ -181,6 +185,9 @@ class Graft:
         if not self.info.traits["mergeable"]:
             raise IncompatibleError(f"'{self.method}' cannot be merged: it has no weight change",
                                     remedy="serve it beside the base instead")
+        other = next((g for g in self.holder.grafts.values() if g.merged and set(g.sites) & set(self.sites)), None)
+        if other is not None:
+            raise IncompatibleError(f"graft '{other.name}' is merged into the same weights", remedy=f"unmerge '{other.name}' first")
         from .merging import merge_sites
 
         report = merge_sites(self, requantize=requantize, force=force)
@@ -203,6 +210,10 @@ class Graft:
         from ..artifact import save_graft
 
         save_graft(self, folder, **options)
+
+    def edit_storage(self, name: str, stored: nn.Module, site: Site | None = None) -> None:
+        """Run a site on another storage while this graft is attached; detach puts the old one back."""
+        self.edited_storage[name] = swap_storage(site or self.sites[name], stored)
 
     def _restore_storage(self, site: Site) -> None:
         kept = self.edited_storage.pop(site.name, None)
@@ -278,6 +289,7 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
     start = _initializer(initializer)
     statistics = None
     if start is not None:
+        start.bind(model)
         start.check(info, config_object, sites)
         statistics = start.statistics(model, sites, config_object, batches)
         ranks = {**start.ranks(sites, config_object, statistics), **(ranks or {})}
@@ -286,7 +298,7 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
     if graft.shared is not None:
         if "graft_shared" not in model._modules:
             model.add_module("graft_shared", nn.ModuleDict())
-        model._modules["graft_shared"][name] = graft.shared
+        model._modules["graft_shared"][name] = graft.shared.train(model.training)
     holder.grafts[name] = graft
     try:
         for site in sites:
@@ -317,7 +329,7 @@ def _attach_site(graft: Graft, site: Site, rank: int | None, start: Any, statist
     if start is not None:
         edited = start.build(site, site.product, adapter, statistics, generator)
         if edited is not None:
-            graft.edited_storage[site.name] = swap_storage(site, edited)
+            graft.edit_storage(site.name, edited, site)
     on_device(adapter, site.product.device).train(site.module.training)
     point = graft_point(site.module, graft.holder)
     slot = point.slot(site.slot_name)

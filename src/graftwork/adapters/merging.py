@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import GraftworkError, IncompatibleError
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 LOSS_LIMIT = 0.5
 
 
-def merge_sites(graft: "Graft", *, requantize: bool, force: bool) -> "MergeReport":
+def merge_sites(graft: Graft, *, requantize: bool, force: bool) -> MergeReport:
     """Write W + delta at every site. All new weights are computed before the first one is written."""
     from .graft import MergeReport
 
@@ -32,8 +31,11 @@ def merge_sites(graft: "Graft", *, requantize: bool, force: bool) -> "MergeRepor
     planned: list[tuple[Site, Tensor, Tensor | None]] = []
     for name, adapter in {**graft.adapters, **graft.saved_modules}.items():
         site = graft.sites.get(name) or _saved_site(graft, name)
+        if requantize and site.rows is not None and isinstance(site.module, StoredWeight):
+            raise IncompatibleError(f"'{name}' is a slice of a fused projection and cannot be quantised on its own",
+                                    remedy="merge into dense weights (the default), or target the whole projection")
         base = graft.base_of(site)
-        change = adapter.delta_weight(base)
+        change = adapter.delta_weight(base) * graft.weight
         dense = base.weight()
         exact = dense.float() + change
         new = exact.to(dense.dtype)
@@ -43,7 +45,7 @@ def merge_sites(graft: "Graft", *, requantize: bool, force: bool) -> "MergeRepor
         size = change.norm().item()
         report.errors[name] = ((new.float() - exact).norm().item() / size) if size else 0.0
         bias = adapter.delta_bias() if name in graft.adapters else _bias_change(adapter, site)
-        planned.append((site, new, bias))
+        planned.append((site, new, None if bias is None else bias * graft.weight))
     if requantize and report.worst > LOSS_LIMIT and not force:
         raise GraftworkError(
             f"quantising the merged weights again would lose {report.worst:.0%} of the change at "
@@ -56,15 +58,15 @@ def merge_sites(graft: "Graft", *, requantize: bool, force: bool) -> "MergeRepor
     return report
 
 
-def unmerge_sites(graft: "Graft") -> None:
+def unmerge_sites(graft: Graft) -> None:
     """Put every site's pristine weight back."""
     originals = graft.__dict__.pop("_originals")
-    for name, kept in originals.items():
+    for name, kept in reversed(originals.items()):  # slices of one module were written on top of each other
         site = graft.sites.get(name) or _saved_site(graft, name)
         _restore(site, kept)
 
 
-def _saved_site(graft: "Graft", name: str) -> Site:
+def _saved_site(graft: Graft, name: str) -> Site:
     module = graft.model.get_submodule(name)
     return Site(name, name, module, module._modules["graft"].slot("whole").frozen, "saved", -1)
 
@@ -73,7 +75,7 @@ def _bias_change(adapter, site: Site) -> Tensor | None:
     return None if adapter.bias is None else adapter.bias.float() - site.product.bias.float()
 
 
-def _write(site: Site, new: Tensor, bias: Tensor | None, requantize: bool, graft: "Graft") -> dict:
+def _write(site: Site, new: Tensor, bias: Tensor | None, requantize: bool, graft: Graft) -> dict:
     """Write one merged weight; returns what restores it."""
     kept: dict = {}
     module = site.module
@@ -95,6 +97,10 @@ def _write(site: Site, new: Tensor, bias: Tensor | None, requantize: bool, graft
     elif isinstance(module, StoredWeight):
         slot = module._modules["graft"].slot("whole")
         kept["frozen"] = (slot, slot.frozen)
+        if site.rows is not None:
+            whole = slot.frozen.dense().clone()
+            whole[site.rows] = new
+            new = whole
         slot.frozen = _replacement(_stored(module, new, requantize, graft), module)
     else:
         view = module.weight.data.T if is_conv1d(module) else module.weight.data
@@ -121,7 +127,7 @@ def _restore(site: Site, kept: dict) -> None:
         (view if site.rows is None else view[site.rows]).copy_(kept["weight"])
 
 
-def _stored(module: nn.Module, new: Tensor, requantize: bool, graft: "Graft") -> nn.Module:
+def _stored(module: nn.Module, new: Tensor, requantize: bool, graft: Graft) -> nn.Module:
     from ..registry import lookup, make_config
 
     if requantize:
@@ -129,7 +135,7 @@ def _stored(module: nn.Module, new: Tensor, requantize: bool, graft: "Graft") ->
     return lookup("storage", "dense").cls.from_weight(new, make_config("storage", "dense"), dtype=new.dtype)
 
 
-def _refuse_tied(graft: "Graft") -> None:
+def _refuse_tied(graft: Graft) -> None:
     owners: dict[int, str] = {}
     for name, parameter in graft.model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), name)

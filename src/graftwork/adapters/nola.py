@@ -23,8 +23,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Iterator
 
 import torch
 from pydantic import Field
@@ -166,7 +166,7 @@ class NOLAAdapter(Adapter):
         if torch.is_grad_enabled() and any(c.requires_grad for c in coefficients):
             self._built = None
             return self._build()
-        version = tuple((id(c), c._version, c.device, c.dtype) for c in coefficients)
+        version = (torch.is_inference_mode_enabled(), *((id(c), c._version, c.device, c.dtype) for c in coefficients))
         if self._built is None or self._built[0] != version:
             self._built = (version, self._build())
         return self._built[1]

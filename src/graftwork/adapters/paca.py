@@ -50,8 +50,8 @@ class ColumnBank:
 
 @register("adapter", "paca", config=PaCA, title="PaCA: Partial Connection Adaptation for Efficient Fine-Tuning",
           paper="2503.01905", summary="trains r input columns of each weight; keeps r instead of all activations a token",
-          bibtex="@inproceedings{woo2025paca, title={PaCA: Partial Connection Adaptation for Efficient Fine-Tuning}, author={Woo, "
-                 "Sunghyeon and Namkung, Sol and Lee, Sunwoo and Jeong, Inho and Kim, Beomseok and Jeon, Dongsuk}, "
+          bibtex="@inproceedings{woo2025paca, title={PaCA: Partial Connection Adaptation for Efficient Fine-Tuning}, author={"
+                 "Woo, Sunghyeon and Namkung, Sol and Lee, Sunwoo and Jeong, Inho and Kim, Beomseok and Jeon, Dongsuk}, "
                  "booktitle={ICLR}, year={2025}}")
 class PaCAAdapter(Adapter):
     def __init__(self, site, config, *, shared, generator):

@@ -7,7 +7,7 @@ frozen weight is multiplied once per forward, whatever the number of adapters.
 
 from __future__ import annotations
 
-from typing import Callable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class GraftPoint(nn.Module):
         super().__init__()
         self.holder = holder
 
-    def slot(self, name: str) -> "Slot | None":
+    def slot(self, name: str) -> Slot | None:
         return self._modules.get(name)
 
 
@@ -156,6 +156,10 @@ class Slot(nn.Module):
         for cls, out_rows, keys, selected, local in added:
             part = x if selected is None else x.index_select(0, selected)
             change = cls.forward_rows(self._bank(cls, keys, x.dtype), local, part, base)
+            weights = [self.holder.grafts[self.owners[key][0]].weight for key in keys]
+            if any(w != 1.0 for w in weights):
+                factor = torch.tensor(weights, dtype=change.dtype, device=change.device).index_select(0, local)
+                change = change * factor.view(-1, *[1] * (change.dim() - 1))
             if out_rows is not None:
                 padded = y.new_zeros(*change.shape[:-1], y.shape[-1])
                 padded[..., out_rows] = change
@@ -193,7 +197,7 @@ class Slot(nn.Module):
         adapters = [self.entries[key] for key in keys]
         if torch.is_grad_enabled() and any(p.requires_grad for a in adapters for p in a.parameters()):
             return cls.stack(adapters, dtype)
-        version = (dtype, tuple((id(p), p._version) for a in adapters for p in a.parameters()))
+        version = (dtype, torch.is_inference_mode_enabled(), tuple((id(p), p._version) for a in adapters for p in a.parameters()))
         kept = self._banks.get(keys)
         if kept is None or kept[0] != version:
             self._banks = {} if len(self._banks) > 8 else self._banks
