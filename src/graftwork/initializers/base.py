@@ -17,6 +17,31 @@ from ..modeling.protocols import Product
 from ..registry import MethodConfig, MethodInfo
 
 
+def pristine_weight(model: nn.Module, site: Any) -> Tensor:
+    """W (out, in), fp32, of a site. Raises UsageError for a stored site of a model without files."""
+    from ..modeling.protocols import StoredWeight, is_conv1d
+    from ..modeling.source import source_of
+
+    stored, source = isinstance(site.module, StoredWeight), source_of(model)
+    if source is None or site.parameter_name not in source:
+        if stored:
+            raise UsageError(f"the full-precision weight of '{site.name}' is not at hand: the model was not loaded from files",
+                             remedy="load it with graftwork.load(folder, storage=...), or keep the storage dense")
+        return site.product.dense().detach().float()
+    weight = source.read(site.parameter_name, dtype=torch.float32, expert=site.expert)
+    # Conv1D keeps (in, out); a stored site has lost its module class, so its source shape tells
+    transposed = is_conv1d(site.module) or (stored and site.expert is None and getattr(site.module, "transposed_source", False))
+    weight = weight.T if transposed else weight
+    return weight if site.rows is None else weight[site.rows]
+
+
+def quantized_like(model: nn.Module, site: Any, weight: Tensor) -> nn.Module:
+    """A storage of the format that the site is kept in, for another weight (out, in)."""
+    module = site.module
+    return module.plain_class.from_weight(weight, model.graft_storage, dtype=module.compute_dtype) if hasattr(
+        type(module), "plain_class") else type(module).from_weight(weight, model.graft_storage, dtype=module.compute_dtype)
+
+
 class Initializer:
     """One way to start. Subclasses set `needs` and override what they use."""
 
@@ -29,6 +54,18 @@ class Initializer:
     @classmethod
     def derived_traits(cls) -> dict[str, Any]:
         return {"needs": cls.needs, "adapters": list(cls.methods)}
+
+    def bind(self, model: nn.Module) -> None:
+        """Remember the model: its pristine weights, and how its stored sites are quantised."""
+        self.model = model
+
+    def pristine(self, site: Any) -> Tensor:
+        """W (out, in) in fp32 as it is in the model's file, or as it is now where there is no file (dense sites only)."""
+        return pristine_weight(self.model, site)
+
+    def quantize(self, site: Any, weight: Tensor) -> nn.Module:
+        """A storage of the site's own format for another weight (out, in)."""
+        return quantized_like(self.model, site, weight)
 
     def check(self, adapter: MethodInfo, config: MethodConfig, sites: Sequence[Any]) -> None:
         """Raises IncompatibleError for an adapter it cannot start."""
