@@ -1,13 +1,16 @@
 """The saved form of a graft: a folder with `graft.safetensors` and `graft.json`, written whole or not at all.
 
 graft.json: schema_version, method, config, name, seed, weight, sites {site: [out, in, rank]}, initializer, storage the graft was
-trained on, base {fingerprint, model, tied}, tensors {key: [shape, dtype]}, extra (checksums), provenance (recipe, data
-digest, library versions, metrics). Keys in graft.safetensors: `<site>.<tensor>`, `shared.<tensor>`,
-`modules_to_save.<module>.<tensor>`. What a seed regenerates is not in the file.
+trained on, base {fingerprint, model, class}, tensors {key: [shape, dtype]}, extra (facts of single sites), provenance
+(recipe, data digest, metrics), versions, and two SHA-256 sums: `sha256` of graft.safetensors, `checksum` of the entries of
+graft.json that decide what the graft computes (all but name, base.model, versions and provenance, which may be edited).
+Keys in graft.safetensors: `<site>.<tensor>`, `shared.<tensor>`, `modules_to_save.<module>.<tensor>`. What a seed
+regenerates is not in the file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -18,12 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.graft import Graft, attach
-from .errors import ArtifactError
+from .errors import ArtifactError, GraftworkError, UsageError
 from .files import atomic_folder
 from .registry import lookup, make_config
+from .storage.base import has_values
 
 SCHEMA = 1
 TENSORS, CARD = "graft.safetensors", "graft.json"
+#: entries of graft.json under the checksum
+SEALED = ("schema_version", "method", "config", "seed", "weight", "initializer", "edited_storage", "sites", "storage", "extra",
+          "tensors", "sha256")
+_COPY = "the artifact was changed after it was saved; restore it from a copy"
 
 
 def graft_tensors(graft: Graft) -> dict[str, Tensor]:
@@ -59,16 +67,29 @@ def describe(graft: Graft, provenance: dict[str, Any] | None = None) -> dict[str
 
 
 def save_graft(graft: Graft, folder: str | Path, *, provenance: dict[str, Any] | None = None, overwrite: bool = True) -> Path:
-    """Write the artifact atomically. Raises GraftworkError when the disk is full or not writable; nothing half-written stays."""
-    from safetensors.torch import save_file
+    """Write the artifact atomically. overwrite: replace an artifact that is there; a folder that holds anything else is never
+    replaced. Raises GraftworkError for such a folder and when the disk is full or not writable; nothing half-written stays."""
+    from safetensors.torch import save
 
+    target = Path(folder)
+    if target.is_dir() and any(target.iterdir()) and not (target / CARD).is_file():
+        raise GraftworkError(f"{folder} holds other files and no saved graft: it is not replaced", remedy="choose another folder")
     tensors = graft_tensors(graft)
     card = describe(graft, provenance)
     card["tensors"] = {k: [list(t.shape), str(t.dtype).removeprefix("torch.")] for k, t in sorted(tensors.items())}
-    with atomic_folder(folder, overwrite=overwrite) as target:
-        save_file(dict(sorted(tensors.items())), target / TENSORS, metadata={"format": "pt"})
-        (target / CARD).write_text(json.dumps(card, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    return Path(folder)
+    content = save(dict(sorted(tensors.items())), metadata={"format": "pt"})
+    card["sha256"] = hashlib.sha256(content).hexdigest()
+    card["checksum"] = seal(card)
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        (temporary / TENSORS).write_bytes(content)
+        (temporary / CARD).write_text(json.dumps(card, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return target
+
+
+def seal(card: dict[str, Any]) -> str:
+    """SHA-256 of what graft.json says about the computation (see SEALED) and of the base's fingerprint."""
+    sealed = {key: card.get(key) for key in SEALED} | {"fingerprint": card["base"].get("fingerprint")}
+    return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
@@ -79,24 +100,30 @@ def read_card(folder: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{folder} {what}: it is no saved graft", remedy="name a folder written by graft.save or `graft train`")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("schema_version", "method", "config", "sites", "tensors", "base"):
-            card[key]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error})", remedy="restore the folder from a copy") from None
-    if card["schema_version"] > SCHEMA:
+        newer = card["schema_version"] > SCHEMA
+        if not newer:
+            for key in ("method", "config", "seed", "sites", "tensors", "base", "sha256", "checksum"):
+                card[key]
+            sealed = seal(card)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error})", remedy="restore the folder from a copy") from None
+    if newer:
         raise ArtifactError(f"{path} has schema {card['schema_version']}, this version reads up to {SCHEMA}",
                             remedy="upgrade graftwork")
+    if sealed != card["checksum"]:
+        raise ArtifactError(f"{path} does not match its own checksum", remedy=_COPY)
     return card
 
 
 def read_tensors(folder: str | Path, card: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of an artifact, checked against its card: missing, unexpected, wrong shape or dtype are errors."""
+    """The tensors of an artifact, checked against its card: missing, unexpected, other shape, dtype or values are errors."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     path = Path(folder) / TENSORS
     try:
-        tensors = load_file(path)
+        content = path.read_bytes()
+        tensors = load(content)
     except (OSError, SafetensorError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read ({error})", remedy="the file is missing or truncated; restore it from a copy") from None
     problems = [f"missing tensor {k}" for k in card["tensors"] if k not in tensors]
@@ -108,10 +135,11 @@ def read_tensors(folder: str | Path, card: dict[str, Any]) -> dict[str, Tensor]:
             problems.append(f"{key} is {found[0]} {found[1]}, expected {shape} {dtype}")
         elif tensors[key].is_floating_point() and not torch.isfinite(tensors[key]).all():
             problems.append(f"{key} has NaN or infinite values")
+    if not problems and hashlib.sha256(content).hexdigest() != card["sha256"]:
+        problems.append("its values are not those that were saved")
     if problems:
         raise ArtifactError(f"{path} does not match its {CARD}: " + "; ".join(problems[:5]) +
-                            (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""),
-                            remedy="the artifact was changed after it was saved; restore it from a copy")
+                            (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""), remedy=_COPY)
     return tensors
 
 
@@ -125,11 +153,16 @@ def attach_saved(model: nn.Module, folder: str | Path, *, name: str | None = Non
 
         return attach_peft(model, folder, name=name, trainable=trainable)
     card = read_card(folder)
+    config = _config(card, folder)
+    ranks = {site: shape[2] for site, shape in card["sites"].items() if shape[2] is not None}
+    name = name or card.get("name") or "default"
+    if not all(has_values(p) for p in model.parameters()):  # planning: shapes are all there is
+        graft = attach(model, config, name=name, seed=card["seed"], ranks=_ranks(model, config, ranks))
+        load_tensors(graft, {key: torch.empty(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in card["tensors"].items()})
+        return graft
     tensors = read_tensors(folder, card)
     check_base(model, card, folder)
-    config = make_config("adapter", card["method"], **card["config"])
-    ranks = {site: shape[2] for site, shape in card["sites"].items() if shape[2] is not None}
-    graft = attach(model, config, name=name or card.get("name") or "default", seed=card["seed"], ranks=_ranks(model, config, ranks))
+    graft = attach(model, config, name=name, seed=card["seed"], ranks=_ranks(model, config, ranks))
     try:
         _check_sites(graft, card, folder)
         load_tensors(graft, tensors, card)
@@ -138,19 +171,31 @@ def attach_saved(model: nn.Module, folder: str | Path, *, name: str | None = Non
             graft.scale(card.get("weight", 1.0))
         if card.get("edited_storage"):
             lookup("initializer", card["initializer"]["method"]).cls.restore(graft)
-        if not allow_zero and changes_nothing(graft):
-            raise ArtifactError(f"{folder} changes nothing: its change is zero everywhere",
-                                remedy="it was saved before training; pass allow_zero=True if that is meant")
+        settle(graft, folder, trainable=trainable, allow_zero=allow_zero)
     except BaseException:
         graft.detach()
         raise
     _warn_storage(model, card, folder)
+    return graft
+
+
+def settle(graft: Graft, folder: str | Path, *, trainable: bool, allow_zero: bool) -> None:
+    """The last step of loading: refuses a change that is zero everywhere, and freezes the graft unless it goes on training."""
+    if not allow_zero and changes_nothing(graft):
+        raise ArtifactError(f"{folder} changes nothing: its change is zero everywhere",
+                            remedy="it was saved before training; pass allow_zero=True if that is meant")
     if not trainable:
         for parameter in graft.parameters():
             parameter.requires_grad_(False)
         for _, module in graft.named_modules():
             module.eval()
-    return graft
+
+
+def _config(card: dict[str, Any], folder: Path) -> Any:
+    try:
+        return make_config("adapter", card["method"], **card["config"])
+    except UsageError as error:  # written by a version that has another method or option
+        raise ArtifactError(f"{folder}: {error.message}", remedy=f"it was written by {card.get('versions')}; use that version") from None
 
 
 def _ranks(model: nn.Module, config, ranks: dict[str, int]) -> dict[str, int]:
