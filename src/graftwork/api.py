@@ -15,6 +15,7 @@ def load(ref: str | Path, *, storage: Any = None, dtype: str | torch.dtype | Non
 
     storage: None or a name ("nf4") or a config object or {method, options}. dtype: "bf16", "fp32" or a torch dtype
     (default: the checkpoint's). Raises ModelError (missing or damaged files) and UsageError (unknown storage)."""
+    from .modeling.arithmetic import widen
     from .modeling.models import load_model
     from .registry import MethodConfig, make_config
     from .storage.base import apply_storage
@@ -25,6 +26,7 @@ def load(ref: str | Path, *, storage: Any = None, dtype: str | torch.dtype | Non
             options = {"method": storage} if isinstance(storage, str) else dict(storage)
             storage = make_config("storage", options.pop("method"), **options)
         apply_storage(model, storage)
+    widen(model)
     return model, tokenizer
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .arithmetic import linear
 
 
 @runtime_checkable
@@ -33,7 +34,7 @@ class Product:
 
     def product(self, x: Tensor, leaves: dict[str, Tensor] | None = None) -> Tensor:
         """W x without bias: (..., in) -> (..., out)."""
-        return F.linear(x, self.dense(leaves))
+        return linear(x, self.dense(leaves))
 
     def dense(self, leaves: dict[str, Tensor] | None = None) -> Tensor:
         """W (out, in) as a dense tensor of the compute dtype; a view of the parameter where the format is dense."""
@@ -140,7 +141,7 @@ class ExpertProduct(Product):
 
     def product(self, x, leaves=None):
         kept = getattr(self.module, self.attribute)
-        return kept[self.expert].product(x, leaves) if isinstance(kept, nn.ModuleList) else F.linear(x, kept[self.expert])
+        return kept[self.expert].product(x, leaves) if isinstance(kept, nn.ModuleList) else linear(x, kept[self.expert])
 
     def dense(self, leaves=None):
         kept = getattr(self.module, self.attribute)
@@ -181,7 +182,7 @@ class Base:
             return self._y
         bias = self.frozen.bias
         if leaves is None and type(self.frozen) is LinearProduct:
-            y = F.linear(x, self.frozen.module.weight, bias)
+            y = linear(x, self.frozen.module.weight, bias)
         else:
             y = self.frozen.product(x, leaves)
             if bias is not None:

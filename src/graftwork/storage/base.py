@@ -8,7 +8,6 @@ cast float leaves, and buffers are replicated by FSDP2 and re-broadcast by DDP. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import UsageError
+from ..modeling.arithmetic import ROWS, product_dtype
 from ..registry import MethodConfig, lookup
 
 
@@ -127,7 +127,7 @@ class _DequantizedProduct(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         if not ctx.needs_input_grad[0]:
             return None, None
-        dtype = product_dtype(grad)
+        dtype = product_dtype(grad.dtype, grad.device)
         return (grad.to(dtype) @ ctx.storage.dense_as(dtype)).to(grad.dtype), None
 
     @staticmethod
@@ -137,23 +137,9 @@ class _DequantizedProduct(torch.autograd.Function):
 
 def frozen_linear(x: Tensor, storage: Storage) -> Tensor:
     """x D(W)^T, (..., in) -> (..., out) in x's dtype."""
-    few = x.numel() < 4 * storage.in_features  # up to 3 rows the half-precision product is the cheaper one everywhere
-    dtype = x.dtype if few else product_dtype(x)
+    few = x.numel() < ROWS * storage.in_features  # up to 3 rows the half-precision product is the cheaper one everywhere
+    dtype = x.dtype if few else product_dtype(x.dtype, x.device)
     return F.linear(x.to(dtype), storage.dense_as(dtype)).to(x.dtype)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a product with x is quickest: x's own, or fp32 for bf16/fp16 on a CPU without instructions for
-    it. There PyTorch's half-precision matmul is a scalar loop: 10x (y = x W^T) to 26x (g W) slower than fp32 at 400 rows
-    (measured on AVX2). The result is at least as exact: both accumulate in fp32 and round once."""
-    return torch.float32 if x.device.type == "cpu" and _slow_on_cpu(x.dtype) else x.dtype
-
-
-@cache
-def _slow_on_cpu(dtype: torch.dtype) -> bool:
-    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    check = getattr(torch.ops.mkldnn, name, None) if name else None
-    return check is not None and not check()
 
 
 def bytes_parameter(tensor: Tensor) -> nn.Parameter:

@@ -6,9 +6,9 @@ for code that builds storages one by one and for the conformance suite.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import nn
 
+from ..modeling.arithmetic import linear
 from ..registry import register
 from .base import Storage, StorageConfig, check_weight
 
@@ -34,7 +34,7 @@ class DenseStorage(Storage):
         return self.dense_weight if leaves is None else leaves["weight"]
 
     def product(self, x, leaves=None):
-        return F.linear(x, self.dequantize(leaves))
+        return linear(x, self.dequantize(leaves))
 
     def leaves(self):
         return {"weight": self.dense_weight}

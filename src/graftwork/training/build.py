@@ -6,14 +6,16 @@ tensors, so what is planned is what is run.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapters.graft import Graft, attach
 from ..errors import TrainingError
+from ..modeling.arithmetic import widen
 from ..recipe import Recipe
 from ..registry import MethodConfig, lookup
 from ..storage.base import apply_storage
@@ -38,10 +40,11 @@ class Parts:
     new_weights: list[str] = field(default_factory=list)
 
 
-def task_of(recipe: Recipe) -> str:
-    """causal_lm | classification: the kind of model that the objective needs."""
+def task_of(recipe: Recipe, labels: int | None = 1) -> str:
+    """causal_lm | classification: the kind of model that the run needs. Classification without label names in the data
+    (labels None) is done by a causal model that writes the label."""
     task = lookup("objective", recipe.objective.method).traits.get("task", "causal_lm")
-    return "classification" if task == "sequence_classification" else task
+    return "classification" if task == "sequence_classification" and labels is not None else "causal_lm"
 
 
 def build_model(recipe: Recipe, *, num_labels: int | None = None, fake: bool = False,
@@ -49,9 +52,11 @@ def build_model(recipe: Recipe, *, num_labels: int | None = None, fake: bool = F
     """(model in its storage, frozen state as loaded, tokenizer)."""
     from ..modeling.models import load_model
 
-    model, tokenizer = load_model(recipe.model, task=task_of(recipe), dtype=DTYPES[recipe.train.precision], num_labels=num_labels,
-                                  fake=fake, trust_remote_code=recipe.trust_remote_code, seed=recipe.train.seed)
+    model, tokenizer = load_model(recipe.model, task=task_of(recipe, num_labels), num_labels=num_labels, fake=fake,
+                                  dtype=DTYPES[recipe.train.precision], trust_remote_code=recipe.trust_remote_code,
+                                  seed=recipe.train.seed)
     apply_storage(model, recipe.storage, on_site=progress)
+    widen(model)
     if recipe.train.gradient_checkpointing:
         from ..modeling.state import state_of
 
@@ -64,7 +69,7 @@ def adapter_config(recipe: Recipe, model: nn.Module) -> MethodConfig | None:
     """The adapter's options; heads that the checkpoint lacks (a new classifier) are trained and saved with it."""
     config = recipe.adapter
     new = sorted({name.rpartition(".")[0] for name in getattr(model, "graft_new_weights", [])})
-    if config is None or not new or task_of(recipe) != "classification":
+    if config is None or not new:
         return config
     return config.model_copy(update={"modules_to_save": list(dict.fromkeys([*config.modules_to_save, *new]))})
 
@@ -81,8 +86,8 @@ def build_grafts(recipe: Recipe, model: nn.Module, names: Sequence[str] = ("defa
 
         return [attach_saved(model, recipe.adapter_from, name=name, trainable=True) for name in names]
     start = None if recipe.initializer is None else {"method": recipe.initializer.method, **recipe.initializer.model_dump()}
-    return [attach(model, config, name=name, initializer=start, batches=batches(name) if batches else None, seed=recipe.train.seed)
-            for name in names]
+    return [attach(model, config, name=name, initializer=start, batches=batches(name) if batches else None,
+                   seed=recipe.train.seed) for name in names]
 
 
 def trained_parameters(model: nn.Module, grafts: Sequence[Graft]) -> list[tuple[str, nn.Parameter]]:
@@ -112,7 +117,8 @@ def build_step(recipe: Recipe, model: nn.Module, grafts: Sequence[Graft], total_
     """Objective, estimator, selections and optimizer of a recipe as one step."""
     parameters = trained_parameters(model, grafts)
     if not parameters:
-        raise TrainingError("nothing to train: every parameter is frozen", remedy="add an adapter, or adapter: null for full tuning")
+        raise TrainingError("nothing to train: every parameter is frozen",
+                            remedy="add an adapter, or adapter: null for full tuning")
     objective = lookup("objective", recipe.objective.method).cls(recipe.objective)
     estimator = lookup("estimator", recipe.estimator.method).cls(recipe.estimator)
     selections = [lookup("selection", s.method).cls(s) for s in recipe.selection]
