@@ -5,9 +5,10 @@ An estimator fills `.grad` of the trained parameters (backprop), or moves the pa
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, ClassVar, Protocol, Sequence
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from ..registry import MethodConfig
 class Loss(Protocol):
     """What an estimator needs of an objective (graftwork.objectives.base.Objective)."""
 
-    def loss(self, model: nn.Module, batch: dict[str, Any], row_scale: "float | Tensor") -> Any: ...
+    def loss(self, model: nn.Module, batch: dict[str, Any], row_scale: float | Tensor) -> Any: ...
 
 
 @dataclass
@@ -29,7 +30,7 @@ class StepContext:
     parameters: stable, named list of the trained parameters (noise is keyed by these names).
     batches: the micro-batches; row_scales: per micro-batch the factor of each row's summed loss (a float, or (N,)), so
     that the scaled sum over all micro-batches is the loss of the step. forward(model): the model to call (a wrapper
-    under DDP, else the model itself). lr: the base learning rate of this step."""
+    under DDP, else the model itself). lr: the learning rate of this step; None: the estimator's own."""
 
     model: nn.Module
     objective: Loss
@@ -39,9 +40,9 @@ class StepContext:
     holder: StateHolder
     step: int
     seed: int
-    lr: float = 0.0
+    lr: float | None = None
     optimizer: torch.optim.Optimizer | None = None
-    graft_losses: Callable[[], Tensor | None] = lambda: None
+    graft_losses: Callable[[], Tensor | None] = lambda: None  # terms that the adapters of this step add to its loss
 
 
 @dataclass

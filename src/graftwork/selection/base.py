@@ -2,16 +2,20 @@
 
 State that a resume needs is in `state_dict` (tensors and plain JSON values). What changes the *structure* (ranks, which
 parameters exist) is in `structure()` and is restored before the optimizer is built.
+
+In one's own Transformers Trainer: `trainer.add_callback(LISASelection(LISA(layers=2)).as_callback(model))`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ..errors import UsageError
 from ..registry import MethodConfig
 
 
@@ -61,3 +65,55 @@ class Selection:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def as_callback(self, model: nn.Module, graft: Any | None = None):
+        """A TrainerCallback that lets this selection act in a foreign Transformers Trainer; add it before `train()`. The
+        trainer must have built its optimizer over all parameters that may ever train. Draws are functions of the trainer's
+        seed and step, so they repeat after a resume.
+
+        Raises UsageError for a selection that needs more than events."""
+        if not self.events_only:
+            raise UsageError(f"selection '{type(self).method}' reads the gradients of single sites, which foreign trainers do not "
+                             "offer them",
+                             remedy="train with graftwork.GraftTrainer or `graft train`")
+        from transformers import TrainerCallback
+
+        selection = self
+
+        class Acts(TrainerCallback):
+            """Events of the foreign trainer as turns of the selection."""
+
+            parameters: list[tuple[str, nn.Parameter]] = []
+
+            def _context(self, args, state, optimizer) -> SelectionContext:
+                plain = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+                return SelectionContext(model, graft, self.parameters, plain, state.global_step, state.max_steps, args.seed)
+
+            def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+                if not self.parameters:  # a second train() finds some of them frozen
+                    named = model.named_parameters() if graft is None else graft.named_parameters()
+                    self.parameters = [(n, p) for n, p in named if p.requires_grad]
+                selection.begin(self._context(args, state, optimizer))
+
+            def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+                selection.before_step(self._context(args, state, optimizer))
+
+            def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+                selection.after_backward(self._context(args, state, optimizer))
+
+            def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+                ctx = self._context(args, state, optimizer)
+                ctx.step -= 1  # the trainer has counted already
+                selection.after_step(ctx)
+
+        return Acts()
+
+
+def drop_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter) -> None:
+    """Free an optimizer's state of one parameter: by `drop` where the optimizer has it (ours), else by taking it out."""
+    if optimizer is None:
+        return
+    if hasattr(optimizer, "drop"):
+        optimizer.drop(parameter)
+    else:
+        optimizer.state.pop(parameter, None)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Callable, Sequence
+from typing import Any
 
 from ..data.order import BatchOrder
 
@@ -49,7 +50,9 @@ class StepBatches:
     def micro(self, step: int) -> list[list[dict]]:
         """The step's rows, uncollated, by micro-batch."""
         chosen = self.indices(step)
-        return [[{**self.data[i], "index": i} for i in chosen[k:k + self.batch_size]] for k in range(0, len(chosen), self.batch_size)]
+        # one run trains one adapter (a fleet names it itself), so a row's own "adapter" does not route
+        rows = [{k: v for k, v in {**self.data[i], "index": i}.items() if k != "adapter"} for i in chosen]
+        return [rows[k:k + self.batch_size] for k in range(0, len(rows), self.batch_size)]
 
     def __getitem__(self, step: int) -> list[Batch]:
         if not 0 <= step < self.total_steps:
@@ -94,9 +97,11 @@ def heaviest_step(batches: Any) -> int:
     after step 0, where optimizer state exists."""
     def weight(step: int) -> tuple[int, int]:
         members = batches.members.values() if isinstance(batches, FleetBatches) else [batches]
-        best = (0, 0)
-        chunks = [[m.indices(step)[k:k + m.batch_size] for k in range(0, len(m.indices(step)), m.batch_size)]
-                  for m in members if step < m.total_steps]
+        best, chunks = (0, 0), []
+        for m in members:
+            if step < m.total_steps:
+                chosen = m.indices(step)
+                chunks.append([chosen[k:k + m.batch_size] for k in range(0, len(chosen), m.batch_size)])
         lengths = [m.lengths for m in members if step < m.total_steps]
         targets = [m.target_counts for m in members if step < m.total_steps]
         for k in range(max(len(c) for c in chunks)):

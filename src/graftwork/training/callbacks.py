@@ -28,7 +28,7 @@ class Interrupt(TrainerCallback):
     def __init__(self, say=lambda text: None):
         self.asked, self.say, self._before = False, say, {}
 
-    def __enter__(self) -> "Interrupt":
+    def __enter__(self) -> Interrupt:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._before[number] = signal.signal(number, self._handle)
@@ -64,8 +64,14 @@ class PeakOfStep(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._running is not None:
-            self._running.__exit__(None, None, None)
-            self.result, self._running = self._running.peak, None
+            self.close()
+            self.result = self._last.peak
+
+    def close(self) -> None:
+        """Ends a measurement that a failing step left running (there is one profiler per process)."""
+        if self._running is not None:
+            self._last, self._running = self._running, None
+            self._last.__exit__(None, None, None)
 
 
 class Progress(TrainerCallback):
@@ -79,11 +85,12 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self._start, self._first = time.monotonic(), state.global_step
         if not self.quiet and sys.stderr.isatty():
+            from rich import progress as rp
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-            self._bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
-                            TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), transient=False)
+            columns = (rp.TextColumn("{task.description}"), rp.BarColumn(), rp.MofNCompleteColumn(),
+                       rp.TextColumn("loss {task.fields[loss]}"), rp.TimeElapsedColumn(), rp.TimeRemainingColumn())
+            self._bar = rp.Progress(*columns, console=Console(stderr=True), transient=False)
             self._bar.start()
             self._task = self._bar.add_task(self.label, total=state.max_steps, completed=state.global_step, loss="-")
 
@@ -95,10 +102,13 @@ class Progress(TrainerCallback):
             self._last = time.monotonic()
             rate = (self._last - self._start) / max(state.global_step - self._first, 1)
             left = rate * (state.max_steps - state.global_step)
-            print(f"{self.label}: step {state.global_step}/{state.max_steps}  loss {loss:.4f}  {rate:.2f} s/step  {left:.0f} s left",
-                  file=sys.stderr, flush=True)
+            print(f"{self.label}: step {state.global_step}/{state.max_steps}  loss {loss:.4f}  {rate:.2f} s/step  "
+                  f"{left:.0f} s left", file=sys.stderr, flush=True)
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.close()
+
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

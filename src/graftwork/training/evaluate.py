@@ -12,9 +12,10 @@ from ..modeling.state import state_of
 
 
 @torch.no_grad()
-def evaluate_loss(model: nn.Module, objective: Any, data: Any, *, batch_size: int = 8, route: str | None = None) -> dict[str, float]:
+def evaluate_loss(model: nn.Module, objective: Any, data: Any, *, batch_size: int = 8,
+                  route: str | None = None) -> dict[str, float]:
     """Means over a TokenDataset: loss (nats per term), perplexity, accuracy (terms), row_accuracy (rows with every term
-    right), n (rows). route: answer every row by this graft. The model's mode is put back."""
+    right), n (rows). route: answer every row by this graft; None: whatever is attached acts on all rows. The mode stays."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -22,8 +23,8 @@ def evaluate_loss(model: nn.Module, objective: Any, data: Any, *, batch_size: in
     try:
         for start in range(0, len(data), batch_size):
             batch = collate([data[i] for i in range(start, min(start + batch_size, len(data)))])
-            rows = batch.pop("rows", None)
-            rows = (route,) * batch["input_ids"].shape[0] if route is not None else rows
+            batch.pop("rows", None)
+            rows = (route,) * batch["input_ids"].shape[0] if route is not None else None
             batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
             with state_of(model).scope(rows=rows):
                 for key, value in objective.evaluate(model, batch).items():

@@ -6,12 +6,15 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
+from ..adapters.graft import NAME
 from ..errors import DataError, GraftworkError, TrainingError, UsageError
 from ..files import FileLock, atomic_folder, atomic_write_text, disk_errors, safe_name
 from ..modeling.state import state_of
@@ -65,7 +68,7 @@ def train_recipe(recipe: Recipe | str | Path | dict[str, Any], *, overrides: lis
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock", what=f"the run in {folder}"):
-        if overwrite and not resume:
+        if overwrite:
             _clear(folder)
         atomic_write_text(folder / "config.yaml", recipe.yaml())
         with disk_errors(folder):
@@ -79,11 +82,13 @@ def _required(key: str):
 def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output_dir {folder} is a file", remedy="choose another folder")
+    if resume and overwrite:
+        raise UsageError("--resume continues what is there and --overwrite removes it", remedy="choose one of the two")
     left = [p for p in folder.iterdir() if p.name != ".lock"] if folder.is_dir() else []
     if left and not (resume or overwrite):
         raise UsageError(f"output_dir {folder} is not empty", remedy="--resume continues the run there, --overwrite starts anew")
     known = folder / "config.yaml"
-    if resume and known.exists() and not overwrite:
+    if resume and known.exists():
         differences = recipe_differences(load_recipe(known, check=False).document(), recipe.document())
         if differences:
             raise UsageError(f"{folder} was started with another recipe:\n  " + "\n  ".join(differences),
@@ -129,8 +134,8 @@ class _Run:
             tensorboard="tensorboard" in train.report_to, seed=train.seed, describe_batch=self._describe)
         interrupt = Interrupt(self.say)
         peak = self._peak_meter()
-        for callback in [AfterStep(step), interrupt, *([peak] if peak else []),
-                         Progress(self.label, trainer, quiet=self.quiet)]:
+        progress = Progress(self.label, trainer, quiet=self.quiet)
+        for callback in [AfterStep(step), interrupt, *([peak] if peak else []), progress]:
             trainer.add_callback(callback)
         found = ckpt.complete(self.folder) if resume else []
         if found:
@@ -138,25 +143,32 @@ class _Run:
         elif (self.folder / "metrics.jsonl").exists():
             (self.folder / "metrics.jsonl").unlink()
         self._check_fused(step)
-        with interrupt:
-            trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+        with interrupt, closing(trainer), closing(progress), closing(peak) if peak else nullcontext():
+            if found and ckpt.read_progress(found[-1])["stopped"]:
+                trainer.load_finished(found[-1])
+            else:
+                trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
         done = trainer.state.global_step
         if interrupt.asked and done < len(self.batches):
             raise Interrupted(f"stopped at step {done} of {len(self.batches)}; checkpoint written",
                               remedy=f"graft train {self.folder}/config.yaml --resume")
-        if train.restore_best and (best := trainer.load_best()) is not None:
+        best = trainer.load_best() if train.restore_best else None
+        if best is not None:
             self.say(f"restored the weights of step {best}, which had the lowest eval loss")
         metrics = {}
         if trainer.evaluate_with is not None:
             self.model.eval()
             metrics = {f"eval_{k}": v for k, v in self._evaluate().items()}
+            if best is None and trainer.best["at"] != done:
+                trainer.record({"step": done, **metrics})
         self.model.eval()
         measured = peak.result.peak_bytes if peak and peak.result else None
         loss = self._final_loss(trainer)
         target = self._save(metrics, done)
         result = RunResult(done, loss, measured, round(time.monotonic() - start, 3), str(target), metrics, self.failed,
                            self.model, self.tokenizer, self.grafts)
-        atomic_write_text(self.folder / "run.json", json.dumps({**result.to_json(), "measured": peak.result.to_dict() if measured else None}, indent=1))
+        atomic_write_text(self.folder / "run.json", json.dumps(
+            {**result.to_json(), "measured": peak.result.to_dict() if measured else None}, indent=1))
         return result
 
     # -- data and parts ---------------------------------------------------------------------------------------------------
@@ -175,16 +187,24 @@ class _Run:
                 name = path.name.split(".")[0]
                 try:
                     safe_name(name, "adapter name")
+                    if not NAME.fullmatch(name):
+                        raise UsageError(f"'{name}' is no name for a graft",
+                                         remedy="rename the file: letters, digits, '_', '-', '@'")
                     if name in self.data:
                         raise DataError(f"two files give the adapter name '{name}'", remedy="rename one of them")
-                    self.data[name] = build_splits(recipe.data.model_copy(update={"train": str(path)}), self.tokenizer, seed=seed, adapter=name)
+                    own = recipe.data.model_copy(update={"train": str(path)})
+                    made = build_splits(own, self.tokenizer, seed=seed, adapter=name)
+                    self._check_kind(made[0], next(iter(self.data.values()))[0] if self.data else None)
+                    self.data[name] = made
                 except GraftworkError as error:
                     self.failed[name] = str(error)
                     self.say(f"'{name}' is left out: {error}")
             if not self.data:
-                raise DataError(f"no file of {recipe.data.train} is usable", remedy=next(iter(self.failed.values()), "check the pattern"))
+                raise DataError(f"no file of {recipe.data.train} is usable",
+                                remedy=next(iter(self.failed.values()), "check the pattern"))
         else:
             self.data["default"] = build_splits(recipe.data, self.tokenizer, seed=seed)
+            self._check_kind(self.data["default"][0], None)
         for name, (data, _) in self.data.items():
             self._report_data(name, data)
         train = recipe.train
@@ -195,6 +215,16 @@ class _Run:
                                 accumulation=train.grad_accumulation)
             self.members[name] = StepBatches(data, collate, train.batch_size, train.grad_accumulation, steps, seed)
         self.batches = FleetBatches(self.members, collate) if recipe.is_fleet else self.members["default"]
+
+    def _check_kind(self, data: Any, first: Any) -> None:
+        """Rows that the objective can score and, in a fleet, of the kind of the first file."""
+        method = self.recipe.objective.method
+        if data.label_names is not None and task_of(self.recipe) == "causal_lm":
+            raise DataError(f"the rows are classification rows, and objective {method} predicts tokens",
+                            remedy="objective: classification")
+        if first is not None and data.label_names != first.label_names:
+            raise DataError(f"its labels are {data.label_names}, those of the first file {first.label_names}",
+                            remedy="a fleet shares one head: give all files the same labels, or train this one alone")
 
     def _report_data(self, name: str, data: Any) -> None:
         stats = data.statistics
@@ -237,25 +267,26 @@ class _Run:
 
     def _check_fused(self, step: Any) -> None:
         if getattr(self.recipe.optimizer, "fused", False):
-            conflicts = step.optimizer.fused_conflicts(self.recipe.train.grad_accumulation, self.recipe.train.max_grad_norm or None,
+            train = self.recipe.train
+            conflicts = step.optimizer.fused_conflicts(train.grad_accumulation, train.max_grad_norm or None,
                                                        any(s.reads_gradients for s in step.selections))
             if conflicts:
                 raise UsageError("; ".join(conflicts), remedy="optimizer.fused: false")
 
-    def _describe(self, batches: Any) -> str:
-        rows = [(row, index) for b in batches for row, index in zip(b.get("rows", [None] * 10**6), b.get("index", ()))]
-        places = []
-        for name, index in rows[:4]:
-            data = self.data[name or "default"][0]
-            places += data.sources(index)
-        return f" on the batch from {', '.join(places)}" if places else ""
+    def _describe(self, batches: Any, losses: Any) -> str:
+        """Where the rows with a bad loss come from (all rows of the step, when no single one is to blame)."""
+        rows = [(name, index, bool(torch.isfinite(loss))) for b, (row_loss, _) in zip(batches, losses)
+                for name, index, loss in zip(b.get("rows") or ["default"] * len(b["index"]), b["index"], row_loss)]
+        bad = [(name, index) for name, index, good in rows if not good] or [(name, index) for name, index, _ in rows]
+        places = [place for name, index in bad for place in self.data[name][0].sources(index)]
+        return f", rows {', '.join(places[:4])}" + (f" and {len(places) - 4} more" if len(places) > 4 else "")
 
     # -- evaluation and saving -------------------------------------------------------------------------------------------
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
         """Loss, perplexity and accuracy over the eval data; for a fleet, the means over its members and each one's loss."""
-        from .evaluate import evaluate_loss
         from ..registry import lookup
+        from .evaluate import evaluate_loss
 
         objective = lookup("objective", self.recipe.objective.method).cls(self.recipe.objective)
         results = {}

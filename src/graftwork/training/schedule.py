@@ -4,7 +4,8 @@ fails when groups are added later; this reads the groups that are there."""
 from __future__ import annotations
 
 import math
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ class TrainStep:
         graft = self.grafts[0] if self.grafts else None
         return SelectionContext(self.model, graft, self.parameters, self.optimizer, step, self.total_steps, self.seed)
 
-    def compute(self, batches: Sequence[dict[str, Any]], step: int, lr: float = 0.0) -> StepResult:
+    def compute(self, batches: Sequence[dict[str, Any]], step: int, lr: float | None = None) -> StepResult:
         """Up to and with clipping: gradients are ready, the optimizer has not moved."""
         ctx = self.context(step)
         if not self._begun:
@@ -50,12 +51,16 @@ class TrainStep:
         for selection in self.selections:
             selection.before_step(ctx)
         holder = state_of(self.model)
+        present = {name for batch in batches for name in batch.get("rows") or ()}
         result = self.estimator.step(StepContext(
             self.forward_model or self.model, self.objective, self.parameters, batches, self.row_scales(batches), holder,
-            step, self.seed, lr, self.optimizer, self.auxiliary_loss))
+            step, self.seed, lr, self.optimizer, lambda: self.auxiliary_loss(present)))
         for selection in self.selections:
             selection.after_backward(ctx)
-        if not result.updated and self.max_grad_norm > 0 and not getattr(self.optimizer, "is_fused", False):
+        if present:
+            self._by_adapter(batches, result)
+        fused = getattr(getattr(self.optimizer, "config", None), "fused", False)
+        if not result.updated and self.max_grad_norm > 0 and not fused:
             norms = [nn.utils.clip_grad_norm_(group, self.max_grad_norm) for group in self.clip_groups or [
                 [p for _, p in self.parameters]]]
             result.metrics = {**result.metrics, "grad_norm": torch.stack([n.detach() for n in norms]).max()}
@@ -67,7 +72,7 @@ class TrainStep:
         for selection in self.selections:
             selection.after_step(ctx)
 
-    def run(self, batches: Sequence[dict[str, Any]], step: int, lr: float = 0.0) -> StepResult:
+    def run(self, batches: Sequence[dict[str, Any]], step: int, lr: float | None = None) -> StepResult:
         """A whole step, for callers without a Trainer (the planner, tests)."""
         result = self.compute(batches, step, lr)
         if not result.updated:
@@ -89,8 +94,20 @@ class TrainStep:
                 totals[name] = totals.get(name, 0) + count
         return [torch.tensor([1.0 / max(totals[name], 1) for name in batch["rows"]]) for batch in batches]
 
-    def auxiliary_loss(self) -> Tensor | None:
-        """Sum of the terms that adapters add to the loss, or None."""
-        terms = [t for graft in self.grafts for adapter in graft.adapters.values()
+    def _by_adapter(self, batches: Sequence[dict[str, Any]], result: StepResult) -> None:
+        """The mean loss of each adapter of a fleet as a metric; the step's loss becomes their mean."""
+        sums: dict[str, list[Tensor]] = {}
+        for batch, scales, (row_loss, _) in zip(batches, self.row_scales(batches), result.rows):
+            scaled = row_loss * scales.to(row_loss.device)
+            for name in dict.fromkeys(batch["rows"]):
+                own = torch.tensor([i for i, row in enumerate(batch["rows"]) if row == name], device=scaled.device)
+                sums.setdefault(str(name), []).append(scaled.index_select(0, own).sum())
+        result.metrics = {**result.metrics, **{f"loss/{name}": torch.stack(parts).sum() for name, parts in sums.items()}}
+        result.loss = result.loss / len(sums)
+
+    def auxiliary_loss(self, present: set[str] | None = None) -> Tensor | None:
+        """Sum of the terms that adapters add to the loss, or None. present: only grafts of these names (a fleet's members
+        that have rows in the step); empty or None: all."""
+        terms = [t for graft in self.grafts if not present or graft.name in present for adapter in graft.adapters.values()
                  if (t := adapter.auxiliary_loss()) is not None]
         return torch.stack(terms).sum() if terms else None

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -58,6 +60,9 @@ class TrainerMixin:
             card = read_card(folder)
             load_tensors(graft, read_tensors(folder, card), card)
 
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
 
 class _Loader(torch.utils.data.Dataset):
     def __init__(self, steps: Any):
@@ -77,14 +82,16 @@ class GraftTrainer(Trainer):
                  save_steps: int, save_total_limit: int | None, eval_steps: int = 0, logging_steps: int = 1,
                  early_stopping: int = 0, restore_best: bool = False, evaluate_with: Callable[[], dict[str, float]] | None = None,
                  tensorboard: bool = False, callbacks: list[TrainerCallback] | None = None, seed: int = 0,
-                 describe_batch: Callable[[Any], str] | None = None):
+                 describe_batch: Callable[[Any, Any], str] | None = None):
         self.run, self.batches, self.factor, self.folder = step, batches, factor, Path(output_dir)
         self.evaluate_with, self.early_stopping, self.restore_best = evaluate_with, early_stopping, restore_best
         self.keep, self.window, self.every = save_total_limit, [], logging_steps
-        self.best: dict[str, Any] = {"loss": None, "step": 0, "waited": 0}
-        self.metrics_bytes, self.last_loss = 0, math.nan
-        self.describe_batch = describe_batch or (lambda batch: "")
-        self.board = _board(self.folder) if tensorboard else None
+        self.best: dict[str, Any] = {"loss": None, "step": 0, "waited": 0, "at": -1}
+        self.last_loss = math.nan
+        self.describe_batch = describe_batch or (lambda batches, rows: "")
+        self.tensorboard, self.board = tensorboard, None
+        if tensorboard:
+            _summary_writer()
         total = len(batches)
         args = TrainingArguments(
             output_dir=str(self.folder), max_steps=total, per_device_train_batch_size=1, gradient_accumulation_steps=1,
@@ -127,17 +134,20 @@ class GraftTrainer(Trainer):
         start = time.perf_counter()
         batches = [{k: v.to(self.args.device) if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in inputs]
         result = self.run.compute(batches, step, self.lr_scheduler.get_last_lr()[0])
-        loss = float(result.loss)
-        if not math.isfinite(loss):
-            last = ckpt.complete(self.folder)
-            raise TrainingError(
-                f"the loss became {loss} at step {step + 1}{self.describe_batch(inputs)}",
-                remedy=f"lower the learning rate or look at those rows; last good checkpoint: {last[-1] if last else 'none'} (--resume)")
+        loss, numbers = float(result.loss), {k: float(v) for k, v in result.metrics.items()}
+        bad = [(what, x) for what, x in [("loss", loss), *numbers.items()] if not math.isfinite(x)]
+        if bad:
+            where = self.describe_batch(inputs, result.rows)
+            raise self._not_finite(f"the {bad[0][0]} became {bad[0][1]} at step {step + 1}{where}")
         self.last_loss = loss
-        numbers = {k: float(v) for k, v in result.metrics.items()}
         self.window.append({"loss": loss, "tokens": sum(b.get("n_tokens", 0) for b in inputs),
-                            "seconds": time.perf_counter() - start, **({"grad_norm": numbers["grad_norm"]} if "grad_norm" in numbers else {})})
+                            "seconds": time.perf_counter() - start, "metrics": numbers})
         return result.loss
+
+    def _not_finite(self, what: str) -> TrainingError:
+        last = ckpt.complete(self.folder)
+        good = f"last good checkpoint: {last[-1]} (--resume)" if last else "there is no checkpoint yet"
+        return TrainingError(what, remedy=f"lower the learning rate or look at those rows; {good}")
 
     def floating_point_ops(self, inputs) -> int:
         return 0
@@ -145,9 +155,10 @@ class GraftTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         return None
 
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=None):
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time,
+                                 learning_rate=None):
         step = self.state.global_step
-        if step and len(self.window) >= self.every:
+        if self.window and (len(self.window) >= self.every or step == self.state.max_steps):
             self._write_window(step, learning_rate)
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate)
 
@@ -155,16 +166,17 @@ class GraftTrainer(Trainer):
         window, self.window = self.window, []
         tokens, seconds = sum(w["tokens"] for w in window), sum(w["seconds"] for w in window)
         row = {"step": step, "loss": sum(w["loss"] for w in window) / len(window), "lr": learning_rate}
-        if "grad_norm" in window[-1]:
-            row["grad_norm"] = window[-1]["grad_norm"]
-        self.record({**row, "tokens": tokens, "seconds": round(seconds, 4), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)})
+        self.record({**row, **window[-1]["metrics"], "tokens": tokens,
+                     "seconds": round(seconds, 4), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)})
 
     def record(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl (and TensorBoard)."""
         line = (json.dumps(row) + "\n").encode()
         with open(self.folder / "metrics.jsonl", "ab") as out:
             out.write(line)
-        if self.board is not None:
+        if self.tensorboard:
+            if self.board is None:
+                self.board = _summary_writer()(str(self.folder / "tensorboard"), purge_step=row["step"])
             for key, value in row.items():
                 if isinstance(value, (int, float)) and key != "step":
                     self.board.add_scalar(key, value, row["step"])
@@ -175,8 +187,11 @@ class GraftTrainer(Trainer):
         metrics = {f"eval_{k}": v for k, v in self.evaluate_with().items()}
         step = self.state.global_step
         self.record({"step": step, **metrics})
+        if not math.isfinite(metrics["eval_loss"]):
+            raise self._not_finite(f"the eval loss became {metrics['eval_loss']} at step {step}")
         better = self.best["loss"] is None or metrics["eval_loss"] < self.best["loss"]
-        self.best = {"loss": metrics["eval_loss"], "step": step, "waited": 0} if better else {**self.best, "waited": self.best["waited"] + 1}
+        self.best = ({"loss": metrics["eval_loss"], "step": step, "waited": 0, "at": step} if better else
+                     {**self.best, "waited": self.best["waited"] + 1, "at": step})
         if better and self.restore_best:
             self._write_checkpoint(self.folder / "checkpoints" / "best")
         if self.early_stopping and self.best["waited"] >= self.early_stopping:
@@ -197,7 +212,13 @@ class GraftTrainer(Trainer):
         if self.run.optimizer is not None:
             optimizer, header = optimizer_state_tensors(self.run.optimizer, self._names())
         parts: dict[str, torch.Tensor] = {}
+        learned = ckpt.learned_tensors(self.run.model, self.run.parameters, self.run.grafts)
+        spoilt = [k for k, t in learned.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+        if spoilt:
+            raise self._not_finite(f"{spoilt[0]} is no longer finite at step {self.state.global_step}")
         metrics = self.folder / "metrics.jsonl"
+        if metrics.exists():
+            sync_file(metrics)  # its length is part of the checkpoint
         progress = {
             "step": self.state.global_step, "optimizer": header, "schedule": self.lr_scheduler.state_dict(),
             "estimator": ckpt.split(self.run.estimator.state_dict(), "estimator", parts),
@@ -206,8 +227,8 @@ class GraftTrainer(Trainer):
             "best": self.best, "window": self.window, "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
             "stopped": bool(self.early_stopping and self.best["waited"] >= self.early_stopping),
         }
-        ckpt.write(folder, learned=ckpt.learned_tensors(self.run.model, self.run.parameters, self.run.grafts), optimizer=optimizer,
-                   parts=parts, progress=progress, trainer_state=json.dumps(_plain_state(self.state)))
+        ckpt.write(folder, learned=learned, optimizer=optimizer, parts=parts,
+                   progress=progress, trainer_state=json.dumps(_plain_state(self.state)))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """Structure first, then tensors; the optimizer follows when it exists."""
@@ -227,8 +248,24 @@ class GraftTrainer(Trainer):
         self.run.estimator.load_state_dict(ckpt.join(progress["estimator"], parts))
         for selection, saved in zip(self.run.selections, progress["selections"]):
             selection.load_state_dict(ckpt.join(saved["state"], parts))
+        self._take(progress)
+
+    def _take(self, progress: dict[str, Any]) -> None:
         self.best, self.window = progress["best"], progress["window"]
         self._cut_metrics(progress["metrics_bytes"])
+
+    def load_finished(self, folder: Path) -> None:
+        """Take the place of `train` for a run that early stopping had ended when this checkpoint was written."""
+        self._load_from_checkpoint(folder)
+        progress = ckpt.read_progress(folder)
+        self._take(progress)
+        self.state.global_step = progress["step"]
+
+    def close(self) -> None:
+        """Flush what is open, also after a failure."""
+        if self.board is not None:
+            self.board.close()
+            self.board = None
 
     def _cut_metrics(self, size: int) -> None:
         """Lines after the checkpoint are of steps that will be redone."""
@@ -253,14 +290,20 @@ class GraftTrainer(Trainer):
         return ckpt.read_progress(folder)["step"]
 
 
+def sync_file(path: Path) -> None:
+    with open(path, "rb+") as handle:
+        os.fsync(handle.fileno())
+
+
 def _plain_state(state: Any) -> dict[str, Any]:
-    kept = ("global_step", "max_steps", "epoch", "num_train_epochs", "train_batch_size", "logging_steps", "eval_steps", "save_steps")
+    kept = ("global_step", "max_steps", "epoch", "num_train_epochs", "train_batch_size", "logging_steps", "eval_steps",
+            "save_steps")
     return {k: getattr(state, k) for k in kept if hasattr(state, k)}
 
 
-def _board(folder: Path):
+def _summary_writer():
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise TrainingError("report_to: tensorboard needs the package tensorboard", remedy="pip install tensorboard") from None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter

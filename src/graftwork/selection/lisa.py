@@ -1,0 +1,82 @@
+"""LISA: layer-wise importance sampling (arXiv 2403.17919). Full tuning in which few decoder layers train at a time.
+
+    at step 0 and every `interval` steps: draw `layers` of the L decoder layers uniformly without replacement; only these, and
+    (with always_on) embeddings, output head and final norm, train until the next draw.
+
+Differs from the official code: the gradients *and the optimizer state* of layers that are frozen again are dropped, so memory
+does not grow towards that of full AdamW; the optimizer is built over all layers before any is frozen, so every layer can
+train later; the draw is a function of (seed, interval number), so a resume repeats it. always_on=false freezes the
+embedding group too, which is most of what LISA trains on small or large-vocabulary models (no input needs a gradient for
+that: activation checkpointing is non-reentrant here).
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from pydantic import Field
+from torch import nn
+
+from ..errors import UsageError
+from ..registry import MethodConfig, register
+from .base import Selection, SelectionContext, drop_state
+
+
+class LISA(MethodConfig):
+    """Options of `lisa`."""
+
+    layers: int = Field(2, ge=1, description="decoder layers that train at a time (gamma)")
+    interval: int = Field(20, ge=1, description="optimizer steps between draws (K)")
+    always_on: bool = Field(True, description="train embeddings, head and final norm all the time")
+
+
+@register("selection", "lisa", config=LISA, title="LISA: Layerwise Importance Sampling", paper="2403.17919",
+          summary="full tuning of a few random layers at a time; state of the others is dropped",
+          bibtex="@inproceedings{pan2024lisa, title={LISA: Layerwise Importance Sampling for Memory-Efficient Large Language "
+                 "Model Fine-Tuning}, author={Pan, Rui and Liu, Xiang and Diao, Shizhe and Pi, Renjie and Zhang, Jipeng and "
+                 "Han, Chi and Zhang, Tong}, booktitle={NeurIPS}, year={2024}}")
+class LISASelection(Selection):
+    full_tuning_only = True
+
+    def __init__(self, config: LISA | None = None):
+        super().__init__(config or LISA())
+        self._drawn = -1
+
+    def begin(self, ctx: SelectionContext) -> None:
+        """Draw for the interval that ctx.step is in; the optimizer must know all parameters by now."""
+        self._apply(ctx)
+
+    def before_step(self, ctx: SelectionContext) -> None:
+        if ctx.step // self.config.interval != self._drawn:
+            self._apply(ctx)
+
+    def active_layers(self, seed: int, interval: int, total: int) -> list[int]:
+        """The layers drawn for one interval, sorted."""
+        if self.config.layers > total:
+            raise UsageError(f"lisa: layers = {self.config.layers}, but the model has {total}", remedy=f"choose at most {total}")
+        # the layers with the smallest hashes: uniform, and a list of numbers also while a simulation runs on fake tensors
+        def key(layer: int) -> bytes:
+            return hashlib.blake2b(f"lisa/{seed}/{interval}/{layer}".encode(), digest_size=8).digest()
+
+        return sorted(sorted(range(total), key=key)[: self.config.layers])
+
+    def _apply(self, ctx: SelectionContext) -> None:
+        self._drawn = ctx.step // self.config.interval
+        blocks = decoder_blocks(ctx.model)
+        active = self.active_layers(ctx.seed, self._drawn, len(blocks))
+        inside = {id(p) for block in blocks for p in block.parameters()}
+        chosen = {id(p) for i in active for p in blocks[i].parameters()}
+        for _, parameter in ctx.parameters:
+            trains = id(parameter) in chosen or (self.config.always_on and id(parameter) not in inside)
+            parameter.requires_grad_(trains)
+            if not trains:
+                parameter.grad = None
+                drop_state(ctx.optimizer, parameter)
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's repeated blocks: its longest ModuleList of one class."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(b) for b in m}) == 1]
+    if not lists:
+        raise UsageError(f"{type(model).__name__} has no list of layers to choose from", remedy="remove this selection")
+    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
