@@ -121,6 +121,10 @@ def recard(folder, edit, sealed=True):
     (folder / "graft.json").write_text(json.dumps(card))
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-40])
+
+
 KEY = "model.layers.0.self_attn.q_proj.lora_A"
 
 
@@ -139,7 +143,7 @@ DAMAGE = {
     "unexpected key": (lambda f: rewrite(f, lambda t: t.update(extra=torch.ones(2))), "unexpected tensor extra"),
     "wrong shape": (lambda f: rewrite(f, lambda t: t.update({KEY: torch.ones(3, 9)})), "expected [3, 64] float32"),
     "wrong dtype": (lambda f: rewrite(f, lambda t: t.update({KEY: t[KEY].half()})), "float16"),
-    "truncated": (lambda f: (f / "graft.safetensors").write_bytes((f / "graft.safetensors").read_bytes()[:-40]), "cannot be read"),
+    "truncated": (lambda f: cut(f / "graft.safetensors"), "cannot be read"),
     "no tensors": (lambda f: (f / "graft.safetensors").unlink(), "cannot be read"),
     "no card": (lambda f: (f / "graft.json").unlink(), "has no graft.json"),
     "no folder": (lambda f: shutil.rmtree(f), "is no folder"),
