@@ -10,8 +10,8 @@ Start: component 1 is a = b = 1; components 2..r have b ~ N(0, 0.01), a = 0. So 
 get the same gradient (all-ones factors would stay equal for ever and act as rank 1). Components are summed.
 
 Kept and applied as difference from one: `flora_A[0]`, `flora_B[0]` hold a_1 - 1 and b_1 - 1, and b_1 * x is computed as
-x + (b_1 - 1) * x. In bf16 a factor near one would be rounded in steps of 0.4 %, as large as what is learned; weight decay
-pulls towards the base, not towards zero.
+x + (b_1 - 1) * x. Cast to bf16, a factor just above one is rounded in steps of 0.8 %, the same way for every token, and
+1.003 is one; here only the sum is rounded. Weight decay pulls towards the base, not towards zero.
 
 Differs from the paper: the paper gives no start and a reduction "such as mean"; a sum differs by a factor in a. The change
 has no scale and cannot be added to other grafts at one site; rows of one batch may choose it.

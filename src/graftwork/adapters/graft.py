@@ -187,7 +187,8 @@ class Graft:
                                     remedy="serve it beside the base instead")
         other = next((g for g in self.holder.grafts.values() if g.merged and set(g.sites) & set(self.sites)), None)
         if other is not None:
-            raise IncompatibleError(f"graft '{other.name}' is merged into the same weights", remedy=f"unmerge '{other.name}' first")
+            raise IncompatibleError(f"graft '{other.name}' is merged into the same weights",
+                                    remedy=f"unmerge '{other.name}' first")
         from .merging import merge_sites
 
         report = merge_sites(self, requantize=requantize, force=force)

@@ -85,8 +85,9 @@ class Basis:
         if self.pool.cache:
             place = (self.key, self.count, device)
             if place not in self.pool.kept:
-                drawn = [self.draw(g) for g in range(math.ceil(self.count / GROUP))]
-                self.pool.kept[place] = torch.cat(drawn)[: self.count].to(device)
+                self.pool.kept[place] = kept = torch.empty(self.count, self.size, dtype=torch.int8, device=device)
+                for start in range(0, self.count, GROUP):
+                    kept[start: start + GROUP] = self.draw(start // GROUP)[: self.count - start]
             whole = self.pool.kept[place]
             for start in range(0, self.count, GROUP):
                 yield start, whole[start: start + GROUP]
