@@ -83,7 +83,8 @@ def test_loss_is_the_mean_over_trained_tokens(llama, rows, tmp_path):
         with torch.no_grad():
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].double()
         labels = batch["labels"][:, 1:]
-        expected += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"))
+        terms = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        expected += float(terms)
         count += int((labels != -100).sum())
     assert float(step.compute(batches[0], 0).loss) == pytest.approx(expected / count, rel=1e-5)
 
@@ -132,7 +133,7 @@ def test_gradient_checkpointing_computes_the_same_and_saves_less(llama, rows, tm
         _, model, _, step, batches = parts_of(document)
         model.train()
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
             loss = float(step.compute(batches[0], 0).loss)
         results.append((loss, sum(saved), {n: p.grad for n, p in step.parameters}))
     (loss, kept, grads), (loss2, kept2, grads2) = results
@@ -411,7 +412,8 @@ def test_mezo_and_lisa_run_from_a_recipe(llama, rows, tmp_path):
 @pytest.mark.parametrize("kind", ["bert_classifier", "llama"])
 def test_classification_learns(base, tmp_path, kind):
     data = labelled(tmp_path / "rows.jsonl")
-    document = recipe(folder(base, kind), data, tmp_path / "o", objective="classification", optimizer={"method": "adamw", "lr": 2e-2},
+    document = recipe(folder(base, kind), data, tmp_path / "o", objective="classification",
+                      optimizer={"method": "adamw", "lr": 2e-2},
                       data={"eval": str(data)}, train={"max_steps": 25, "batch_size": 12, "schedule": "constant"})
     result = run(document)
     assert result.metrics["eval_row_accuracy"] == 1.0 and result.metrics["eval_n"] == 12
@@ -598,8 +600,8 @@ def test_ctrl_c_on_the_command_line_exits_130(llama, rows, tmp_path):
     out = tmp_path / "o"
     document = recipe(llama, rows, out, train={"max_steps": 20000})
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(document))
-    child = subprocess.Popen([sys.executable, "-m", "graftwork.cli.main", "train", str(tmp_path / "r.yaml")], stderr=subprocess.PIPE,
-                             text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen([sys.executable, "-m", "graftwork.cli.main", "train", str(tmp_path / "r.yaml")],
+                             stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     threading.Timer(240, child.kill).start()
     while not (out / "metrics.jsonl").exists() and child.poll() is None:
         time.sleep(0.1)
@@ -659,7 +661,8 @@ def test_a_fleet_without_a_usable_file_says_why(fleet):
 def test_a_fleet_whose_files_disagree_on_labels_leaves_them_out(base, tmp_path):
     labelled(tmp_path / "a.jsonl")
     write_rows(tmp_path / "b.jsonl", [{"text": words(i, 4), "label": ["up", "down"][i % 2]} for i in range(6)])
-    result = run(recipe(folder(base, "llama"), tmp_path / "*.jsonl", tmp_path / "o", objective="classification", train={"max_steps": 2}))
+    result = run(recipe(folder(base, "llama"), tmp_path / "*.jsonl", tmp_path / "o", objective="classification",
+                        train={"max_steps": 2}))
     assert "labels" in result.failed["b"] and (tmp_path / "o" / "graft" / "a" / "graft.json").exists()
 
 

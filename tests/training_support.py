@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import tiny
 import torch
 
+import tiny
 from graftwork.training.run import train_recipe
 from graftwork.training.trainer import TIME_FIELDS
 
@@ -26,7 +26,8 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 def completions(path: Path, n: int = 12, seed: int = 0) -> Path:
     """Rows of unequal length with unequal numbers of trained tokens."""
-    return write_rows(path, [{"prompt": words(seed * 1000 + i, 2 + i % 3), "completion": " " + words(seed * 1000 + 500 + i, 1 + i % 5)}
+    first = seed * 1000
+    return write_rows(path, [{"prompt": words(first + i, 2 + i % 3), "completion": " " + words(first + 500 + i, 1 + i % 5)}
                              for i in range(n)])
 
 
