@@ -5,13 +5,13 @@ import json
 import shutil
 
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import graftwork
+import tiny
 from graftwork.artifact import attach_saved, graft_tensors, load_tensors, read_card, read_tensors, save_graft, seal
 from graftwork.errors import ArtifactError, GraftworkError
 

@@ -3,12 +3,12 @@
 import json
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import graftwork
+import tiny
 from graftwork.errors import GraftworkError, IncompatibleError, UsageError
 from graftwork.interchange.merged import write_merged
 from graftwork.modeling.models import load_model
@@ -137,7 +137,8 @@ def test_qpissa_merges_on_both_bases(quantized, tmp_path):
     again = reload(tmp_path / "pristine")
     dense, _ = load_model(folder)
     for name, adapter in graft.adapters.items():
-        exact = dense.get_submodule(name).weight - adapter.lora_B0 @ adapter.lora_A0 + adapter.scale * adapter.lora_B @ adapter.lora_A
+        start, now = adapter.lora_B0 @ adapter.lora_A0, adapter.scale * adapter.lora_B @ adapter.lora_A
+        exact = dense.get_submodule(name).weight - start + now
         torch.testing.assert_close(again.get_submodule(name).weight, exact, atol=1e-5, rtol=1e-5)
 
 

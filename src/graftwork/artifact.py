@@ -97,7 +97,8 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CARD
     if not path.is_file():
         what = "is no folder" if not Path(folder).is_dir() else f"has no {CARD}"
-        raise ArtifactError(f"{folder} {what}: it is no saved graft", remedy="name a folder written by graft.save or `graft train`")
+        raise ArtifactError(f"{folder} {what}: it is no saved graft",
+                            remedy="name a folder written by graft.save or `graft train`")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
         newer = card["schema_version"] > SCHEMA
@@ -106,7 +107,8 @@ def read_card(folder: str | Path) -> dict[str, Any]:
                 card[key]
             sealed = seal(card)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error})", remedy="restore the folder from a copy") from None
+        raise ArtifactError(f"{path} is damaged ({type(error).__name__}: {error})",
+                            remedy="restore the folder from a copy") from None
     if newer:
         raise ArtifactError(f"{path} has schema {card['schema_version']}, this version reads up to {SCHEMA}",
                             remedy="upgrade graftwork")
@@ -125,7 +127,8 @@ def read_tensors(folder: str | Path, card: dict[str, Any]) -> dict[str, Tensor]:
         content = path.read_bytes()
         tensors = load(content)
     except (OSError, SafetensorError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error})", remedy="the file is missing or truncated; restore it from a copy") from None
+        raise ArtifactError(f"{path} cannot be read ({error})",
+                            remedy="the file is missing or truncated; restore it from a copy") from None
     problems = [f"missing tensor {k}" for k in card["tensors"] if k not in tensors]
     problems += [f"unexpected tensor {k}" for k in tensors if k not in card["tensors"]]
     for key in sorted(set(tensors) & set(card["tensors"])):
@@ -158,7 +161,8 @@ def attach_saved(model: nn.Module, folder: str | Path, *, name: str | None = Non
     name = name or card.get("name") or "default"
     if not all(has_values(p) for p in model.parameters()):  # planning: shapes are all there is
         graft = attach(model, config, name=name, seed=card["seed"], ranks=_ranks(model, config, ranks))
-        load_tensors(graft, {key: torch.empty(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in card["tensors"].items()})
+        shapes = card["tensors"].items()
+        load_tensors(graft, {key: torch.empty(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in shapes})
         return graft
     tensors = read_tensors(folder, card)
     check_base(model, card, folder)
@@ -195,7 +199,8 @@ def _config(card: dict[str, Any], folder: Path) -> Any:
     try:
         return make_config("adapter", card["method"], **card["config"])
     except UsageError as error:  # written by a version that has another method or option
-        raise ArtifactError(f"{folder}: {error.message}", remedy=f"it was written by {card.get('versions')}; use that version") from None
+        raise ArtifactError(f"{folder}: {error.message}",
+                            remedy=f"it was written by {card.get('versions')}; use that version") from None
 
 
 def _ranks(model: nn.Module, config, ranks: dict[str, int]) -> dict[str, int]:
@@ -236,7 +241,8 @@ def check_base(model: nn.Module, card: dict[str, Any], folder: Path) -> None:
     wanted, found = card["base"].get("fingerprint"), fingerprint(model)
     if wanted and found and wanted != found:
         raise ArtifactError(
-            f"{folder} was trained on another base: fingerprint {wanted[:16]} ({card['base'].get('model')}), this model has {found[:16]}",
+            f"{folder} was trained on another base: fingerprint {wanted[:16]} ({card['base'].get('model')}), this model has "
+            f"{found[:16]}",
             remedy=f"load the model it was trained on: {card['base'].get('model')}")
 
 

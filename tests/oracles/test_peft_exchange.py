@@ -5,14 +5,15 @@ import warnings
 
 import peft
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
 import graftwork
+import tiny
 from graftwork.artifact import graft_tensors
 from graftwork.errors import ArtifactError, IncompatibleError, UsageError
-from graftwork.interchange.peft import TEMPLATE, read_config, target_names, write_peft
+from graftwork.interchange.peft import TEMPLATE, read_config, write_peft
+from graftwork.interchange.peft_export import target_names
 
 
 def logits(model):
@@ -46,7 +47,7 @@ def through_peft(model, folder):
 WRITTEN = {
     "lora": ("llama", "lora", dict(r=4, alpha=6.0)),
     "rslora": ("llama", "lora", dict(r=4, alpha=6.0, use_rslora=True, target_modules="attention")),
-    "patterns": ("llama", "lora", dict(r=4, alpha=8, target_modules="all-linear", rank_pattern={r"layers\.1\..*q_proj": 2, "up_proj": 7},
+    "patterns": ("llama", "lora", dict(r=4, alpha=8, rank_pattern={r"layers\.1\..*q_proj": 2, "up_proj": 7},
                                        alpha_pattern={"q_proj": 3.0, r"layers\.0\.mlp\.down_proj": 11})),
     "alpha of each rank": ("llama", "lora", dict(r=4, rank_pattern={"v_proj": 1}, target_modules=["v_proj", "o_proj"])),
     "bias": ("gpt2", "lora", dict(r=2, bias="lora_only", target_modules="all-linear")),
@@ -190,7 +191,8 @@ def test_config_has_exactly_pefts_keys(tmp_path):
     theirs = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
     written = json.loads((tmp_path / "x" / "adapter_config.json").read_text())
     assert sorted(written) == sorted(theirs)
-    same = {k: v for k, v in theirs.items() if k not in ("target_modules", "base_model_name_or_path", "r", "lora_alpha", "task_type")}
+    own = ("target_modules", "base_model_name_or_path", "r", "lora_alpha", "task_type")
+    same = {k: v for k, v in theirs.items() if k not in own}
     assert {k: TEMPLATE[k] for k in same} == same
 
 
@@ -286,12 +288,12 @@ def test_other_methods_of_peft_and_pickles_are_refused(tmp_path):
         graftwork.attach_saved(tiny.llama(), folder)
 
 
+ATTENTION = "base_model.model.model.layers.0.self_attn"
 DAMAGE = {
-    "missing": (lambda t: t.pop("base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"), "missing tensor"),
-    "unexpected": (lambda t: t.update({"base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight": torch.ones(2, 64)}),
-                   "unexpected tensor"),
-    "shape": (lambda t: t.update({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(5, 64)}), "expected"),
-    "nan": (lambda t: t["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].fill_(float("nan")), "NaN"),
+    "missing": (lambda t: t.pop(f"{ATTENTION}.q_proj.lora_B.weight"), "missing tensor"),
+    "unexpected": (lambda t: t.update({f"{ATTENTION}.k_proj.lora_A.weight": torch.ones(2, 64)}), "unexpected tensor"),
+    "shape": (lambda t: t.update({f"{ATTENTION}.q_proj.lora_A.weight": torch.ones(5, 64)}), "expected"),
+    "nan": (lambda t: t[f"{ATTENTION}.q_proj.lora_A.weight"].fill_(float("nan")), "NaN"),
     "zero": (lambda t: [v.zero_() for v in t.values()], "zero everywhere"),
 }
 

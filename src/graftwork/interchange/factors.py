@@ -86,7 +86,8 @@ def lora_factors(graft: Graft, rank: int | None = None) -> Factors:
         B, A = (t.detach().cpu() for t in pairs[name])
         pair = LowRank(A, B)
         if isinstance(adapter, LoRAAdapter) and adapter.lora_A0 is None:
-            pair = LowRank(adapter.lora_A.detach().float().cpu(), adapter.lora_B.detach().float().cpu(), adapter.scale * graft.weight)
+            own_A, own_B = adapter.lora_A.detach().float().cpu(), adapter.lora_B.detach().float().cpu()
+            pair = LowRank(own_A, own_B, adapter.scale * graft.weight)
         elif getattr(adapter, "pair_in_storage", False):
             B0, A0 = (t.detach().float().cpu() for t in adapter.base_edit())
             pair = LowRank(torch.cat([A, -A0]), torch.cat([B, B0], 1))

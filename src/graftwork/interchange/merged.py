@@ -56,7 +56,8 @@ class MergedWeights:
             raise UsageError("requantize works on the storage that the graft was trained on", remedy="leave out base='pristine'")
         if requantize and getattr(graft.model, "graft_storage", None) is None:
             raise UsageError("requantize needs a quantised base, this one is dense", remedy="leave it out")
-        self.graft, self.model, self.dtype, self.requantize, self.force = graft, graft.model, parse_dtype(dtype), requantize, force
+        self.graft, self.model, self.dtype = graft, graft.model, parse_dtype(dtype)
+        self.requantize, self.force = requantize, force
         self.source = source_of(self.model) if base == "pristine" else None
         if base == "pristine" and self.source is None:
             raise ModelError("the pristine weights of this model are not at hand: it has no files", remedy="use base='trained'")
@@ -230,7 +231,8 @@ def _write_weights(merged: MergedWeights, target: Path, shard_bytes: int) -> Non
 
     def close() -> None:
         for name, tensor in revert_weight_conversion(merged.model, dict(group)).items():
-            pending[name] = tensor.contiguous().clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor.contiguous()
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes  # a part would keep its fused tensor alive
+            pending[name] = tensor.contiguous() if whole else tensor.contiguous().clone()
         group.clear()
         if sum(t.numel() * t.itemsize for t in pending.values()) >= shard_bytes:
             write()
