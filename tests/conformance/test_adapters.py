@@ -325,6 +325,39 @@ def test_slices_of_a_fused_projection(method):
         close(mixed[0], wanted[0])
 
 
+@pytest.mark.parametrize("storage", [s for s in STORAGES if s != "dense"])
+@torch.no_grad()
+def test_slices_of_a_stored_projection(storage):
+    """Two slices of one stored module are merged into one dense weight, and both are taken out again."""
+    model = tiny.gpt2()
+    apply_storage(model, make_config("storage", storage))
+    bare = output(model, IDS)
+    graft = attach(model, "lora", target_modules="q,v")
+    learned = output(model, IDS)
+    graft.merge()
+    close(output(model, IDS), learned)
+    with pytest.raises(graftwork.GraftworkError, match="merged already"):
+        graft.merge(requantize=True)
+    graft.unmerge()
+    assert torch.equal(output(model, IDS), learned)
+    with pytest.raises(graftwork.GraftworkError, match="slice of a fused projection"):
+        graft.merge(requantize=True)
+    with graft.disabled():
+        assert torch.equal(output(model, IDS), bare)
+
+
+@torch.no_grad()
+def test_two_grafts_are_not_merged_into_one_weight():
+    """Unmerging restores what was there before, so a second merge on top could not be undone in any order."""
+    model = tiny.llama()
+    first, second = attach(model, "lora"), attach(model, "paca", name="b")
+    first.merge()
+    with pytest.raises(graftwork.GraftworkError, match="unmerge 'a' first"):
+        second.merge()
+    first.unmerge()
+    second.merge()
+
+
 # -- storage x adapter x model x dtype ------------------------------------------------------------------------------------
 AXES = {"method": SITE, "storage": STORAGES, "kind": list(tiny.CAUSAL), "dtype": list(DTYPES)}
 COVER = pairwise(AXES, seed=1)

@@ -98,8 +98,9 @@ def test_another_process_regenerates_the_same_bits(tmp_path):
     graft.save(tmp_path / "saved")
     with torch.no_grad():
         wanted = output(model, IDS).double().sum().item().hex()
-    run = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), "99"], stdout=subprocess.PIPE, text=True, check=True,
-                         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "saved"), "99"], env=environment, stdout=subprocess.PIPE,
+                         text=True, check=True)
     assert run.stdout.split()[-1] == wanted
 
 
