@@ -67,18 +67,22 @@ def test_score_is_exact(each):
 
 
 @each_task
-def test_chats(each):
+def test_what_is_trained_and_what_is_asked(each):
     example = each.eval(1)[0]
-    assert [m["role"] for m in each.messages(example)] == ["system", "user", "assistant"]
-    assert each.messages(example)[-1]["content"] == example.answer
-    assert each.question(example) == each.messages(example)[:-1]
-    for shots in (0, 4):
-        chat = each.baseline(example, shots)
-        assert each.instruction in "".join(m["content"] for m in chat)
-        assert [m["role"] for m in chat].count("assistant") == shots
-        assert example.prompt in chat[-1]["content"] and all(example.answer != m["content"] or shots for m in chat)
     row = each.rows("eval", 1)[0]
-    assert json.loads(json.dumps(row)) == {"messages": each.messages(example)}
+    assert row == {"prompt": example.prompt + "\n", "completion": example.answer} and each.question(example) == row["prompt"]
+    assert example.answer not in example.prompt
+
+
+@each_task
+def test_the_baseline_is_told_what_to_do(each):
+    first, second = each.eval(2)
+    for shots in (0, 4):
+        chat = each.baseline(first, shots)
+        assert each.instruction in chat[0]["content"] and first.prompt in chat[-1]["content"]
+        assert [m["role"] for m in chat].count("assistant") == shots == len({m["content"] for m in chat[2::2]})
+        assert chat[:-1] == each.baseline(second, shots)[:-1]
+        assert all(first.answer != m["content"] for m in chat if each.kind != "classification")
 
 
 MONTHS = {  # first letters of each month in the eight languages, written down here, not read from CLDR

@@ -48,8 +48,7 @@ class Task:
     """One task and the recipe that learns it.
 
     name, title, kind: identifier, heading, sort of task. instruction: what an untrained model is told, complete enough to answer
-    by. system: the short system message of training and of adapted answers (an explicit one also keeps the chat template from
-    adding its own, longer one). same(prediction, answer): whether the two say the same.
+    by. same(prediction, answer): whether the two say the same.
     method, options, learning_rate, steps, batch_size, max_length, max_new_tokens: the adapter and its run; lengths in tokens of
     SmolLM2's tokenizer.
     """
@@ -58,7 +57,6 @@ class Task:
     title: str
     kind: str
     instruction: str
-    system: str
     draw: Draw
     method: str
     options: dict[str, Any]
@@ -92,24 +90,26 @@ class Task:
         lines = [line.strip() for line in prediction.splitlines() if line.strip()]
         return bool(lines) and self.same(lines[0], answer)
 
-    def question(self, example: Example) -> list[dict[str, str]]:
-        """What the adapted model is asked."""
-        return [{"role": "system", "content": self.system}, {"role": "user", "content": example.prompt}]
-
-    def messages(self, example: Example) -> list[dict[str, str]]:
-        """What the adapted model is trained on: the question and its answer."""
-        return [*self.question(example), {"role": "assistant", "content": example.answer}]
+    def question(self, example: Example) -> str:
+        """What the adapted model reads, as raw text: the prompt and a line break. A chat template would double the tokens."""
+        return example.prompt + "\n"
 
     def baseline(self, example: Example, shots: int = 0) -> list[dict[str, str]]:
-        """What the untrained model is asked: the full instruction, `shots` solved examples as earlier turns, the question."""
+        """What the untrained model is asked, as a chat: the instruction, `shots` solved examples as earlier turns, the question.
+
+        All before the last turn is the same for every example, so its keys and values can be computed once. Without shots the
+        instruction stands in the user's turn, beside the question: a small model follows it better there.
+        """
+        if not shots:
+            return [{"role": "user", "content": f"{self.instruction}\n\n{example.prompt}"}]
         chat = [{"role": "system", "content": self.instruction}]
         for shown in self.few_shot(shots):
             chat += [{"role": "user", "content": shown.prompt}, {"role": "assistant", "content": shown.answer}]
         return [*chat, {"role": "user", "content": example.prompt}]
 
     def rows(self, side: str, n: int, seed: int = 0) -> list[dict[str, Any]]:
-        """Lines of a `messages` data file; side is `train` or `eval`."""
-        return [{"messages": self.messages(example)} for example in self._take(side, n, seed)]
+        """Lines of a prompt/completion data file; side is `train` or `eval`."""
+        return [{"prompt": self.question(each), "completion": each.answer} for each in self._take(side, n, seed)]
 
     def side(self, item: str) -> str:
         """`train` or `eval`, from nothing but the task's name and the item."""
@@ -178,8 +178,7 @@ FIRST_DAY, LAST_DAY = date(1950, 1, 1), date(2049, 12, 31)
 def _draw_date(rng: random.Random, keep: Callable[[str], bool]) -> Example:
     days = (LAST_DAY - FIRST_DAY).days + 1
     item = _until(rng, keep, lambda: (FIRST_DAY + timedelta(days=rng.randrange(days))).isoformat())
-    form, language = rng.choice(("long", "full")), rng.choice(DATE_LANGUAGES)
-    text = _babel("dates").format_date(date.fromisoformat(item), form, locale=language)
+    text = _babel("dates").format_date(date.fromisoformat(item), "long", locale=rng.choice(DATE_LANGUAGES))
     return Example(_plain(text), item, (item,))
 
 
@@ -209,10 +208,11 @@ UNITS = {"length-meter": "m", "length-kilometer": "km", "mass-gram": "g", "mass-
 
 def _draw_measure(rng: random.Random, keep: Callable[[str], bool]) -> Example:
     unit, language = rng.choice(tuple(UNITS)), rng.choice(MEASURE_LANGUAGES)
-    item = _until(rng, keep, lambda: f"{rng.randrange(11, 9999) / 10:g} {unit}")
+    item = _until(rng, keep, lambda: f"{rng.randrange(11, 1000) / 10:g} {unit}")
     value = float(item.split()[0])
     text = _babel("units").format_unit(value, unit, length="long", locale=language)
-    answer = json.dumps({"unit": UNITS[unit], "value": int(value) if value.is_integer() else value}, ensure_ascii=False)
+    answer = json.dumps({"unit": UNITS[unit], "value": int(value) if value.is_integer() else value},
+                        ensure_ascii=False, separators=(",", ":"))
     return Example(_plain(text), answer, (item,))
 
 
@@ -254,31 +254,30 @@ def _country_names() -> dict[str, dict[str, str]]:
 TASKS: tuple[Task, ...] = (
     Task(
         name="dates", title="long dates in 8 languages -> ISO 8601", kind="normalization",
-        instruction="Convert the date to ISO 8601 format, YYYY-MM-DD. Answer with the date only.", system="Date to ISO.",
-        draw=_draw_date, method="lora", options={"r": 8, "alpha": 16, "target_modules": "all-linear"},
-        learning_rate=5e-3, steps=20, max_length=64, max_new_tokens=12,
+        instruction="Convert the date to ISO 8601 format, YYYY-MM-DD. Answer with the date only.",
+        draw=_draw_date, method="flora", options={"r": 1, "target_modules": "all-linear"},
+        learning_rate=2e-2, steps=30, max_length=64, max_new_tokens=12,
     ),
     Task(
         name="money", title="amounts in 10 languages -> ISO 4217 code and number", kind="normalization",
-        instruction="Convert the amount to its three-letter ISO 4217 currency code, a space, and the number with a decimal point, "
-                    "two decimals and no thousands separator. Answer with that only.", system="Amount to ISO.",
+        instruction="Convert the amount to its three-letter ISO 4217 currency code, a space, and the number with a decimal "
+                    "point, two decimals and no thousands separator. Answer with that only.",
         draw=_draw_money, method="paca", options={"r": 16, "target_modules": "all-linear"},
-        learning_rate=5e-3, steps=30, max_length=64, max_new_tokens=14,
+        learning_rate=5e-3, steps=25, max_length=64, max_new_tokens=14,
     ),
     Task(
         name="measures", title="measured values in 8 languages -> JSON", kind="structured extraction",
         instruction="Extract the unit and the value from the text. Answer with one JSON object with the keys \"unit\" (one of "
                     + ", ".join(UNITS.values()) + ") and \"value\" (a number with a decimal point), and nothing else.",
-        system="Measure to JSON.", draw=_draw_measure, same=_same_json,
-        method="flora", options={"r": 1, "target_modules": "all-linear"},
-        learning_rate=1e-2, steps=40, max_length=64, max_new_tokens=20,
+        draw=_draw_measure, same=_same_json, method="lora",
+        options={"r": 8, "target_modules": "all-linear"},
+        learning_rate=5e-3, steps=20, max_length=64, max_new_tokens=16,
     ),
     Task(
         name="languages", title="lists of countries -> one of 12 languages", kind="classification",
         instruction="In which language is this list of countries written? Answer with one of: Catalan, Czech, Danish, Dutch, "
                     "Estonian, Finnish, Hungarian, Polish, Romanian, Swedish, Turkish, Welsh. Answer with one word only.",
-        system="Language?",
-        draw=_draw_language, method="nola", options={"r": 8, "k": 64, "l": 64, "target_modules": "q,v"},
-        learning_rate=5e-2, steps=60, max_length=80, max_new_tokens=4,
+        draw=_draw_language, method="nola", options={"r": 8, "n_basis": 64, "target_modules": "q,v"},
+        learning_rate=2e-2, steps=40, max_length=64, max_new_tokens=4,
     ),
 )
