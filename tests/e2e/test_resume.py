@@ -11,7 +11,6 @@ import time
 import pytest
 import torch
 import yaml
-from training_support import assert_identical, completions, folder, log_of, recipe, run, tensors_of
 from transformers import TrainerCallback
 
 import graftwork.files
@@ -20,6 +19,7 @@ from graftwork.training import run as run_module
 from graftwork.training import trainer as trainer_module
 from graftwork.training.callbacks import AfterStep
 from graftwork.training.trainer import GraftTrainer
+from training_support import assert_identical, completions, folder, log_of, recipe, run, tensors_of
 
 STEPS, SAVE = 20, 7
 
