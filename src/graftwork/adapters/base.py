@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..modeling.arithmetic import linear, product_dtype
 from ..modeling.protocols import Base
 from ..registry import MethodConfig
 
@@ -122,7 +123,7 @@ class Adapter(nn.Module):
     def delta(self, x: Tensor, base: Base) -> Tensor:
         """Change of the output: x (..., in) -> (..., out)."""
         B, A = self.factors(base)
-        change = F.linear(F.linear(self.drop(x, base), A.to(x.dtype)), B.to(x.dtype))
+        change = linear(linear(self.drop(x, base), A.to(x.dtype)), B.to(x.dtype))
         bias = self.delta_bias()
         return change if bias is None else change + bias.to(x.dtype)
 
@@ -159,11 +160,13 @@ class Adapter(nn.Module):
         if bank.dropout is not None:
             x = base.noise.dropout(x, bank.dropout.to(x.device)[index].reshape(-1, *[1] * (x.dim() - 1)), bank.key)
         flat = as_rows(x)
-        hidden = torch.bmm(flat, bank.A[index].transpose(1, 2))
+        dtype = product_dtype(x.dtype, x.device)
+        hidden = torch.bmm(flat.to(dtype), bank.A[index].to(dtype).transpose(1, 2))
         if bank.bias is None:
-            change = torch.bmm(hidden, bank.B[index].transpose(1, 2))
+            change = torch.bmm(hidden, bank.B[index].to(dtype).transpose(1, 2))
         else:
-            change = torch.baddbmm(bank.bias[index].unsqueeze(1), hidden, bank.B[index].transpose(1, 2))
+            change = torch.baddbmm(bank.bias[index].to(dtype).unsqueeze(1), hidden, bank.B[index].to(dtype).transpose(1, 2))
+        change = change.to(x.dtype)
         return change.reshape(*shape[:-1], change.shape[-1])
 
     @classmethod

@@ -23,6 +23,7 @@ from pydantic import Field
 from torch import nn
 
 from ..registry import register
+from ._lowrank import frozen_plus_low_rank
 from .base import Adapter, AdapterConfig, pattern_value
 
 
@@ -76,6 +77,13 @@ class LoRAAdapter(Adapter):
         if self.lora_A0 is not None and not self.pair_in_storage:
             B, A = torch.cat([B, self.lora_B0], 1), torch.cat([A, -self.lora_A0], 0)
         return B, A
+
+    def forward(self, x, base):
+        dropping = self.dropout and self.training and torch.is_grad_enabled()
+        if dropping or not base.frozen.frozen:
+            return super().forward(x, base)
+        B, A = self.factors()
+        return frozen_plus_low_rank(x, A, B, self.bias_change, base.frozen)
 
     def delta_bias(self):
         return self.bias_change

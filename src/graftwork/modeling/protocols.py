@@ -40,6 +40,15 @@ class Product:
         """W (out, in) as a dense tensor of the compute dtype; a view of the parameter where the format is dense."""
         raise NotImplementedError
 
+    def transposed(self, grad: Tensor) -> Tensor:
+        """W^T g: (..., out) -> (..., in), a new tensor in grad's dtype; not differentiable."""
+        return linear(grad, self.dense().detach().T)
+
+    @property
+    def frozen(self) -> bool:
+        """True when no gradient of W is wanted."""
+        return not self.dense().requires_grad
+
     bias: Tensor | None = None
 
     @property
@@ -91,6 +100,11 @@ class StorageProduct(Product):
 
     def dense(self, leaves=None):
         return self.module.dequantize(leaves)
+
+    def transposed(self, grad):
+        return self.module.transposed(grad)
+
+    frozen = True
 
     @property
     def bias(self):

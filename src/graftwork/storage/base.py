@@ -86,6 +86,11 @@ class Storage(nn.Module):
         """`dequantize()` in another dtype: the same values (rounded to the compute dtype), without gradient."""
         return self.dequantize().to(dtype)
 
+    def transposed(self, grad: Tensor) -> Tensor:
+        """W^T g: (..., out) -> (..., in) in grad's dtype; W is rebuilt for it and dropped."""
+        dtype = product_dtype(grad.dtype, grad.device)
+        return (grad.to(dtype) @ self.dense_as(dtype)).to(grad.dtype)
+
     def forward(self, x: Tensor, leaves: dict[str, Tensor] | None = None) -> Tensor:
         y = self.product(x, leaves)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -125,10 +130,7 @@ class _DequantizedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        dtype = product_dtype(grad.dtype, grad.device)
-        return (grad.to(dtype) @ ctx.storage.dense_as(dtype)).to(grad.dtype), None
+        return (ctx.storage.transposed(grad) if ctx.needs_input_grad[0] else None), None
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, _):
