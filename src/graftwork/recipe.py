@@ -6,6 +6,9 @@ mapping with `method`. Order: defaults < YAML < overrides (`train.max_steps=20`)
 
 from __future__ import annotations
 
+import copy
+import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,12 +83,16 @@ class Recipe(BaseModel):
 
     @property
     def is_fleet(self) -> bool:
-        """True when data.train names several files: one adapter a file."""
-        return any(c in self.data.train for c in "*?[")
+        """True when data.train is a pattern of files: one adapter a file. A list of files is one data set."""
+        train = self.data.train
+        if isinstance(train, list) or not any(c in train for c in "*?["):
+            return False
+        hub_name = self.data.online and re.fullmatch(r"[\w.-]+/[\w.-]+(\[[^\]]+\])?(:\S+)?", train)
+        return not hub_name and not os.path.isfile(train)
 
 
-DEFAULTS: dict[str, Any] = {"storage": "dense", "adapter": "lora", "initializer": None, "optimizer": None, "estimator": "backprop",
-                            "selection": [], "objective": "causal_lm", "train": {}}
+DEFAULTS: dict[str, Any] = {"storage": "dense", "adapter": "lora", "initializer": None, "optimizer": None,
+                            "estimator": "backprop", "selection": [], "objective": "causal_lm", "train": {}}
 
 
 def load_recipe(source: str | Path | dict[str, Any], overrides: list[str] | None = None, *, check: bool = True,
@@ -110,11 +117,13 @@ class _Reader:
     def __init__(self, source: str | Path | dict[str, Any], notes: list[str]):
         self.problems: list[str] = []
         self.lines: dict[str, int] = {}
+        self.overridden: dict[str, str] = {}
         self.notes = notes
         if isinstance(source, dict):
-            self.file, self.document = "recipe", dict(source)
+            self.file, self.document = "recipe", copy.deepcopy(source)
         else:
-            self.file, self.document = str(source), self._parse(Path(source))
+            self.file = str(source)
+            self.document = self._parse(Path(source))
         self._aliases()
 
     def _parse(self, path: Path) -> dict[str, Any]:
@@ -132,7 +141,8 @@ class _Reader:
             raise RecipeError([f"{path}:{line}: not YAML: {getattr(error, 'problem', error)}"],
                               remedy="check the indentation and the quotes near that line") from None
         if not isinstance(document, dict):
-            raise RecipeError([f"{path}:1: a recipe is a mapping, this is {'empty' if document is None else type(document).__name__}"],
+            kind = "empty" if document is None else type(document).__name__
+            raise RecipeError([f"{path}:1: a recipe is a mapping, this is {kind}"],
                               remedy="`graft init` writes a recipe that runs")
         self._mark(node, "")
         return document
@@ -151,7 +161,9 @@ class _Reader:
                 self._mark(value, f"{path}.{i}")
 
     def where(self, path: str) -> str:
-        """`file:line` of a dotted path, or of its nearest parent."""
+        """`file:line` of a dotted path, or of its nearest parent; the override that set it, where there was one."""
+        if path in self.overridden:
+            return f"override {self.overridden[path]}"
         while path and path not in self.lines:
             path = path.rpartition(".")[0]
         line = self.lines.get(path)
@@ -165,8 +177,31 @@ class _Reader:
             target, convert = ALIASES[key]
             value = self.document.pop(key)
             self.notes.append(f"{self.where(key)}: '{key}' is read as '{target}'")
+            if self._given(target):
+                self.problem(key, f"'{key}' and '{target}' say the same thing: remove one")
+                continue
             self.lines.setdefault(target, self.lines.get(key, 0))
-            self._set(target, convert(value))
+            try:
+                self._take(target, convert(value))
+            except UsageError as error:
+                self.problem(key, error.message)
+
+    def _given(self, path: str) -> bool:
+        here: Any = self.document
+        for part in path.split("."):
+            if not isinstance(here, dict):
+                return path.endswith(".method") and isinstance(here, str)
+            if part not in here:
+                return False
+            here = here[part]
+        return True
+
+    def _take(self, target: str, value: Any) -> None:
+        """Set what an alias means; full tuning is a method elsewhere, here it is no adapter."""
+        if target == "adapter.method" and value is None:
+            self._set("adapter", None)
+        else:
+            self._set(target, value)
 
     def _set(self, path: str, value: Any) -> None:
         *parents, last = path.split(".")
@@ -175,11 +210,15 @@ class _Reader:
             inner = here.get(part)
             if isinstance(inner, str) and part in SECTIONS:
                 inner = {"method": inner}
+            elif part == "data" and isinstance(inner, (str, list)):
+                inner = {"train": inner}
             elif inner is None:
-                default = DEFAULTS.get(part) if i == 0 else None
+                default = {**DEFAULTS, "optimizer": "adamw"}.get(part) if i == 0 else None
                 inner = {"method": default} if isinstance(default, str) else {}
+            elif isinstance(inner, list) and i == 0:  # selection.0.layers=1
+                inner = {str(k): {"method": v} if isinstance(v, str) else v for k, v in enumerate(inner)}
             if not isinstance(inner, dict):
-                raise UsageError(f"'{path}' cannot be set: '{part}' is {inner!r}")
+                raise UsageError(f"'{path}' cannot be set: '{part}' is {inner!r}", remedy="name an option below a section")
             here[part] = inner
             here = inner
         here[last] = value
@@ -188,14 +227,15 @@ class _Reader:
         path, sign, value = text.partition("=")
         if not sign or not path:
             raise UsageError(f"'{text}' is no override", remedy="write dotted.path=value, for example train.max_steps=20")
-        if path in ALIASES:
-            path = ALIASES[path][0]
         try:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UsageError(f"override '{text}': the value is not YAML") from None
-        self.lines[path] = self.lines.get(path, 0)
-        self._set(path, parsed)
+            raise UsageError(f"override '{text}': the value is not YAML", remedy="put quotes around it") from None
+        if path in ALIASES:
+            path, convert = ALIASES[path]
+            parsed = convert(parsed)
+        self.overridden[path] = text
+        self._take(path, parsed)
 
     # -- building ---------------------------------------------------------------------------------------------------
     def build(self) -> Recipe:
@@ -211,17 +251,19 @@ class _Reader:
         if isinstance(adapter, dict) and "from" in adapter:
             fields["adapter_from"] = str(adapter["from"])
             document["adapter"] = self._saved_adapter(adapter)
+        if document["initializer"] in ("default", {"method": "default"}):
+            document["initializer"] = None
         for name, axis in SECTIONS.items():
             value = document.get(name)
             if name == "selection":
+                if isinstance(value, dict) and value and all(str(k).isdigit() for k in value):
+                    value = list(value.values())
                 value = [] if value is None else value if isinstance(value, list) else [value]
                 fields[name] = [m for i, v in enumerate(value) if (m := self._method(f"{name}.{i}", axis, v)) is not None]
             elif isinstance(value, MethodConfig):
                 fields[name] = value
             else:
                 fields[name] = self._method(name, axis, value)
-        if fields.get("initializer") is not None and fields["initializer"].method == "default":
-            fields["initializer"] = None
         if fields["optimizer"] is None and not any(self.where("optimizer") in p for p in self.problems):
             estimator = fields.get("estimator")
             if estimator is None or lookup("estimator", estimator.method).traits.get("gradients", True):
@@ -278,7 +320,7 @@ class _Reader:
     def _data(self, value: Any) -> Any:
         from .data.config import DataConfig
 
-        if isinstance(value, str):
+        if isinstance(value, (str, list)):
             value = {"train": value}
         if not isinstance(value, dict):
             self.problem("data", "'data' is missing: data: {train: FILE.jsonl}")

@@ -5,7 +5,8 @@ A combination is judged from the traits of its methods, in one function; nothing
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from .registry import lookup
 
@@ -17,17 +18,32 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _none_if_full(value: Any) -> Any:
+    return None if value == "full" else value
+
+
+def _schedule(value: Any) -> Any:
+    return "constant" if value == "constant_with_warmup" else value
+
+
+def _trackers(value: Any) -> Any:
+    """One name, or none, where we have a list."""
+    return value if isinstance(value, list) else [] if value in (None, "none") else [value]
+
+
 #: key of another tool -> (our dotted path, conversion)
 ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "model_name_or_path": ("model", _same), "base_model": ("model", _same),
-    "finetuning_type": ("adapter.method", _same), "fine_tune_type": ("adapter.method", _same),
+    "finetuning_type": ("adapter.method", _none_if_full), "fine_tune_type": ("adapter.method", _none_if_full),
     "lora_rank": ("adapter.r", _same), "lora_r": ("adapter.r", _same), "lora_alpha": ("adapter.alpha", _same),
-    "lora_dropout": ("adapter.dropout", _same), "lora_target": ("adapter.target_modules", lambda v: "all-linear" if v == "all" else v),
+    "lora_dropout": ("adapter.dropout", _same),
+    "lora_target": ("adapter.target_modules", lambda v: "all-linear" if v == "all" else v),
     "lora_target_modules": ("adapter.target_modules", _same), "target_modules": ("adapter.target_modules", _same),
     "use_rslora": ("adapter.use_rslora", _same), "load_in_4bit": ("storage", lambda v: "nf4" if v else "dense"),
     "quantization_bit": ("storage", lambda v: "nf4" if v == 4 else v),
     "dataset": ("data.train", _same), "train_file": ("data.train", _same), "cutoff_len": ("data.max_length", _same),
-    "sequence_len": ("data.max_length", _same), "max_seq_length": ("data.max_length", _same), "max_length": ("data.max_length", _same),
+    "sequence_len": ("data.max_length", _same), "max_seq_length": ("data.max_length", _same),
+    "max_length": ("data.max_length", _same),
     "packing": ("data.packing", _same), "sample_packing": ("data.packing", _same),
     "train_on_prompt": ("data.train_on", lambda v: "all" if v else "assistant"),
     "train_on_inputs": ("data.train_on", lambda v: "all" if v else "assistant"),
@@ -37,15 +53,15 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "num_train_epochs": ("train.epochs", _same), "num_epochs": ("train.epochs", _same), "epochs": ("train.epochs", _same),
     "max_steps": ("train.max_steps", _same), "iters": ("train.max_steps", _same),
     "learning_rate": ("optimizer.lr", _same), "lr": ("optimizer.lr", _same),
-    "lr_scheduler_type": ("train.schedule", _same), "lr_scheduler": ("train.schedule", _same),
+    "lr_scheduler_type": ("train.schedule", _schedule), "lr_scheduler": ("train.schedule", _schedule),
     "warmup_ratio": ("train.warmup", _same), "warmup_steps": ("train.warmup", _same),
     "gradient_checkpointing": ("train.gradient_checkpointing", _same), "save_steps": ("train.save_steps", _same),
-    "eval_steps": ("train.eval_steps", _same), "seed": ("train.seed", _same), "report_to": ("train.report_to", _same),
+    "eval_steps": ("train.eval_steps", _same), "seed": ("train.seed", _same), "report_to": ("train.report_to", _trackers),
     "bf16": ("train.precision", lambda v: "bf16" if v else "fp32"), "max_grad_norm": ("train.max_grad_norm", _same),
 }
 
 
-def reasons_against(recipe: "Recipe") -> list[tuple[str, str, str]]:
+def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
     """[(section, reason, nearest combination that works)]; empty when the recipe is possible. Looks at traits only."""
     storage, adapter = lookup("storage", recipe.storage.method), recipe.adapter and lookup("adapter", recipe.adapter.method)
     estimator, objective = lookup("estimator", recipe.estimator.method), lookup("objective", recipe.objective.method)
@@ -60,10 +76,12 @@ def reasons_against(recipe: "Recipe") -> list[tuple[str, str, str]]:
             found.append((section, why, fix))
 
     if adapter is None:
-        unless(storage.name == "dense", "storage", f"full tuning trains the weights themselves, and {storage.name} weights are frozen codes",
+        unless(storage.name == "dense", "storage",
+               f"full tuning trains the weights themselves, and {storage.name} weights are frozen codes",
                f"storage: dense, or keep {storage.name} and add adapter: lora")
         unless(start is None, "initializer", "an initializer starts an adapter, and there is none", "remove initializer")
-        unless(not recipe.is_fleet, "data.train", "a fleet trains one adapter a file, and there is no adapter", "add adapter: lora")
+        unless(not recipe.is_fleet, "data.train", "a fleet trains one adapter a file, and there is no adapter",
+               "add adapter: lora")
     else:
         unless(not (optimizer and optimizer.traits.get("projects")), "optimizer",
                f"{optimizer and optimizer.name} projects the gradients of full weights; an adapter's tensors are small already",
@@ -72,6 +90,8 @@ def reasons_against(recipe: "Recipe") -> list[tuple[str, str, str]]:
             unless(not s.traits["full_tuning_only"], f"selection.{i}", f"{s.name} chooses among the model's own weights, which "
                    f"{adapter.name} freezes", f"remove selection {s.name}, or adapter: null with storage: dense")
         if start is not None:
+            unless(not recipe.adapter_from, "initializer",
+                   f"{start.name} starts a new adapter, and adapter.from continues a trained one", "remove initializer")
             unless(adapter.name in start.traits["adapters"], "initializer",
                    f"{start.name} starts {', '.join(start.traits['adapters'])}, not {adapter.name}",
                    f"adapter: {start.traits['adapters'][0]}, or initializer: default")
@@ -80,7 +100,8 @@ def reasons_against(recipe: "Recipe") -> list[tuple[str, str, str]]:
         unless(adapter.traits["scope"] != "model" or not recipe.data.packing, "data.packing",
                f"{adapter.name} puts a prefix before each example, packed rows hold several", "data.packing: false")
     unless(estimator.traits["gradients"] or optimizer is None, "optimizer",
-           f"{estimator.name} moves the parameters itself and takes no optimizer", f"remove optimizer (its rate is estimator.lr of {estimator.name})")
+           f"{estimator.name} moves the parameters itself and takes no optimizer",
+           f"remove optimizer (its rate is estimator.lr of {estimator.name})")
     unless(estimator.traits["gradients"] or not recipe.train.gradient_checkpointing, "train.gradient_checkpointing",
            f"{estimator.name} runs no backward pass, so there are no activations to save", "train.gradient_checkpointing: false")
     unless(estimator.traits["gradients"] or not recipe.is_fleet, "estimator",
@@ -94,7 +115,7 @@ def reasons_against(recipe: "Recipe") -> list[tuple[str, str, str]]:
            "a fused optimizer updates on every micro-batch", "optimizer.fused: false, or train.grad_accumulation: 1")
     unless(not (fused and recipe.train.max_grad_norm > 0), "train.max_grad_norm",
            "a fused optimizer updates before the global norm is known", "train.max_grad_norm: 0, or optimizer.fused: false")
-    unless(not (recipe.data.packing and not objective.traits.get("packs", True)), "data.packing",
+    unless(not (recipe.data.packing and objective.traits["task"] == "sequence_classification"), "data.packing",
            f"{objective.name} scores whole rows", "data.packing: false")
     unless(not (recipe.train.early_stopping or recipe.train.restore_best) or bool(recipe.train.eval_steps), "train.eval_steps",
            "early stopping and restore_best compare evaluations, and eval_steps is 0", "train.eval_steps: 50")

@@ -105,7 +105,8 @@ def state_of_run(step):
     if step.optimizer is not None:
         optimizer = optimizer_state_tensors(step.optimizer, {p: n for n, p in step.parameters})
     learned = {n: p.detach().clone() for n, p in step.parameters}
-    return plain, {k: t.clone() for k, t in tensors.items()}, ({k: t.clone() for k, t in optimizer[0].items()}, optimizer[1]), learned
+    moments = {k: t.clone() for k, t in optimizer[0].items()}
+    return plain, {k: t.clone() for k, t in tensors.items()}, (moments, optimizer[1]), learned
 
 
 def restore(step, saved):
