@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import graftwork
 import tiny
-from graftwork.errors import IncompatibleError, UsageError
+from graftwork.errors import GraftworkError, IncompatibleError, UsageError
 from graftwork.interchange.gguf import write_gguf_adapter, write_gguf_merged
 from graftwork.interchange.modelfile import chat_format, modelfile
 
@@ -143,7 +143,7 @@ def test_merged_metadata_and_tokenizer(tmp_path):
 def test_merged_values_are_rounded_once(dtype, kind, number, tmp_path):
     model = tiny.llama()
     graft = ours(model, r=2)
-    write_gguf_merged(graft, tmp_path / "m", tokenizer=tiny.tokenizer(), dtype=dtype)
+    report = write_gguf_merged(graft, tmp_path / "m", tokenizer=tiny.tokenizer(), dtype=dtype)
     reader, _ = read(tmp_path / "m" / "model.gguf")
     tensor = next(t for t in reader.tensors if t.name == "blk.1.attn_k.weight")
     assert tensor.tensor_type.name == kind and value(reader, "general.file_type") == number
@@ -151,8 +151,31 @@ def test_merged_values_are_rounded_once(dtype, kind, number, tmp_path):
     name = "model.layers.1.self_attn.k_proj"
     exact = model.get_submodule(name).weight.detach() + graft.delta_weights()[name]
     assert np.array_equal(found, exact.to(torch.bfloat16 if dtype == "bf16" else torch.float16).float().numpy())
+    lost = np.linalg.norm(found - exact.numpy()) / graft.delta_weights()[name].norm().item()
+    assert abs(report.errors[name] - lost) < 1e-6 and lost > 1e-5
     with pytest.raises(UsageError, match="q4"):
         write_gguf_merged(graft, tmp_path / "n", tokenizer=tiny.tokenizer(), dtype="q4")
+
+
+def test_values_beyond_fp16_are_refused(tmp_path):
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e5
+    graft = ours(model, r=2)
+    with pytest.raises(GraftworkError, match="fp16 cannot hold"):
+        write_gguf_merged(graft, tmp_path / "m", tokenizer=tiny.tokenizer())
+    assert list(tmp_path.iterdir()) == []
+    write_gguf_merged(graft, tmp_path / "m", tokenizer=tiny.tokenizer(), dtype="bf16")
+
+
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(self, tensor, tensor_endianess=None):
+        raise OSError("4096 requested and 0 written")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(GraftworkError, match="no space left"):
+        write_gguf_merged(ours(tiny.llama(), r=2), tmp_path / "m", tokenizer=tiny.tokenizer())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_base_that_came_as_gguf_keeps_its_metadata(tmp_path):

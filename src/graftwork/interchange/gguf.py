@@ -9,6 +9,9 @@ halves), (heads, 2, d/2) -> (heads, d/2, 2); B's rows and merged weights and bia
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +94,7 @@ def write_gguf_adapter(graft: Graft, folder: str | Path, *, tokenizer: Any = Non
     factors = lora_factors(graft, rank)
     _refuse(graft, factors)
     r = factors.rank
-    with atomic_folder(folder, overwrite=overwrite) as target:
+    with atomic_folder(folder, overwrite=overwrite) as target, _short_writes():
         writer = gguf.GGUFWriter(target / ADAPTER, architecture(graft.model))
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
@@ -130,12 +133,12 @@ def write_gguf_merged(graft: Graft, folder: str | Path, *, tokenizer: Any = None
     Raises IncompatibleError for an architecture or a tokenizer that cannot be written."""
     gguf = _package()
     kind = _file_type(dtype)
-    merged = MergedWeights(graft, base=base, dtype="fp32")
+    merged = MergedWeights(graft, base=base, dtype={"f32": "fp32", "f16": "fp16"}.get(kind, kind), vectors=torch.float32)
     names, origin = name_map(graft.model), base_file(graft.model)
     reader = open_gguf(origin) if origin is not None else None
     shapes = {k: v for k, v in merged.skeleton.state_dict().items()}
     places = {name: gguf_name(names, name) for name in merged.names()}
-    with atomic_folder(folder, overwrite=overwrite) as target:
+    with atomic_folder(folder, overwrite=overwrite) as target, _short_writes():
         writer = gguf.GGUFWriter(target / MODEL, architecture(graft.model))
         if reader is not None:
             copy_fields(writer, reader)
@@ -159,7 +162,7 @@ def write_gguf_merged(graft: Graft, folder: str | Path, *, tokenizer: Any = None
         for name in places:
             value = merged.one(name)
             value = value.T if _transposed(graft.model, name) else value
-            writer.write_tensor_data(_bytes(gguf, permuted(value, name, graft.model).contiguous(), name, kind))
+            writer.write_tensor_data(_bytes(permuted(value, name, graft.model).contiguous(), name))
         for each in extra:
             writer.write_tensor_data(each.data)
         writer.close()
@@ -186,15 +189,23 @@ def _transposed(model: Any, name: str) -> bool:
     return attribute == "weight" and is_conv1d(model.get_submodule(module))
 
 
-def _bytes(gguf: Any, value: Tensor, name: str, kind: str) -> Any:
-    if value.dim() < 2 or kind == "f32":
-        return value.numpy()
-    if kind == "bf16":
-        return value.to(torch.bfloat16).view(torch.uint16).numpy()
-    half = value.to(torch.float16)
-    if not torch.isfinite(half).all():
+def _bytes(value: Tensor, name: str) -> Any:
+    if value.dtype == torch.bfloat16:
+        return value.view(torch.uint16).numpy()
+    if not torch.isfinite(value).all():
         raise GraftworkError(f"'{name}' has values that fp16 cannot hold", remedy="write it as bf16 or f32")
-    return half.numpy()
+    return value.numpy()
+
+
+@contextmanager
+def _short_writes() -> Iterator[None]:
+    """numpy reports a full disk without the system's error number."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None and "requested" in str(error):
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
 
 
 def _finish(writer: Any) -> None:

@@ -45,10 +45,11 @@ class _Dense(Product):
 
 class MergedWeights:
     """The parameters of a model with one graft merged, as a stream. Iterating yields (name, tensor) by Transformers' names;
-    `report` fills meanwhile. dtype None: each weight's own (a quantised one: its compute dtype)."""
+    `report` fills meanwhile. dtype None: each weight's own (a quantised one: its compute dtype); vectors: another dtype for
+    biases and norms."""
 
-    def __init__(self, graft: Graft, *, base: str = "trained", dtype: str | torch.dtype | None = None, requantize: bool = False,
-                 force: bool = False):
+    def __init__(self, graft: Graft, *, base: str = "trained", dtype: str | torch.dtype | None = None,
+                 vectors: torch.dtype | None = None, requantize: bool = False, force: bool = False):
         check_exportable(graft)
         if base not in ("trained", "pristine"):
             raise UsageError(f"there is no base '{base}'", remedy="trained (what the graft was trained on) or pristine")
@@ -57,7 +58,7 @@ class MergedWeights:
         if requantize and getattr(graft.model, "graft_storage", None) is None:
             raise UsageError("requantize needs a quantised base, this one is dense", remedy="leave it out")
         self.graft, self.model, self.dtype = graft, graft.model, parse_dtype(dtype)
-        self.requantize, self.force = requantize, force
+        self.vectors, self.requantize, self.force = vectors, requantize, force
         self.source = source_of(self.model) if base == "pristine" else None
         if base == "pristine" and self.source is None:
             raise ModelError("the pristine weights of this model are not at hand: it has no files", remedy="use base='trained'")
@@ -98,11 +99,11 @@ class MergedWeights:
         if name in self.replaced:
             value = self.replaced[name]
             live = getattr(module, attribute)
-            return value.detach().cpu().to(self.dtype or live.dtype)
+            return value.detach().cpu().to(self._dtype(live))
         value = self._value(name, module, attribute)
         if not value.is_floating_point():
             return value
-        out_dtype = self.dtype or value.dtype
+        out_dtype = self._dtype(value)
         if attribute == "bias":
             change = self._bias_change(module_name)
             return (value.float() + change).to(out_dtype) if change is not None else value.to(out_dtype)
@@ -123,6 +124,9 @@ class MergedWeights:
                 raise GraftworkError(f"quantising the merged weights again would lose {lost:.0%} of the change at '{site_name}'",
                                      remedy="merge into dense weights (the default), or force it")
         return merged.to(out_dtype).contiguous()
+
+    def _dtype(self, value: Tensor) -> torch.dtype:
+        return (self.vectors if value.dim() < 2 else None) or self.dtype or value.dtype
 
     def _value(self, name: str, module: nn.Module, attribute: str) -> Tensor:
         """The unmerged weight in its Transformers shape."""

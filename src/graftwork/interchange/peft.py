@@ -39,7 +39,8 @@ IGNORED = ("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_we
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
-def _document(folder: str | Path) -> dict[str, Any]:
+def read_document(folder: str | Path) -> dict[str, Any]:
+    """adapter_config.json as it is. Raises ArtifactError when it is missing or damaged."""
     path = Path(folder) / CONFIG
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -53,7 +54,7 @@ def _document(folder: str | Path) -> dict[str, Any]:
 
 def read_config(folder: str | Path) -> LoRA:
     """The options of a PEFT LoRA folder. Raises ArtifactError naming what a graft cannot express."""
-    document = _document(folder)
+    document = read_document(folder)
     if document["peft_type"] != "LORA":
         raise ArtifactError(f"{folder} is a PEFT {document['peft_type']} adapter; only LORA is read",
                             remedy="convert it with PEFT's convert_to_lora where that exists, or train it here")
@@ -125,11 +126,12 @@ def attach_peft(model: nn.Module, folder: str | Path, *, name: str | None = None
     graft = attach(model, config, name=name or "default")
     try:
         with torch.no_grad():
-            problems = _fill(graft, tensors, _document(folder))
+            problems = _fill(graft, tensors, read_document(folder))
         if problems:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+            base = read_document(folder).get("base_model_name_or_path")
             raise ArtifactError(f"{folder} does not fit this model: {'; '.join(problems[:5])}{more}",
-                                remedy=f"load the model it was trained on: {_document(folder).get('base_model_name_or_path')}")
+                                remedy=f"load the model it was trained on: {base}")
         settle(graft, folder, trainable=trainable, allow_zero=allow_zero)
     except BaseException:
         graft.detach()
