@@ -34,7 +34,19 @@ class TrainerMixin:
 
         class MyTrainer(graftwork.TrainerMixin, transformers.Trainer): ...
 
-    Checkpoints then hold `graft/NAME/` folders instead of the model's weights."""
+    Checkpoints then hold `graft/NAME/` folders instead of the model's weights. Each micro-batch sets the clock from which
+    adapters draw their dropout: it depends on (seed, step, micro-batch), so a resume repeats it."""
+
+    _graft_clock = (-1, -1)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        from ..modeling.state import state_of
+
+        step = self.state.global_step
+        micro = self._graft_clock[1] + 1 if self._graft_clock[0] == step else 0
+        self._graft_clock = (step, micro)
+        with state_of(self.model).scope(seed=self.args.seed, step=step, micro=micro):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         from ..modeling.state import state_of
@@ -61,6 +73,10 @@ class TrainerMixin:
             load_tensors(graft, read_tensors(folder, card), card)
 
     def _load_best_model(self) -> None:
+        from ..modeling.state import state_of
+
+        if not state_of(self.model).grafts:
+            return super()._load_best_model()
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
