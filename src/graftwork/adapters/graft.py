@@ -109,8 +109,8 @@ class Graft:
         """Factor of this graft's change, in sums, per row and when merged. Only for additive methods."""
         if self.merged:
             raise UsageError(f"graft '{self.name}' is merged: its weight is fixed", remedy="graft.unmerge() first")
-        if self.info.traits["multiplicative"] and weight != 1.0:
-            raise IncompatibleError(f"'{self.method}' is multiplicative: its change has no scale")
+        if (self.info.traits["multiplicative"] or self.info.traits["scope"] == "model") and weight != 1.0:
+            raise IncompatibleError(f"'{self.method}' adds nothing to an output: its change has no scale")
         self.weight = float(weight)
 
     def detach(self) -> None:
@@ -137,6 +137,11 @@ class Graft:
         del self.holder.grafts[self.name]
 
     # -- exact change ------------------------------------------------------------------------------------------------
+    def _check_weights(self) -> None:
+        if self.info.traits["scope"] == "model":
+            raise UsageError(f"'{self.method}' changes what the model reads and no weight: it cannot become a LoRA",
+                             remedy="serve it beside the base")
+
     def base_of(self, site: Site) -> Base:
         return Base(site.product)
 
@@ -144,6 +149,7 @@ class Graft:
     def delta_weights(self) -> dict[str, Tensor]:
         """{site: exact change (out, in), fp32, times the graft's weight}. Raises UsageError for methods whose change
         depends on the input."""
+        self._check_weights()
         changes = {}
         for name, adapter in self.adapters.items():
             change = adapter.delta_weight(self.base_of(self.sites[name]))
@@ -156,6 +162,7 @@ class Graft:
     def to_lora(self, rank: int | None = None) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
         """({site: (B (out, r), A (r, in))}, error): exact factors (error 0) where the method is low-rank and rank is not
         smaller, else the truncated SVD with its relative Frobenius error over all sites. B carries the graft's weight."""
+        self._check_weights()
         pairs, lost, total = {}, 0.0, 0.0
         for name, adapter in self.adapters.items():
             exact = adapter.factors(self.base_of(self.sites[name]))
@@ -276,13 +283,15 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
     if not holder.grafts:
         model.requires_grad_(False)
     if info.traits["scope"] == "model":
+        if _initializer(initializer) is not None:
+            raise IncompatibleError(f"'{info.name}' has no sites that an initializer could start", remedy="initializer: default")
         holder.grafts[name] = graft
         try:
             info.cls.attach_to(graft)
+            _attach_saved_modules(graft)
         except BaseException:
-            holder.grafts.pop(name, None)
+            graft.detach()
             raise
-        _attach_saved_modules(graft)
         return graft
     sites = find_sites(model, config_object.target_modules, exclude_modules=config_object.exclude_modules,
                        layers=config_object.layers_to_transform)

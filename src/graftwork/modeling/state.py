@@ -23,6 +23,8 @@ class ForwardState:
     expansion: how many consecutive rows of the tensor belong to one named row (beams).
     token_rows: for callers that re-indexed tokens, the row (int64, (M,)) of each of the M tokens of a site's input.
     disabled: names of grafts that are off. seed, step, micro: the clock from which noise is drawn.
+    labels: of the batch (N, T), -100 where nothing is trained; a prefix that depends on the prompt tells it from the answer
+    by them. None: all input is prompt.
     recomputing: True while activation checkpointing repeats a forward (losses, statistics, counters must not count it)."""
 
     rows: tuple[str | None, ...] | None = None
@@ -32,6 +34,7 @@ class ForwardState:
     seed: int = 0
     step: int = 0
     micro: int = 0
+    labels: torch.Tensor | None = None
     recomputing: bool = False
 
 

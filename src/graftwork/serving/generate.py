@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, GraftworkError, UsageError
+from ..modeling.state import state_of
 from .cache import roomy_cache
 
 Prompt = str | list[dict[str, Any]] | list[int]
@@ -139,10 +140,13 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Positions the model has, None where its config names no limit."""
+    """Positions the model has for text, None where its config names no limit. A graft's virtual tokens take theirs first."""
     config = getattr(model, "config", None)
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    room = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    prefixes = [adapter.length for graft in state_of(model).grafts.values() if graft.info.traits["scope"] == "model"
+                for adapter in graft.adapters.values()]
+    return None if room is None else room - max(prefixes, default=0)
 
 
 # -- the loop --------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def evaluate_loss(model: nn.Module, objective: Any, data: Any, *, batch_size: in
             batch.pop("rows", None)
             rows = (route,) * batch["input_ids"].shape[0] if route is not None else None
             batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            with state_of(model).scope(rows=rows):
+            with state_of(model).scope(rows=rows, labels=batch.get("labels")):
                 for key, value in objective.evaluate(model, batch).items():
                     sums[key] = sums.get(key, 0.0) + float(value)
     finally:
