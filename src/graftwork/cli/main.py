@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import sys
 
-# Before torch is imported: its profiler and allocator print notes that are no news to a user.
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch and its neighbours are imported: what they print on import is no news to a user.
+for _name, _value in {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
+                      "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                      "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "BITSANDBYTES_NOWELCOME": "1"}.items():
+    os.environ.setdefault(_name, _value)
 
 import importlib
 import pkgutil
+import warnings
 
 import typer
 
@@ -20,6 +22,9 @@ from ..errors import GraftworkError
 
 #: order in which --help lists the verbs
 ORDER = ("demo", "init", "methods", "validate", "plan", "train", "sweep", "eval", "generate", "chat", "merge", "convert", "doctor")
+
+#: packages whose warnings concern their own developers
+NEIGHBOURS = ("torch", "transformers", "accelerate", "datasets", "bitsandbytes", "peft", "huggingface_hub", "multiprocess", "google")
 
 app = typer.Typer(
     name="graft", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -46,10 +51,21 @@ def _register() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: runs a verb and turns errors into one message and an exit code (0 fine, 1 failure, 2 wrong use)."""
-    _register()
+    """Entry point: runs a verb and turns errors into one message and an exit code (0 fine, 1 failure, 2 wrong use,
+    130 interrupted). Warnings of other packages are silenced for the time, unless GRAFT_DEBUG=1."""
+    if not app.registered_commands:
+        _register()
+    with warnings.catch_warnings():
+        if os.environ.get("GRAFT_DEBUG") != "1":
+            for package in NEIGHBOURS:
+                warnings.filterwarnings("ignore", module=rf"{package}(\.|$)")
+            warnings.filterwarnings("ignore", message=".*swigvarlink.*")
+        _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> None:
     try:
-        app(args=arguments, standalone_mode=False)
+        app(args=arguments, prog_name="graft", standalone_mode=False)
     except GraftworkError as error:
         _fail(error, error.exit_code)
     except typer.Exit as leave:
@@ -65,9 +81,14 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's usage errors
             context = getattr(error, "ctx", None)
+            if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+                print(error.format_message(), file=sys.stderr)
+                sys.exit(error.exit_code)
             if context is not None:
                 print(context.get_usage(), file=sys.stderr)
             print(f"error: {error.format_message()}", file=sys.stderr)
+            if context is not None:
+                print(f"  remedy: {context.command_path} --help", file=sys.stderr)
             sys.exit(error.exit_code)
         _fail(error, 1)
 

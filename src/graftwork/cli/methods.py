@@ -36,7 +36,7 @@ def run(
         names = [n for m in known for n in (m.name, *m.aliases)]
         raise UsageError(f"there is no method '{name}'{nearest(name, names)}", remedy="graft methods lists them")
     if as_json:
-        print(json.dumps([{**m.to_json(), "equations": _doc(m), "bibtex": m.bibtex} for m in found], indent=1))
+        print(json.dumps([{**m.to_json(), "equations": _doc(m), "cost": cost(m), "bibtex": m.bibtex} for m in found], indent=1))
         return
     for method in found:
         print(f"{method.axis} '{method.name}': {method.title}" + (f" (arXiv {method.paper})" if method.paper else ""))
@@ -46,9 +46,36 @@ def run(
         for key, field in method.config.model_fields.items():
             default = field.get_default(call_default_factory=True)
             print(f"  {key} = {default!r}" + (f"   {field.description}" if field.description else ""))
-        print("\ntraits: " + ", ".join(f"{k}={v}" for k, v in method.traits.items()))
+        print("\ncost: " + "; ".join(f"{what}: {amount}" for what, amount in cost(method).items()))
+        print("traits: " + ", ".join(f"{k}={v}" for k, v in method.traits.items()))
         if method.bibtex:
             print(f"\n{method.bibtex}")
+
+
+def cost(method) -> dict[str, str]:
+    """What a method costs, computed by its own code where that is a number of a matrix of 4096 x 4096 at default options."""
+    import torch
+
+    size, traits = 4096, method.traits
+    where = f"for one matrix {size} x {size}"
+    if method.axis == "storage":
+        with torch.device("meta"):
+            stored = method.cls.from_weight(torch.empty(size, size, dtype=torch.bfloat16), method.config()) if (
+                method.name != "dense") else None
+        return {"bits a weight": "those of the compute dtype" if stored is None else f"{stored.bits_per_weight:.4g}"}
+    if method.axis == "optimizer":
+        kept = method.cls.state_bytes((size, size), torch.float32, config=method.config())
+        return {f"state bytes {where}": f"{kept:,} ({kept / (8 * size * size):.2%} of Adam's)"}
+    if method.axis == "adapter":
+        if traits.get("scope") != "site":
+            return {"parameters": "set by its options, not by the matrices"}
+        site = type("Square", (), {"in_features": size, "out_features": size, "name": "square"})()
+        return {f"parameters {where}": f"{method.cls.parameter_count(site, method.config()):,}"}
+    told = {"initializer": {"before training": f"one pass over the {traits.get('needs') or 'weights'}"},
+            "estimator": {"backward pass": "yes" if traits.get("gradients", True) else "none: forward passes only"},
+            "selection": {"reads gradients": "yes" if traits.get("reads_gradients") else "no"},
+            "objective": {"logits alive": "a chunk" if "chunk_tokens" in method.config.model_fields else "one row of classes"}}
+    return told.get(method.axis, {})
 
 
 def _doc(method) -> str:

@@ -4,8 +4,8 @@ Model (from its config alone), storage, grafts, optimizer and batch are built by
 (training.build), inside FakeTensorMode: shapes and dtypes are exact, no memory is touched, nothing is computed. The second
 step runs with optimizer state in place, so the peak of both is the peak of a run whose shapes do not change.
 
-The batch: where the data and the tokenizer can be read, the heaviest step of the run as it will be collated; else
-batch_size rows of max_length tokens, all trained. Upper bounds instead of exact figures: initializers that choose ranks
+The batch: where the data and the tokenizer can be read, the heaviest step of the run as it will be collated (of its
+micro-batches the first and the heaviest other one); else batch_size rows of max_length tokens, all trained. Upper bounds instead of exact figures: initializers that choose ranks
 from data (their largest rank), routed experts (the rows of all experts are counted, not how they are split). The pass of an
 initializer over weights or data, evaluation and checkpoint writing happen outside the step and are not in the figure.
 """
@@ -13,7 +13,8 @@ initializer over weights or data, evaluation and checkpoint writing happen outsi
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..errors import GraftworkError
+from ..modeling import arithmetic
 from ..recipe import Recipe, load_recipe
 from ..training.batches import FleetBatches, StepBatches, heaviest_step, total_steps
 from ..training.build import build_grafts, build_model, build_step
@@ -33,15 +35,16 @@ from .measure import expected_device_bytes
 @dataclass
 class Plan:
     """peak_bytes and categories at the peak (tensor bytes); device: expected use with its basis; trained: parameters;
-    batch: (rows, tokens, trained tokens) of the simulated micro-batch; flops of one step; exact: False where bounds entered."""
+    batch: (rows, tokens, trained tokens) of the simulated micro-batch; flops of one step (None without a time estimate); steps: of the run, None where neither
+    data nor max_steps tell; seconds_per_step: (low, high) on this machine, None for a device that it does not have."""
 
     peak_bytes: int
     categories: dict[str, int]
     device: dict[str, Any]
     trained: int
     batch: dict[str, Any]
-    flops: int
-    steps: int
+    flops: int | None
+    steps: int | None
     seconds_per_step: tuple[float, float] | None
     notes: list[str] = field(default_factory=list)
     timeline: list[Any] = field(default_factory=list, repr=False)
@@ -49,8 +52,15 @@ class Plan:
     budget: int | None = None
     simulated_in: float = 0.0
 
+    @property
+    def hours(self) -> tuple[float, float] | None:
+        """(low, high) hours of the whole run, evaluation not counted."""
+        if self.seconds_per_step is None or self.steps is None:
+            return None
+        return self.seconds_per_step[0] * self.steps / 3600, self.seconds_per_step[1] * self.steps / 3600
+
     def to_json(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "timeline"}
+        return {**{k: v for k, v in self.__dict__.items() if k != "timeline"}, "hours": self.hours}
 
 
 def plan(recipe: Recipe | str | Path | dict[str, Any], *, overrides: list[str] | None = None, budget: int | None = None,
@@ -59,29 +69,75 @@ def plan(recipe: Recipe | str | Path | dict[str, Any], *, overrides: list[str] |
     for the bytes beside the tensors (default: what this machine has).
 
     Raises what building the recipe raises; nothing is downloaded and no weight is read."""
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    start = time.monotonic()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    elif overrides:
+        recipe = load_recipe(recipe.document(), overrides)
+    start, here = time.monotonic(), "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or here
     batches, steps, names, labels, notes = _batches(recipe, use_data)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        result = _simulate(recipe, mode, batches, steps, names, labels, notes)
-    ledger, flops, trained, shape = result
+    timed = estimate_time and device == here
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, products_of(device):
+        ledger, flops, operations, trained, shape = _simulate(recipe, mode, batches, steps or 1, names, labels, notes, estimate_time)
     expected = expected_device_bytes(ledger.peak_bytes, device, pools=ledger.peak_pools, blocks=ledger.peak_blocks)
     made = Plan(ledger.peak_bytes, ledger.peak_categories, expected, trained, shape, flops, steps,
-                step_seconds(flops, recipe.train.precision) if estimate_time else None, notes, ledger.timeline,
+                step_seconds(flops, operations, recipe.train.precision) if timed else None, notes, ledger.timeline,
                 simulated_in=round(time.monotonic() - start, 3))
     if budget is not None:
         made.budget, made.fits = budget, expected["total_bytes"] <= budget
     return made
 
 
+def count_parameters(recipe: Recipe, names: list[str] | None = None, labels: int | None = None) -> tuple[int, int, int]:
+    """(trained parameters, all parameters of the base, sites with an adapter) from the config alone. Raises what building
+    raises: no site matched, an unknown architecture."""
+    from ..modeling.models import load_model
+    from ..training.build import task_of, trained_parameters
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        plain, _ = load_model(recipe.model, task=task_of(recipe, labels), num_labels=labels, fake=True,
+                              trust_remote_code=recipe.trust_remote_code)
+        total = sum(p.numel() for p in plain.parameters())
+        model, _ = build_model(recipe, num_labels=labels, fake=True)
+        _mark_new_heads(recipe, model)
+        grafts = _grafts(recipe, model, names or ["default"], [])
+        return sum(p.numel() for _, p in trained_parameters(model, grafts)), total, sum(len(g.adapters) for g in grafts)
+
+
+@contextmanager
+def products_of(device: str) -> Iterator[None]:
+    """Half-precision products as `device` computes them: other devices need none of the wide copies of a slow processor."""
+    kept = arithmetic.slow_on_cpu
+    if device != "cpu":
+        arithmetic.slow_on_cpu = lambda dtype: False
+    try:
+        yield
+    finally:
+        arithmetic.slow_on_cpu = kept
+
+
+def _mark_new_heads(recipe: Recipe, model: Any) -> None:
+    """Names the head weights that a run would draw anew (and so train and save); all of them where no file tells."""
+    from ..modeling.checkpoint import stored_tensors
+    from ..modeling.models import resolve
+
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return
+    trunk, ref = f"{model.base_model_prefix}.", resolve(recipe.model)
+    stored = stored_tensors(ref.path) if ref.kind == "folder" else {}
+    model.graft_new_weights = sorted(
+        name for name, _ in model.named_parameters() if name not in stored and (
+            not name.startswith(trunk) or (name.startswith(f"{trunk}pooler.") and stored and name.removeprefix(trunk) not in stored)))
+
+
 def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[dict[str, Any]], steps: int, names: list[str],
-              labels: int | None, notes: list[str]):
+              labels: int | None, notes: list[str], count: bool):
     from torch.utils.flop_counter import FlopCounterMode
 
     from ..objectives import base as objectives
 
     model, _ = build_model(recipe, num_labels=labels, fake=True)
+    _mark_new_heads(recipe, model)
     ledger = Ledger(logits_width=getattr(model.config.get_text_config(), "vocab_size", None))
     grafts = _grafts(recipe, model, names, notes)
     step = build_step(recipe, model, grafts, steps)
@@ -93,22 +149,36 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[dict[str, Any]
         if step.optimizer is not None:
             ledger.track(step.optimizer)
         model.train()
-        fake = [{k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in b.items()} for b in batches]
+        simulated = batches if recipe.is_fleet else telling(batches)
+        fake = [{k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in b.items()} for b in simulated]
         ledger.track(fake, "other")
         scope, objectives.logits_scope = objectives.logits_scope, lambda: ledger.category("logits")
         try:
             step.run(fake, 0)
             ledger.refresh()
-            counter = FlopCounterMode(display=False)
+            before = ledger.events
+            counter = FlopCounterMode(display=False) if count else nullcontext()
             with counter:
                 step.run(fake, 1)
         finally:
             objectives.logits_scope = scope
     trained = sum(p.numel() for _, p in step.parameters)
-    first = batches[0]
-    shape = {"micro_batches": len(batches), "rows": first["input_ids"].shape[0], "tokens": first["input_ids"].shape[1],
-             "trained_tokens": first.get("n_targets")}
-    return ledger, counter.get_total_flops(), trained, shape
+    share = sum(map(_padded, batches)) / sum(map(_padded, simulated))
+    heaviest = max(simulated, key=_padded)
+    shape = {"micro_batches": len(batches), "rows": heaviest["input_ids"].shape[0], "tokens": heaviest["input_ids"].shape[1],
+             "trained_tokens": heaviest.get("n_targets")}
+    flops = round(counter.get_total_flops() * share) if count else None
+    return ledger, flops, round((ledger.events - before) * len(batches) / len(simulated)), trained, shape
+
+
+def _padded(batch: dict[str, Any]) -> int:
+    return batch["input_ids"].numel()
+
+
+def telling(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The micro-batches of a step that decide its peak: the first, before which there is no gradient, and the heaviest of the
+    others, which all begin with gradients in place. A batch is heavier with more padded, then with more trained tokens."""
+    return [*batches[:1], *sorted(batches[1:], key=lambda b: (_padded(b), b.get("n_targets") or 0))[-1:]]
 
 
 def _grafts(recipe: Recipe, model: Any, names: list[str], notes: list[str]) -> list[Any]:
@@ -135,7 +205,7 @@ def _grafts(recipe: Recipe, model: Any, names: list[str], notes: list[str]) -> l
     return grafts
 
 
-def _batches(recipe: Recipe, use_data: bool) -> tuple[list[dict[str, Any]], int, list[str], int | None, list[str]]:
+def _batches(recipe: Recipe, use_data: bool) -> tuple[list[dict[str, Any]], int | None, list[str], int | None, list[str]]:
     """(micro-batches of the heaviest step, total steps, graft names, number of labels, notes)."""
     notes: list[str] = []
     if use_data:
@@ -173,7 +243,7 @@ def _from_data(recipe: Recipe) -> tuple[list[dict[str, Any]], int, list[str], in
     return batches[heaviest_step(batches)], len(batches), list(members), len(labels) if labels else None
 
 
-def _from_shape(recipe: Recipe) -> tuple[list[dict[str, Any]], int, list[str], int | None]:
+def _from_shape(recipe: Recipe) -> tuple[list[dict[str, Any]], int | None, list[str], int | None]:
     from ..data.collate import ClassificationCollator, Collator
     from ..training.build import task_of
 
@@ -183,27 +253,29 @@ def _from_shape(recipe: Recipe) -> tuple[list[dict[str, Any]], int, list[str], i
     one = {"input_ids": [1] * length, "labels": 0 if classes else [-100] + [1] * (length - 1)}
     if recipe.data.packing:
         one["position_ids"] = list(range(length))
-    steps = train.max_steps if train.max_steps > 0 else 1
+    steps = train.max_steps if train.max_steps > 0 else None
     return [collate([dict(one) for _ in range(rows)]) for _ in range(train.grad_accumulation)], steps, ["default"], 2 if classes else None
 
 
-_RATES: dict[str, float] = {}
+_RATES: dict[torch.dtype, float] = {}
+#: seconds that one operation of a step costs beside its arithmetic, (low, high)
+PER_OPERATION = (2e-6, 20e-6)
 
 
-def step_seconds(flops: int, precision: str) -> tuple[float, float]:
-    """(low, high) seconds of one step on this machine: the counted flops at the matmul rate measured here, and at a quarter
-    of it, which is where small models and element-wise work end up."""
-    if precision not in _RATES:
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        where = "cuda" if torch.cuda.is_available() else "cpu"
+def step_seconds(flops: int, operations: int, precision: str) -> tuple[float, float]:
+    """(low, high) seconds of one step on this machine: the counted flops at the matmul rate measured here and at a quarter of
+    it, which is where element-wise work leaves a step, plus the dispatch of its operations."""
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = arithmetic.product_dtype(torch.bfloat16 if precision == "bf16" else torch.float32, where)
+    if dtype not in _RATES:
         a, b = (torch.ones(1024, 1024, dtype=dtype, device=where) for _ in range(2))
-        with torch.no_grad(), nullcontext():
+        with torch.no_grad():
             a @ b
             start = time.perf_counter()
             for _ in range(4):
                 a @ b
-            if where == "cuda":
+            if where.type == "cuda":
                 torch.cuda.synchronize()
-        _RATES[precision] = 4 * 2 * 1024**3 / (time.perf_counter() - start)
-    low = flops / _RATES[precision]
-    return low, 4 * low
+        _RATES[dtype] = 4 * 2 * 1024**3 / (time.perf_counter() - start)
+    quick = flops / _RATES[dtype]
+    return quick + PER_OPERATION[0] * operations, 4 * quick + PER_OPERATION[1] * operations
