@@ -99,7 +99,8 @@ def test_exact_match_counts_accepted_answers(copycat, tmp_path):
     low, high = out.metrics["exact_match_interval"]
     assert low < 0.75 < high <= 1
     assert out.rows[3]["references"] == ["wrong"] and out.rows[3]["source"].endswith("a.jsonl:4")
-    assert evaluate(model, tokenizer, tmp_path / "a.jsonl", max_new_tokens=6, limit=3, metrics=["exact_match"]).metrics["exact_match"] == 1
+    first = evaluate(model, tokenizer, tmp_path / "a.jsonl", max_new_tokens=6, limit=3, metrics=["exact_match"])
+    assert first.metrics["exact_match"] == 1 and "loss" not in first.metrics
     assert "exact_match" not in evaluate(model, tokenizer, tmp_path / "a.jsonl", metrics=["loss"]).metrics
     shown = []
     evaluate(model, tokenizer, tmp_path / "a.jsonl", max_new_tokens=2, progress=lambda *a: shown.append(a))
@@ -112,7 +113,8 @@ def test_loss_against_logits_row_by_row(copycat, tmp_path):
     out = evaluate(model, tokenizer, write(tmp_path / "a.jsonl", rows), metrics=["loss"], batch_size=3)
     terms = []
     for row in rows:
-        prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        prompt, answer = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
+        answer.append(tokenizer.eos_token_id)
         with torch.no_grad():
             logs = model(torch.tensor([prompt + answer])).logits[0].double().log_softmax(-1)
         terms += [-logs[len(prompt) - 1 + k, token].item() for k, token in enumerate(answer)]
@@ -124,8 +126,8 @@ def test_prompt_of_a_conversation_is_what_training_saw(tmp_path):
     model, tokenizer = tiny.llama(), tiny.tokenizer()
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "one"}, {"role": "user", "content": "on"}]
     answer = generate(model, tokenizer, [chat], max_new_tokens=5)[0].text
-    out = evaluate(model, tokenizer, write(tmp_path / "a.jsonl", [{"messages": [*chat, {"role": "assistant", "content": answer}]}]),
-                   max_new_tokens=5)
+    row = {"messages": [*chat, {"role": "assistant", "content": answer}]}
+    out = evaluate(model, tokenizer, write(tmp_path / "a.jsonl", [row]), max_new_tokens=5)
     assert out.metrics["exact_match"] == 1
     other = evaluate(model, tokenizer, tmp_path / "a.jsonl", config=DataConfig(train="-", system="be brief"), max_new_tokens=5)
     assert other.metrics["loss"] != out.metrics["loss"] and other.rows[0]["prediction"] != answer
@@ -238,15 +240,19 @@ def runs(tmp_path_factory):
     (root / "customers").mkdir()
     for name, row in zip(("anna", "ben"), ANSWERS):
         write(root / "customers" / f"{name}.jsonl", [row])
-    write(root / "labels.jsonl", [{"text": w, "label": n} for w, n in [("good", "pos"), ("bad", "neg"), ("fine", "pos"), ("ill", "neg")]])
+    labels = {"good": "pos", "bad": "neg", "fine": "pos", "ill": "neg"}
+    write(root / "labels.jsonl", [{"text": text, "label": label} for text, label in labels.items()])
 
     def train(name, **recipe):
-        settings = {"max_steps": 3, "batch_size": 4, "precision": "fp32", "save_steps": 0, "schedule": "constant", **recipe.pop("train", {})}
+        settings = {"max_steps": 3, "batch_size": 4, "precision": "fp32", "save_steps": 0, "schedule": "constant",
+                    **recipe.pop("train", {})}
         train_recipe({"model": str(root / "model"), "data": {"train": str(root / "rows.jsonl")}, "train": settings,
-                      "output_dir": str(root / name), "optimizer": {"method": "adamw", "lr": 0.02}, **recipe}, quiet=True, measure=False)
+                      "output_dir": str(root / name), "optimizer": {"method": "adamw", "lr": 0.02}, **recipe},
+                     quiet=True, measure=False)
 
     train("one", storage="nf4", adapter={"method": "lora", "r": 8}, train={"max_steps": 25})
-    train("fleet", adapter={"method": "lora", "r": 2}, data={"train": str(root / "customers" / "*.jsonl")}, train={"batch_size": 1})
+    train("fleet", adapter={"method": "lora", "r": 2}, data={"train": str(root / "customers" / "*.jsonl")},
+          train={"batch_size": 1})
     train("full", adapter=None)
     train("class", model=str(root / "bert"), adapter={"method": "lora", "r": 2}, objective="classification",
           data={"train": str(root / "labels.jsonl")})
@@ -282,7 +288,8 @@ def test_verb_prints_and_writes(runs, capsys, tmp_path):
 def test_verb_scores_a_fleet(runs, capsys, tmp_path):
     everything = json.loads(verb(capsys, runs / "fleet", "--data", runs / "customers" / "*.jsonl", "--json", "--quiet").out)
     assert set(everything["adapters"]) == {"anna", "ben"} and everything["metrics"]["n"] == 2
-    own = {n: scores(capsys, runs / "fleet", "--adapter", n, "--data", runs / "customers" / f"{n}.jsonl") for n in ("anna", "ben")}
+    own = {name: scores(capsys, runs / "fleet", "--adapter", name, "--data", runs / "customers" / f"{name}.jsonl")
+           for name in ("anna", "ben")}
     named = write(tmp_path / "mixed.jsonl", [{**ANSWERS[0], "adapter": "anna"}, {**ANSWERS[1], "adapter": "ben"}])
     mixed = scores(capsys, runs / "fleet", "--data", named)
     assert mixed["loss"] == pytest.approx(everything["metrics"]["loss"], rel=1e-6)

@@ -59,10 +59,10 @@ def run(
     tasks = read_tasks(list(data) or default_data(target, config), config, limit=limit, statistics=statistics)
     routes = route_rows(target, tasks) if not base else [None] * len(tasks)
     loaded, tokenizer = load_target(target, say=say)
-    bars: dict = {}
+    bars = {stage: row_progress(stage) for stage in ("loss", "answers")}
 
     def progress(stage: str, done: int, total: int) -> None:
-        bars.setdefault(stage, row_progress(stage))(done, total)
+        bars[stage](done, total)
 
     names = [n.strip() for n in labels.split(",")] if labels else next(iter(target.labels.values()), None)
     found = evaluate(loaded, tokenizer, tasks, config=config, objective=target.objective, adapters=routes, labels=names,
