@@ -185,8 +185,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a two-layer random model, nothing written: does the script work?")
     options = parser.parse_args()
     found = [row for label in options.targets for row in measure(options, label)]
-    print(f"\n{'targets':<11} {'adapters':>8} {'base tok/s':>11} {'ours':>9} {'PEFT':>9} {'generate':>9} {'of base':>8} {'bound':>6}"
-          f" {'x PEFT':>7} {'cpu: of base':>13} {'x PEFT':>7}")
+    print(f"\n{'targets':<11} {'adapters':>8} {'base tok/s':>11} {'ours':>9} {'PEFT':>9} {'generate':>9}"
+          f" {'of base':>8} {'bound':>6} {'x PEFT':>7} {'cpu: of base':>13} {'x PEFT':>7}")
     for row in found:
         speed = row["tokens_per_second"]
         print(f"{row['targets']:<11} {row['adapters']:>8} {speed['base']:>11.1f} {speed['graftwork']:>9.1f}"
