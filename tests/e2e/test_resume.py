@@ -102,7 +102,7 @@ def count_steps(monkeypatch):
     return done
 
 
-@pytest.mark.parametrize("name", list(SCENARIOS))
+@pytest.mark.parametrize("name", ["lora", *(pytest.param(n, marks=pytest.mark.slow) for n in SCENARIOS if n != "lora")])
 def test_kills_between_steps(name, material, whole, tmp_path, monkeypatch):
     out, generator = tmp_path / "o", random.Random(name)
     # rising, so that every kill happens; one at a chosen place, others anywhere
@@ -123,7 +123,7 @@ def test_kills_between_steps(name, material, whole, tmp_path, monkeypatch):
     same(out, whole(name))
 
 
-@pytest.mark.parametrize("where", ["half-written", "written", "rotating", "log"])
+@pytest.mark.parametrize("where", ["written", *(pytest.param(w, marks=pytest.mark.slow) for w in ("half-written", "rotating", "log"))])
 def test_kills_inside_a_save(where, material, whole, tmp_path, monkeypatch):
     out = tmp_path / "o"
     plain_replace, plain_rotate = graftwork.files._replace_folder, ckpt.rotate
@@ -204,6 +204,7 @@ def test_a_kill_while_the_artifact_is_written(material, whole, tmp_path, monkeyp
     same(out, whole("lora"))
 
 
+@pytest.mark.slow
 def test_the_best_weights_survive_a_kill(material, tmp_path, monkeypatch):
     extra = {"restore_best": True, "eval_steps": 3, "early_stopping": 4}
     run(document(material, tmp_path / "whole", "lora", **extra))
@@ -217,6 +218,7 @@ def test_the_best_weights_survive_a_kill(material, tmp_path, monkeypatch):
     assert log_of(tmp_path / "o") == log_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_fleet_resumes_identically(material, tmp_path, monkeypatch):
     model, _ = material
     for k, name in enumerate(("ada", "bob")):
