@@ -134,7 +134,7 @@ def same_start(runs) -> None:
     """Every contender starts from the factors of the first, B not zero so that all gradients are non-zero."""
     generator = torch.Generator().manual_seed(1)
     first = next(iter(runs.values())).factors()
-    for A, B in first.values():
+    for _, B in first.values():
         B.copy_(torch.randn(B.shape, generator=generator) * 0.02)
     for run in list(runs.values())[1:]:
         for name, (A, B) in run.factors().items():

@@ -1,10 +1,10 @@
 """PiSSA and EVA against peft, against dense linear algebra, and through save and load."""
 
 import pytest
-import tiny
 import torch
 
 import graftwork
+import tiny
 from graftwork.errors import IncompatibleError, UsageError
 from graftwork.initializers.eva import PCA
 from graftwork.initializers.pissa import randomized_svd
@@ -143,7 +143,8 @@ def test_eva_ranks_and_directions_equal_peft():
     initialize_lora_eva_weights(peft, data, show_progress_bar=False)
     ranks = {n: a.r for n, a in graft.adapters.items()}
     assert sum(ranks.values()) == 4 * 6
-    theirs_ranks = {n: layer.r["default"] for n, layer in peft.base_model.model.named_modules() if hasattr(layer, "lora_A") and "default" in layer.r}
+    theirs_ranks = {n: layer.r["default"] for n, layer in peft.base_model.model.named_modules()
+                    if hasattr(layer, "lora_A") and "default" in layer.r}
     assert ranks == theirs_ranks
     for name, adapter in graft.adapters.items():
         assert abs(adapter.scale - 1.0) < 1e-6
@@ -158,7 +159,8 @@ def test_eva_without_redistribution_keeps_ranks_and_whitens():
     data = list(batches())
     plain, white = tiny.llama(), tiny.llama()
     a = graftwork.attach(plain, "lora", r=4, batches=data, initializer={"method": "eva", "rho": 1.0}, target_modules=["k_proj"])
-    b = graftwork.attach(white, "lora", r=4, batches=data, initializer={"method": "eva", "rho": 1.0, "whiten": True}, target_modules=["k_proj"])
+    b = graftwork.attach(white, "lora", r=4, batches=data, initializer={"method": "eva", "rho": 1.0, "whiten": True},
+                         target_modules=["k_proj"])
     for name in a.adapters:
         A, W = a.adapters[name].lora_A, b.adapters[name].lora_A
         assert A.shape[0] == 4 and (W.norm(dim=1) != A.norm(dim=1)).any()

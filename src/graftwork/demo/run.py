@@ -13,10 +13,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import yaml
 
@@ -168,7 +169,8 @@ class Demo:
             right = [task.score(a.text, e.answer) for a, e in zip(answers, examples)]
             setattr(outcome, key, 100.0 * sum(right) / len(right))
             if not shots:
-                outcome.samples = [{"prompt": e.prompt, "right": e.answer, "before": a.text.strip()[:60]} for e, a in zip(examples, answers)]
+                outcome.samples = [{"prompt": e.prompt, "right": e.answer, "before": a.text.strip()[:60]}
+                                   for e, a in zip(examples, answers)]
         self.say(f"  {task.name}: zero-shot {outcome.zero_shot:.0f} %, 4-shot {outcome.four_shot:.0f} %")
 
     def learn(self, task: Task, *, resume: bool) -> None:
@@ -326,4 +328,7 @@ def _plain_table(rows: list[dict[str, Any]]) -> str:
     head = list(rows[0])
     widths = [max(len(head[i]), *(len(t[i]) for t in texts)) for i in range(len(head))]
     lines = [head, ["-" * w for w in widths], *texts]
-    return "\n".join("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines)
+    def aligned(line: list[str]) -> str:
+        return "  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+
+    return "\n".join(map(aligned, lines))

@@ -7,7 +7,7 @@ their state-dict keys stay. Tokens arrive flat, (N*T, d), row-major; routed rows
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F

@@ -7,8 +7,8 @@ groups: q k v o gate up down fc1 fc2 qkv gate_up expert, attention, mlp. The out
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Iterator
 
 from torch import nn
 

@@ -10,9 +10,10 @@ read on the hot path and a step runs on fake tensors; loading restores the mirro
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Callable, Iterable, Literal, Mapping
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
