@@ -123,7 +123,10 @@ def test_kills_between_steps(name, material, whole, tmp_path, monkeypatch):
     same(out, whole(name))
 
 
-@pytest.mark.parametrize("where", ["written", *(pytest.param(w, marks=pytest.mark.slow) for w in ("half-written", "rotating", "log"))])
+LATER = [pytest.param(where, marks=pytest.mark.slow) for where in ("half-written", "rotating", "log")]
+
+
+@pytest.mark.parametrize("where", ["written", *LATER])
 def test_kills_inside_a_save(where, material, whole, tmp_path, monkeypatch):
     out = tmp_path / "o"
     plain_replace, plain_rotate = graftwork.files._replace_folder, ckpt.rotate
