@@ -246,7 +246,8 @@ def _best(cells: list[Cell], metric: str | None) -> tuple[str, int | None]:
 
 
 def rows_of(result: SweepResult, grid: dict[str, list[str]]) -> tuple[list[str], list[list[Any]]]:
-    """(column names, rows) of the table; the metric that decides comes first."""
+    """(column names, rows) of the table: what varies, then the metric that decides, then the others."""
+    grid = {path: values for path, values in grid.items() if len(values) > 1} or grid
     known = dict.fromkeys(name for c in result.cells for name in c.numbers)
     names = list(dict.fromkeys(n for n in (result.metric, "loss", *known) if n in known and n != "steps"))
     rows = [[*(cell.values[path] for path in grid), *(cell.numbers.get(name, "") for name in names),
