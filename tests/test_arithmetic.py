@@ -1,9 +1,9 @@
 """Wide products: as exact as fp32 rounded once, gradients included, and only where the processor needs them."""
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from graftwork.modeling import arithmetic
 
 

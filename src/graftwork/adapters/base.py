@@ -44,13 +44,24 @@ class AdapterConfig(MethodConfig):
 
 @dataclass
 class Bank:
-    """Adapters of one class at one site, stacked: factors A (K, r, in) and B (K, out, r), ranks padded with zeros."""
+    """Adapters of one class at one site, stacked: factors A (K, r, in) and B (K, r, out), ranks padded with zeros."""
 
     A: Tensor
     B: Tensor
     bias: Tensor | None = None  # (K, out)
     dropout: Tensor | None = None  # (K,), only while training
     key: str = ""
+    _gathered: tuple[Tensor, Tensor, Tensor] | None = None  # (index, A, B) of the last rows; a decode repeats them
+
+    def gathered(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(A (N, in, r), B (N, r, out)) of each row. Kept for the next call with the very same index tensor, outside
+        training only."""
+        if self._gathered is not None and self._gathered[0] is index:
+            return self._gathered[1:]
+        A, B = self.A.index_select(0, index).transpose(1, 2), self.B.index_select(0, index)
+        if not (A.requires_grad or B.requires_grad):
+            self._gathered = (index, A, B)
+        return A, B
 
     @property
     def nbytes(self) -> int:
@@ -142,8 +153,10 @@ class Adapter(nn.Module):
         bias = None
         if any(b is not None for b in biases):
             bias = torch.stack([pairs[0][0].new_zeros(a.out_features) if b is None else b for a, b in zip(adapters, biases)])
+        # in the dtype of the product, so that no step converts it again
+        dtype = product_dtype(dtype, pairs[0][1].device)
         return Bank(torch.stack([F.pad(A, (0, 0, 0, rank - A.shape[0])) for _, A in pairs]).to(dtype),
-                    torch.stack([F.pad(B, (0, rank - B.shape[1])) for B, _ in pairs]).to(dtype),
+                    torch.stack([F.pad(B.T, (0, 0, 0, rank - B.shape[1])) for B, _ in pairs]).to(dtype),
                     None if bias is None else bias.to(dtype), cls.bank_dropout(adapters), adapters[0].site_name)
 
     @staticmethod
@@ -159,13 +172,14 @@ class Adapter(nn.Module):
         shape = x.shape
         if bank.dropout is not None:
             x = base.noise.dropout(x, bank.dropout.to(x.device)[index].reshape(-1, *[1] * (x.dim() - 1)), bank.key)
-        flat = as_rows(x)
-        dtype = product_dtype(x.dtype, x.device)
-        hidden = torch.bmm(flat.to(dtype), bank.A[index].to(dtype).transpose(1, 2))
-        if bank.bias is None:
-            change = torch.bmm(hidden, bank.B[index].to(dtype).transpose(1, 2))
+        flat = as_rows(x).to(bank.A.dtype)
+        if bank.A.shape[0] == 1:  # all rows share one adapter: two plain products
+            change = (flat.reshape(-1, flat.shape[-1]) @ bank.A[0].T @ bank.B[0]).reshape(*flat.shape[:-1], bank.B.shape[-1])
+            change = change if bank.bias is None else change + bank.bias[0]
         else:
-            change = torch.baddbmm(bank.bias[index].to(dtype).unsqueeze(1), hidden, bank.B[index].to(dtype).transpose(1, 2))
+            A, B = bank.gathered(index)
+            hidden = torch.bmm(flat, A)
+            change = torch.bmm(hidden, B) if bank.bias is None else torch.baddbmm(bank.bias[index].unsqueeze(1), hidden, B)
         change = change.to(x.dtype)
         return change.reshape(*shape[:-1], change.shape[-1])
 

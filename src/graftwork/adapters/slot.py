@@ -197,7 +197,7 @@ class Slot(nn.Module):
         adapters = [self.entries[key] for key in keys]
         if torch.is_grad_enabled() and any(p.requires_grad for a in adapters for p in a.parameters()):
             return cls.stack(adapters, dtype)
-        version = (dtype, torch.is_inference_mode_enabled(), tuple((id(p), p._version) for a in adapters for p in a.parameters()))
+        version = (dtype, torch.is_inference_mode_enabled(), tuple(map(_version, adapters)))
         kept = self._banks.get(keys)
         if kept is None or kept[0] != version:
             self._banks = {} if len(self._banks) > 8 else self._banks
@@ -233,3 +233,10 @@ class Slot(nn.Module):
         back = torch.argsort(torch.cat(order))
         y = torch.cat(outputs).index_select(0, back)
         return y if base.bias is None else y + base.bias.to(y.dtype)
+
+
+def _version(adapter: Adapter) -> tuple:
+    """Changes whenever a tensor of the adapter is replaced or written. Walks the plain dict where there are no submodules:
+    this runs at every site of every decode step."""
+    parameters = adapter.parameters() if adapter._modules else adapter._parameters.values()
+    return tuple((id(p), p._version) for p in parameters if p is not None)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 #: rows from which converting the weight pays
 ROWS = 4
+#: elements of W that are widened at a time
+PIECE = 2**20
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -37,23 +39,42 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Wide.apply(x, weight, bias)
 
 
+def _pieces(weight: Tensor):
+    """(rows, weight[rows] in fp32) of W (out, in): one buffer that stays in the cache, not a wide copy of a large matrix."""
+    step = max(1, PIECE // weight.shape[1])
+    buffer = torch.empty(min(step, weight.shape[0]), weight.shape[1], device=weight.device)
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, min(start + step, weight.shape[0]))
+        yield rows, buffer[: rows.stop - rows.start].copy_(weight[rows])
+
+
 class _Wide(torch.autograd.Function):
-    """x W^T + b in fp32; W is converted in each pass, so no wide copy outlives one. x is saved only for W's gradient."""
+    """x W^T + b in fp32; W is converted piece by piece in each pass. x is saved only for W's gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-        return y.to(x.dtype)
+        wide = x.reshape(-1, x.shape[-1]).float()
+        y = x.new_empty(wide.shape[0], weight.shape[0])
+        for rows, piece in _pieces(weight):
+            product = wide @ piece.T
+            y[:, rows] = product if bias is None else product.add_(bias[rows])
+        return y.reshape(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
-        wide = grad.float()
-        dx = (wide @ weight.float()).to(grad.dtype) if ctx.needs_input_grad[0] else None
-        rows = wide.reshape(-1, wide.shape[-1])
-        dw = (rows.T @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        db = rows.sum(0).to(grad.dtype) if ctx.needs_input_grad[2] else None
+        g = grad.reshape(-1, grad.shape[-1])
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            wide = torch.zeros(g.shape[0], weight.shape[1], device=g.device)
+            for rows, piece in _pieces(weight):
+                wide.addmm_(g[:, rows].float(), piece)
+            dx = wide.to(grad.dtype).reshape(*grad.shape[:-1], -1)
+        if ctx.needs_input_grad[1]:
+            dw = (g.float().T @ x.reshape(-1, x.shape[-1]).float()).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            db = g.float().sum(0).to(grad.dtype)
         return dx, dw, db
 
 
