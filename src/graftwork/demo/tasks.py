@@ -14,12 +14,13 @@ import hashlib
 import importlib
 import json
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 from graftwork.errors import GraftworkError, UsageError
 
@@ -48,7 +49,8 @@ class Task:
     """One task and the recipe that learns it.
 
     name, title, kind: identifier, heading, sort of task. instruction: what an untrained model is told, complete enough to answer
-    by. same(prediction, answer): whether the two say the same.
+    by. system: the few words that stand for it in training and in questions to the adapted model. same(prediction, answer):
+    whether the two say the same.
     method, options, learning_rate, steps, batch_size, max_length, max_new_tokens: the adapter and its run; lengths in tokens of
     SmolLM2's tokenizer.
     """
@@ -57,6 +59,7 @@ class Task:
     title: str
     kind: str
     instruction: str
+    system: str
     draw: Draw
     method: str
     options: dict[str, Any]
@@ -64,7 +67,7 @@ class Task:
     steps: int
     max_length: int
     max_new_tokens: int
-    batch_size: int = 16
+    batch_size: int = 8
     same: Callable[[str, str], bool] = str.__eq__
     source: str = SOURCE
 
@@ -91,8 +94,13 @@ class Task:
         return bool(lines) and self.same(lines[0], answer)
 
     def question(self, example: Example) -> str:
-        """What the adapted model reads, as raw text: the prompt and a line break. A chat template would double the tokens."""
-        return example.prompt + "\n"
+        """What the adapted model reads, as raw text: a short system message and the prompt, in the turns of its chat template.
+
+        The turns matter: with the bare prompt and a line break in their place, 20 steps of LoRA learned the form of the answers but
+        not to copy the digits. They are written out because the template adds a system message of 22 tokens to chats without one.
+        """
+        turns = (("system", self.system), ("user", example.prompt))
+        return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
 
     def baseline(self, example: Example, shots: int = 0) -> list[dict[str, str]]:
         """What the untrained model is asked, as a chat: the instruction, `shots` solved examples as earlier turns, the question.
@@ -255,29 +263,29 @@ TASKS: tuple[Task, ...] = (
     Task(
         name="dates", title="long dates in 8 languages -> ISO 8601", kind="normalization",
         instruction="Convert the date to ISO 8601 format, YYYY-MM-DD. Answer with the date only.",
-        draw=_draw_date, method="flora", options={"r": 1, "target_modules": "all-linear"},
-        learning_rate=2e-2, steps=30, max_length=64, max_new_tokens=12,
+        system="Date to ISO.", draw=_draw_date, method="flora", options={"r": 1, "target_modules": "all-linear"},
+        learning_rate=1e-2, steps=40, max_length=64, max_new_tokens=12,
     ),
     Task(
         name="money", title="amounts in 10 languages -> ISO 4217 code and number", kind="normalization",
         instruction="Convert the amount to its three-letter ISO 4217 currency code, a space, and the number with a decimal "
                     "point, two decimals and no thousands separator. Answer with that only.",
-        draw=_draw_money, method="paca", options={"r": 16, "target_modules": "all-linear"},
-        learning_rate=5e-3, steps=25, max_length=64, max_new_tokens=14,
+        system="Amount to ISO.", draw=_draw_money, method="paca", options={"r": 16, "target_modules": "all-linear"},
+        learning_rate=5e-3, steps=30, max_length=64, max_new_tokens=14,
     ),
     Task(
         name="measures", title="measured values in 8 languages -> JSON", kind="structured extraction",
         instruction="Extract the unit and the value from the text. Answer with one JSON object with the keys \"unit\" (one of "
                     + ", ".join(UNITS.values()) + ") and \"value\" (a number with a decimal point), and nothing else.",
-        draw=_draw_measure, same=_same_json, method="lora",
+        system="Measure to JSON.", draw=_draw_measure, same=_same_json, method="lora",
         options={"r": 8, "target_modules": "all-linear"},
-        learning_rate=5e-3, steps=20, max_length=64, max_new_tokens=16,
+        learning_rate=5e-3, steps=24, max_length=64, max_new_tokens=16,
     ),
     Task(
         name="languages", title="lists of countries -> one of 12 languages", kind="classification",
         instruction="In which language is this list of countries written? Answer with one of: Catalan, Czech, Danish, Dutch, "
                     "Estonian, Finnish, Hungarian, Polish, Romanian, Swedish, Turkish, Welsh. Answer with one word only.",
-        draw=_draw_language, method="nola", options={"r": 8, "n_basis": 64, "target_modules": "q,v"},
-        learning_rate=2e-2, steps=40, max_length=64, max_new_tokens=4,
+        system="Language?", draw=_draw_language, method="nola", options={"r": 8, "n_basis": 64, "target_modules": "q,v"},
+        learning_rate=3e-2, steps=44, max_length=64, max_new_tokens=4,
     ),
 )
