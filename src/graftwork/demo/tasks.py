@@ -5,7 +5,7 @@ License, whose text babel carries and `licence()` returns. A task draws an *item
 countries), writes it in one of several languages, and asks for one canonical form. A hash of the item decides whether it belongs
 to the training or to the evaluation side, so the two share no input, in no language, for any seed and any number of rows.
 
-Each task's recipe (method, options, learning rate, steps) stands next to its data, because they were measured together.
+Each task's recipe (method, options, learning rate, steps) stands next to its data, because one fits the other.
 """
 
 from __future__ import annotations
