@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import yaml
-from training_support import completions, labelled, tensors_of, words, write_rows
 
+import tiny
 from graftwork.cli import doctor, validate
 from graftwork.cli import init as init_verb
 from graftwork.cli.main import main
 from graftwork.errors import UsageError
 from graftwork.recipe import load_recipe
 from graftwork.training import sweep
+from training_support import completions, labelled, tensors_of, words, write_rows
 
 SRC = Path(sweep.__file__).parents[1]
 

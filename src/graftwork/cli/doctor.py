@@ -216,7 +216,8 @@ def describe(found: dict[str, Any]) -> str:
              "packages: " + ", ".join(f"{name} {version or 'MISSING'}" for name, version in found["packages"].items())]
     if "compute" in found:
         c = found["compute"]
-        lines += [f"cpu: {c['cpu']}, {c['cores']} cores, {c['threads']} threads, bf16 products {'yes' if c['bf16_products_on_cpu'] else 'no'}",
+        lines += [f"cpu: {c['cpu']}, {c['cores']} cores, {c['threads']} threads, "
+                  f"bf16 products {'yes' if c['bf16_products_on_cpu'] else 'no'}",
                   f"cuda: {', '.join(c['cuda']) or 'none'}; mps: {'yes' if c['mps'] else 'no'}"]
     lines.append("optional:")
     lines += [f"  {name:<14}{(o['version'] or '-'):<12}{o['for']}" + ("" if o["version"] else f"   ({o['install']})")
@@ -225,7 +226,8 @@ def describe(found: dict[str, Any]) -> str:
     lines += [f"  {name}: {path or 'not installed'}" for name, path in found["models"].items()]
     lines.append(f"command: {found['command']['graft'] or 'not on PATH'}")
     cache = found["cache"]
-    lines.append(f"cache: {cache['folder']}, {size(cache['bytes'])}" + (f", {size(cache['freed_bytes'])} freed" if "freed_bytes" in cache else ""))
+    freed = f", {size(cache['freed_bytes'])} freed" if "freed_bytes" in cache else ""
+    lines.append(f"cache: {cache['folder']}, {size(cache['bytes'])}{freed}")
     large = [e for e in cache["entries"] if e["bytes"] >= 2**20]
     lines += [f"  {size(e['bytes']):>10}  {e['name']}" for e in large]
     if len(large) < len(cache["entries"]):

@@ -100,8 +100,8 @@ def look(data: str, model: str, eval: str | None) -> Seen:
     made = Seen(model, data, eval, _format_of(examples[0]), len(examples), seen.lengths(), labels, stats.reasons[:3],
                 getattr(text_config, "max_position_embeddings", None), getattr(text_config, "hidden_size", 0), fleet)
     if stats.skipped:
-        made.notes.append(f"{stats.skipped} of the first {len(examples) + stats.skipped} rows are unusable and will be left out, the first: "
-                          f"{stats.reasons[0]}")
+        made.notes.append(f"{stats.skipped} of the first {len(examples) + stats.skipped} rows are unusable and will be left out, "
+                          f"the first: {stats.reasons[0]}")
     if labels is None and getattr(tokenizer, "chat_template", None) is None and examples[0].messages:
         made.notes.append(f"{model} has no chat template")
     return made
@@ -218,7 +218,8 @@ def fit(sections: list, budget: str, say) -> None:
             section, key = path, "method"
         entries = next(e for n, e in sections if n == section)
         place = next((i for i, entry in enumerate(entries) if entry[0] == key), None)
-        entry = (key, yaml.safe_load(value), f"{entries[place][2] if place is not None else ''} (chosen to fit {format_bytes(limit)})".strip())
+        meaning = entries[place][2] if place is not None else ""
+        entry = (key, yaml.safe_load(value), f"{meaning} (chosen to fit {format_bytes(limit)})".strip())
         if place is None:
             entries.append(entry)
         else:
@@ -236,7 +237,8 @@ def render(sections: list) -> str:
         if name is not None:
             lines.append(f"{name}:")
         for key, value, meaning in entries:
-            scalar = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6).removesuffix("\n").removesuffix("\n...")
+            scalar = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+            scalar = scalar.removesuffix("\n").removesuffix("\n...")
             line = f"{pad}{key}: {scalar}"
             lines.append(f"{line:<40}  # {' '.join(meaning.split())}")
     return "\n".join(lines) + "\n"

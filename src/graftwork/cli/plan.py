@@ -91,13 +91,15 @@ def describe(recipe, made, advice) -> str:
     batch, device = made.batch, made.device
     trained = f", {batch['trained_tokens']} trained" if batch["trained_tokens"] is not None else ""
     lines = [f"{parts_of(recipe)} on {recipe.model}",
-             f"step: {batch['micro_batches']} x {batch['rows']} rows x {batch['tokens']} tokens{trained}; {made.trained:,} parameters trained",
+             f"step: {batch['micro_batches']} x {batch['rows']} rows x {batch['tokens']} tokens{trained}; "
+             f"{made.trained:,} parameters trained",
              ""]
     lines += [f"  {name:<16}{format_bytes(n):>12}" for name, n in made.categories.items() if n]
     lines += [f"  {'tensors at peak':<16}{format_bytes(made.peak_bytes):>12}", ""]
     lines += [f"  {name.removesuffix('_bytes'):<16}{format_bytes(device[name]):>12}"
               for name in ("allocator_bytes", "reserve_bytes", "context_bytes")]
-    lines += [f"  {'expected use':<16}{format_bytes(device['total_bytes']):>12}   ({device['measured']})", f"  basis: {device['basis']}", ""]
+    lines += [f"  {'expected use':<16}{format_bytes(device['total_bytes']):>12}   ({device['measured']})",
+              f"  basis: {device['basis']}", ""]
     lines += time_lines(made)
     lines += [f"note: {note}" for note in made.notes]
     if made.budget is not None:
@@ -108,8 +110,8 @@ def describe(recipe, made, advice) -> str:
                      f"({format_bytes(advice.plan.peak_bytes)} of tensors):\n  {shell(advice.overrides)}")
     elif advice is not None:
         smallest = advice.smallest
-        lines.append("nothing that was tried fits" + (f"; the smallest, {format_bytes(smallest[1])}: {shell(smallest[0])}" if smallest else "")
-                     + "\n  a smaller model or a larger budget is needed")
+        least = f"; the smallest, {format_bytes(smallest[1])}: {shell(smallest[0])}" if smallest else ""
+        lines.append(f"nothing that was tried fits{least}\n  a smaller model or a larger budget is needed")
     return "\n".join(lines)
 
 

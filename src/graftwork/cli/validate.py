@@ -177,8 +177,9 @@ def describe(found: dict[str, Any], *, color: bool = False) -> str:
     for name, splits in found.get("data", {}).items():
         for split, stats in splits.items():
             if stats is not None:
-                lines += ["", f"{split} data{'' if name == 'default' else ' ' + name}: {stats['examples']} examples in {stats['rows']} rows, "
-                          f"{stats['trained_tokens']} of {stats['tokens']} tokens trained, longest {stats['longest']} tokens",
+                lines += ["", f"{split} data{'' if name == 'default' else ' ' + name}: {stats['examples']} examples in "
+                          f"{stats['rows']} rows, {stats['trained_tokens']} of {stats['tokens']} tokens trained, "
+                          f"longest {stats['longest']} tokens",
                           f"  truncated at {found['recipe']['data']['max_length']}: {stats['truncated']} "
                           f"({stats['share_truncated']:.1%}); skipped: {stats['skipped']}; dropped: {stats['dropped']}"]
                 lines += [f"  {reason}" for reason in stats["reasons"]] + [f"  note: {note}" for note in stats["notes"]]

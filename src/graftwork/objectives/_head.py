@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import IncompatibleError
@@ -144,7 +145,7 @@ def head_loss(model: nn.Module, hidden: Tensor, targets: Tensor, scale: Tensor, 
 def _is_plain(head: nn.Module) -> bool:
     hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in head.__dict__
     plain = getattr(type(head), "forward", None) in (nn.Linear.forward, WideLinear.forward)
-    return plain and type(head.weight) is nn.Parameter and not hooked
+    return plain and type(head.weight) in (nn.Parameter, FakeTensor) and not hooked  # a plan runs what the run will run
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ innermost `with ledger.category(...)`; `logits` if its last dimension is `logits
 parameter's gradient becomes `gradients` when autograd delivers it, optimizer state becomes `optimizer_state` when the
 step ends, both also in the snapshots already taken: a storage alive now and born before a snapshot was in it.
 A storage that is first met as an input (a batch, an untracked buffer) counts from there on, as `other`.
-
 One correction. Any dispatch mode makes autograd's engine allocate a third tensor where two gradients meet and it would
 otherwise add in place; `planning.accumulation` recognizes this, and the ledger counts what the run without it does.
 
@@ -35,7 +34,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,6 +114,7 @@ class Ledger(TorchDispatchMode):
             raise UsageError(f"timeline_points is {timeline_points}, must be at least 2")
         self.logits_width, self.device, self.timeline_points = logits_width, device, timeline_points
         self.events = 0
+        self.on_operation: Callable[[Any, tuple, dict[str, Any], Any], None] | None = None  # another mode would disturb the count
         self.live_bytes = 0
         self._blocks: dict[int, _Block] = {}
         self._by_category = [0] * len(CATEGORIES)
@@ -313,6 +313,8 @@ class Ledger(TorchDispatchMode):
         for tensor in _tensors((args, kwargs)):
             self._see(tensor, _OTHER)
         out = func(*args, **kwargs)
+        if self.on_operation:
+            self.on_operation(func, args, kwargs, out)
         if in_place:
             block = self._blocks.pop(args[0].untyped_storage()._cdata, None)
             if block is not None:
@@ -391,8 +393,7 @@ class Ledger(TorchDispatchMode):
 
     def to_dict(self) -> dict[str, Any]:
         return {"peak_bytes": self.peak_bytes, "categories": self.peak_categories, "peak_phase": self.peak_phase,
-                "peak_blocks": self.peak_blocks, "peak_pools": self.peak_pools, "live_bytes": self.live_bytes,
-                "operations": self.events,
+                "peak_blocks": self.peak_blocks, "peak_pools": self.peak_pools, "live_bytes": self.live_bytes, "operations": self.events,
                 "timeline": [{"operation": e, "phase": p, "bytes": b} for e, p, b in self.timeline]}
 
     def to_json(self) -> str:

@@ -5,16 +5,18 @@ Model (from its config alone), storage, grafts, optimizer and batch are built by
 step runs with optimizer state in place, so the peak of both is the peak of a run whose shapes do not change.
 
 The batch: where the data and the tokenizer can be read, the heaviest step of the run as it will be collated (of its
-micro-batches the first and the heaviest other one); else batch_size rows of max_length tokens, all trained. Upper bounds instead of exact figures: initializers that choose ranks
-from data (their largest rank), routed experts (the rows of all experts are counted, not how they are split). The pass of an
-initializer over weights or data, evaluation and checkpoint writing happen outside the step and are not in the figure.
+micro-batches the first and the heaviest other one); else batch_size rows of max_length tokens, all trained. Upper bounds
+instead of exact figures: initializers that choose ranks from data (their largest rank), routed experts (the rows of all
+experts are counted, not how they are split). The pass of an initializer over weights or data, evaluation and checkpoint
+writing happen outside the step and are not in the figure. Where Transformers decides by values whether a mask is needed,
+the plan decides by the real batch.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from .measure import expected_device_bytes
 @dataclass
 class Plan:
     """peak_bytes and categories at the peak (tensor bytes); device: expected use with its basis; trained: parameters;
-    batch: (rows, tokens, trained tokens) of the simulated micro-batch; flops of one step (None without a time estimate); steps: of the run, None where neither
+    batch: (rows, tokens, trained tokens) of the simulated micro-batch; flops of one step; steps: of the run, None where neither
     data nor max_steps tell; seconds_per_step: (low, high) on this machine, None for a device that it does not have."""
 
     peak_bytes: int
@@ -43,7 +45,7 @@ class Plan:
     device: dict[str, Any]
     trained: int
     batch: dict[str, Any]
-    flops: int | None
+    flops: int
     steps: int | None
     seconds_per_step: tuple[float, float] | None
     notes: list[str] = field(default_factory=list)
@@ -77,10 +79,13 @@ def plan(recipe: Recipe | str | Path | dict[str, Any], *, overrides: list[str] |
     device = device or here
     batches, steps, names, labels, notes = _batches(recipe, use_data)
     timed = estimate_time and device == here
+    chosen = [(batch, has_no_padding(batch)) for batch in (batches if recipe.is_fleet else telling(batches))]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, products_of(device):
-        ledger, flops, operations, trained, shape = _simulate(recipe, mode, batches, steps or 1, names, labels, notes, estimate_time)
+        ledger, flops, operations, trained = _simulate(recipe, mode, chosen, steps or 1, names, labels, notes)
+    share = sum(map(_padded, batches)) / sum(_padded(batch) for batch, _ in chosen)
+    flops, operations = round(flops * share), round(operations * len(batches) / len(chosen))
     expected = expected_device_bytes(ledger.peak_bytes, device, pools=ledger.peak_pools, blocks=ledger.peak_blocks)
-    made = Plan(ledger.peak_bytes, ledger.peak_categories, expected, trained, shape, flops, steps,
+    made = Plan(ledger.peak_bytes, ledger.peak_categories, expected, trained, _shape(batches), flops, steps,
                 step_seconds(flops, operations, recipe.train.precision) if timed else None, notes, ledger.timeline,
                 simulated_in=round(time.monotonic() - start, 3))
     if budget is not None:
@@ -102,6 +107,20 @@ def count_parameters(recipe: Recipe, names: list[str] | None = None, labels: int
         _mark_new_heads(recipe, model)
         grafts = _grafts(recipe, model, names or ["default"], [])
         return sum(p.numel() for _, p in trained_parameters(model, grafts)), total, sum(len(g.adapters) for g in grafts)
+
+
+@contextmanager
+def _unpacked(yes: bool) -> Iterator[None]:
+    """Transformers tells packed rows by the values of the positions, which fake ones do not have; here it is known."""
+    from transformers import masking_utils
+
+    kept = masking_utils.find_packed_sequence_indices
+    if yes:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = kept
 
 
 @contextmanager
@@ -130,10 +149,9 @@ def _mark_new_heads(recipe: Recipe, model: Any) -> None:
             not name.startswith(trunk) or (name.startswith(f"{trunk}pooler.") and stored and name.removeprefix(trunk) not in stored)))
 
 
-def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[dict[str, Any]], steps: int, names: list[str],
-              labels: int | None, notes: list[str], count: bool):
-    from torch.utils.flop_counter import FlopCounterMode
-
+def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str, Any], bool]], steps: int,
+              names: list[str], labels: int | None, notes: list[str]):
+    """(ledger, flops and operations of the second step, trained parameters). batches: (batch, whether it has no padding)."""
     from ..objectives import base as objectives
 
     model, _ = build_model(recipe, num_labels=labels, fake=True)
@@ -141,7 +159,7 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[dict[str, Any]
     ledger = Ledger(logits_width=getattr(model.config.get_text_config(), "vocab_size", None))
     grafts = _grafts(recipe, model, names, notes)
     step = build_step(recipe, model, grafts, steps)
-    with ledger:
+    with ledger, _unpacked(not any("position_ids" in batch for batch, _ in batches)):
         ledger.track(model, "weights")
         for graft in grafts:
             for _, module in graft.named_modules():
@@ -149,26 +167,50 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[dict[str, Any]
         if step.optimizer is not None:
             ledger.track(step.optimizer)
         model.train()
-        simulated = batches if recipe.is_fleet else telling(batches)
-        fake = [{k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in b.items()} for b in simulated]
-        ledger.track(fake, "other")
+        fake, unread = [], []
+        for batch, unpadded in batches:
+            here = {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            if unpadded:  # the models look at the mask's values and go on without it; a fake one has none
+                unread.append(here.pop("attention_mask"))
+            fake.append(here)
+        ledger.track([fake, unread], "other")
         scope, objectives.logits_scope = objectives.logits_scope, lambda: ledger.category("logits")
         try:
             step.run(fake, 0)
             ledger.refresh()
             before = ledger.events
-            counter = FlopCounterMode(display=False) if count else nullcontext()
-            with counter:
-                step.run(fake, 1)
+            counter = _Flops()
+            ledger.on_operation = counter
+            step.run(fake, 1)
         finally:
             objectives.logits_scope = scope
-    trained = sum(p.numel() for _, p in step.parameters)
-    share = sum(map(_padded, batches)) / sum(map(_padded, simulated))
-    heaviest = max(simulated, key=_padded)
-    shape = {"micro_batches": len(batches), "rows": heaviest["input_ids"].shape[0], "tokens": heaviest["input_ids"].shape[1],
-             "trained_tokens": heaviest.get("n_targets")}
-    flops = round(counter.get_total_flops() * share) if count else None
-    return ledger, flops, round((ledger.events - before) * len(batches) / len(simulated)), trained, shape
+    return ledger, counter.total, ledger.events - before, sum(p.numel() for _, p in step.parameters)
+
+
+def _shape(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    heaviest = max(batches, key=_padded)
+    return {"micro_batches": len(batches), "rows": heaviest["input_ids"].shape[0], "tokens": heaviest["input_ids"].shape[1],
+            "trained_tokens": heaviest.get("n_targets")}
+
+
+class _Flops:
+    """Adds up the flops of matrix products and attention, by PyTorch's own formulas."""
+
+    def __init__(self):
+        from torch.utils.flop_counter import flop_registry
+
+        self.formulas, self.total = flop_registry, 0
+
+    def __call__(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        formula = self.formulas.get(func._overloadpacket) if isinstance(func, torch._ops.OpOverload) else None
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+
+
+def has_no_padding(batch: dict[str, Any]) -> bool:
+    """Whether attention runs without a mask: no row is padded (and none is packed, which needs its own mask)."""
+    mask = batch.get("attention_mask")
+    return mask is not None and "position_ids" not in batch and bool(mask.all())
 
 
 def _padded(batch: dict[str, Any]) -> int:

@@ -1,0 +1,319 @@
+"""The planner against the profiler on the same step, against formulas, and the search for a recipe that fits."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+import tiny
+from graftwork import registry
+from graftwork.adapters.lora import LoRA, LoRAAdapter
+from graftwork.cli.main import main
+from graftwork.modeling import arithmetic
+from graftwork.optim.adamw import AdamWOptimizer
+from graftwork.planning import advise, simulate
+from graftwork.planning.ledger import CATEGORIES
+from graftwork.planning.measure import MIB, measure_peak
+from graftwork.planning.simulate import plan, telling
+from graftwork.recipe import load_recipe
+from graftwork.training.build import build_grafts, build_model, build_step
+
+SIZES = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, vocab_size=1024)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Llama of width 128 without a tokenizer, so that plans go by max_length."""
+    return tiny.save(tiny.llama(**SIZES), tmp_path_factory.mktemp("plan") / "model", with_tokenizer=False)
+
+
+def document(folder, *, train=None, data=None, **sections):
+    return {"model": str(folder), "data": {"train": "absent.jsonl", "max_length": 96, **(data or {})}, **sections,
+            "train": {"batch_size": 4, "precision": "fp32", "max_steps": 10, **(train or {})}}
+
+
+def planned(doc, **options):
+    return plan(load_recipe(doc), use_data=False, estimate_time=False, **options)
+
+
+def built(doc):
+    """(step, batches) on real tensors, as a run builds them."""
+    recipe = load_recipe(doc)
+    model, _ = build_model(recipe)
+    grafts = build_grafts(recipe, model)
+    step = build_step(recipe, model, grafts, 10)
+    model.train()
+    return step, simulate._from_shape(recipe)[0]
+
+
+def measured(doc):
+    """Peak of the second step, by the profiler; tensors of other tests are not counted."""
+    others = measure_peak(lambda: None).baseline_bytes
+    step, batches = built(doc)
+    step.run(batches, 0)
+    return measure_peak(lambda: step.run(batches, 1)).peak_bytes - others
+
+
+FULL = {"adapter": None, "optimizer": {"method": "adamw"}}
+RECIPES = {
+    "lora": {},
+    "lora bf16": {"train": {"precision": "bf16"}},
+    "lora accumulated": {"train": {"grad_accumulation": 3, "batch_size": 2}, "adapter": {"method": "lora", "dropout": 0.1}},
+    "checkpointing": {"train": {"gradient_checkpointing": True}},
+    "qlora": {"storage": "nf4"},
+    "paca": {"adapter": "paca"},
+    "galore": {**FULL, "optimizer": {"method": "galore", "rank": 16, "update_proj_gap": 1}},
+    "mezo": {"adapter": None, "estimator": "mezo"},
+    "lisa": {**FULL, "selection": [{"method": "lisa", "layers": 1, "interval": 1}]},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_planned_is_measured_within_two_percent(folder, name):
+    doc = document(folder, **RECIPES[name])
+    expected, found = planned(doc), measured(doc)
+    assert abs(expected.peak_bytes - found) <= 0.02 * found, (expected.peak_bytes, found, expected.categories)
+    assert sum(expected.categories.values()) == expected.peak_bytes and tuple(expected.categories) == CATEGORIES
+
+
+def test_classifier_heads_that_a_run_draws_are_planned_as_trained(folder):
+    doc = document(folder, objective="classification")
+    expected = planned(doc)
+    step, _ = built_classifier(doc)
+    assert expected.trained == sum(p.numel() for _, p in step.parameters)
+    assert expected.trained - planned(document(folder)).trained == 2 * SIZES["hidden_size"]
+
+
+def built_classifier(doc):
+    recipe = load_recipe(doc)
+    model, _ = build_model(recipe, num_labels=2)
+    grafts = build_grafts(recipe, model)
+    return build_step(recipe, model, grafts, 10), None
+
+
+class Keep(torch.autograd.Function):
+    """Identity that saves a tensor for backward."""
+
+    @staticmethod
+    def forward(ctx, y, big):
+        ctx.save_for_backward(big)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+@pytest.fixture
+def wasteful():
+    """An adapter whose forward saves 10 MiB more at one site; known to the registry during the test only."""
+    class Wasteful(LoRA):
+        """Options of lora."""
+
+    class WastefulAdapter(LoRAAdapter):
+        def forward(self, x, base):
+            y = super().forward(x, base)
+            if not self.site_name.endswith("layers.0.self_attn.q_proj"):
+                return y
+            return Keep.apply(y, torch.zeros(10 * MIB // 4, device=y.device))
+
+    registry.methods("adapter")
+    registry.register("adapter", "wasteful", config=Wasteful, title="t", summary="s")(WastefulAdapter)
+    yield "wasteful"
+    del registry._METHODS["adapter"]["wasteful"]
+
+
+def test_a_saved_tensor_of_10_mib_moves_the_plan_by_10_mib(folder, wasteful):
+    plain, more = planned(document(folder)), planned(document(folder, adapter=wasteful))
+    assert more.peak_bytes - plain.peak_bytes == 10 * MIB
+    assert more.categories["activations"] - plain.categories["activations"] == 10 * MIB
+
+
+def test_nola_s_peak_does_not_grow_with_its_basis(folder):
+    few, many = (planned(document(folder, adapter={"method": "nola", "r": 8, "n_basis": k, "target_modules": ["q_proj"],
+                                                    "layers_to_transform": [0]})) for k in (64, 512))
+    learned = ("adapters", "gradients", "optimizer_state")
+    rest = [made.peak_bytes - sum(made.categories[c] for c in learned) for made in (few, many)]
+    one_basis = 512 * 8 * SIZES["hidden_size"]  # bytes of one factor's codes, if they were kept
+    assert abs(rest[1] - rest[0]) < one_basis / 8
+    assert (few.trained, many.trained) == (2 * 64, 2 * 512)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_mezo_needs_the_forward_and_one_tensor(folder, precision):
+    doc = document(folder, adapter=None, estimator="mezo", train={"precision": precision})
+    others = measure_peak(lambda: None).baseline_bytes
+    step, batches = built(doc)
+    step.model.eval()
+    with torch.no_grad():
+        forward = measure_peak(lambda: step.objective.loss(step.model, batches[0], 1.0).loss).peak_bytes - others
+    largest = 4 * max(p.numel() for p in step.model.parameters())
+    assert planned(doc).peak_bytes <= forward + largest
+
+
+def test_lisa_s_optimizer_bytes_after_a_switch_equal_the_formula(folder):
+    doc = document(folder, **RECIPES["lisa"])
+    step, batches = built(doc)
+    drawn = []
+    for t in range(3):
+        step.run(batches, t)
+        drawn.append(tuple(step.selections[0].active_layers(0, t, SIZES["num_hidden_layers"])))
+    assert len(set(drawn)) > 1, "no switch happened"
+    parameters = dict(step.model.named_parameters())
+    layer = sum(AdamWOptimizer.state_bytes(p.shape, p.dtype) for n, p in parameters.items() if ".layers.0." in n)
+    always = sum(AdamWOptimizer.state_bytes(p.shape, p.dtype) for n, p in parameters.items() if ".layers." not in n)
+    state = [v for s in step.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    assert sum(v.untyped_storage().nbytes() for v in state) == always + layer
+    doc["selection"] = [{"method": "lisa", "layers": 1, "interval": 20}]  # no switch, so the state stands at the peak
+    assert planned(doc).categories["optimizer_state"] == always + layer
+
+
+def test_the_telling_micro_batches():
+    def batch(rows, tokens, trained):
+        return {"input_ids": torch.zeros(rows, tokens), "n_targets": trained}
+
+    first, small, long, same = batch(2, 9, 3), batch(2, 4, 8), batch(2, 8, 2), batch(2, 8, 5)
+    assert [id(b) for b in telling([first, small, long, same])] == [id(first), id(same)]
+    assert telling([first]) == [first]
+
+
+def test_other_devices_need_no_wide_copies(folder, monkeypatch):
+    monkeypatch.setattr(arithmetic, "slow_on_cpu", lambda dtype: dtype == torch.bfloat16)
+    doc = document(folder, adapter={"method": "lora", "r": 1, "target_modules": ["down_proj"]},
+                   train={"precision": "bf16", "batch_size": 1}, data={"max_length": 16})
+    slow, native = planned(doc, device="cpu"), planned(doc, device="cuda")
+    assert native.peak_bytes < slow.peak_bytes and arithmetic.slow_on_cpu(torch.bfloat16)
+    assert native.device["measured"] == "not measured on a GPU" and native.device["total_bytes"] > native.peak_bytes
+
+
+# -- from a config alone, and the command --------------------------------------------------------------------------------
+LLAMA_7B = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008,
+                num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096,
+                rms_norm_eps=1e-5, tie_word_embeddings=False)
+
+
+def llama_7b(path, layers=32):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({**LLAMA_7B, "num_hidden_layers": layers}))
+    return path
+
+
+def expected_7b(layers, r):
+    h, f, v = 4096, 11008, 32000
+    weights = 2 * (layers * (4 * h * h + 3 * h * f + 2 * h) + 2 * v * h + h)
+    return weights, layers * (4 * 2 * h + 3 * (h + f)) * r
+
+
+def check_7b(folder, layers):
+    doc = document(folder, adapter={"method": "lora", "r": 16}, train={"precision": "bf16", "batch_size": 1}, data={"max_length": 128})
+    made = planned(doc, device="cuda")
+    weights, learned = expected_7b(layers, 16)
+    assert made.trained == learned and made.categories["adapters"] == 4 * learned
+    assert 0 <= made.categories["weights"] - weights < 4096  # rotary frequencies
+    assert 0 <= made.categories["optimizer_state"] - 8 * learned <= 4 * 14 * layers  # two moments, a step a tensor
+
+
+def test_a_config_alone_is_enough(tmp_path):
+    check_7b(llama_7b(tmp_path / "m", layers=1), 1)
+    assert simulate.count_parameters(load_recipe(document(tmp_path / "m" / "config.json"))) == (
+        expected_7b(1, 8)[1], expected_7b(1, 8)[0] // 2, 7)
+
+
+@pytest.mark.slow
+def test_the_shape_of_llama_2_7b(tmp_path):
+    check_7b(llama_7b(tmp_path / "m"), 32)
+    assert expected_7b(32, 16)[0] == 2 * 6_738_415_616
+
+
+def graft(capsys, *arguments):
+    try:
+        main([str(a) for a in arguments])
+        code = 0
+    except SystemExit as leave:
+        code = leave.code
+    seen = capsys.readouterr()
+    return code, seen.out, seen.err
+
+
+def test_plan_verb(folder, tmp_path, capsys):
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(document(folder, adapter={"method": "lora", "target_modules": ["q_proj"]}, train={"batch_size": 8},
+                                           data={"max_length": 128})))
+    code, out, _ = graft(capsys, "plan", path, "--json", "--device", "cpu", "--budget", "4TiB")
+    made = json.loads(out)
+    assert code == 0 and made["fits"] is True and set(made["categories"]) == set(CATEGORIES)
+    assert made["peak_bytes"] == planned(load_recipe(path).document()).peak_bytes
+    assert made["device"]["total_bytes"] > made["peak_bytes"] and 0 < made["seconds_per_step"][0] < made["seconds_per_step"][1]
+    assert made["hours"][1] == pytest.approx(made["seconds_per_step"][1] * 10 / 3600) and made["flops"] > 0
+    # a budget that the tensors fit and tensors with the reserve do not
+    tight = made["device"]["total_bytes"] - 1
+    code, out, err = graft(capsys, "plan", path, "--device", "cpu", "--budget", tight)
+    assert code == 1 and "does not fit" in out and "tried" in err
+    assert "train.gradient_checkpointing=true" in out.splitlines()[-1] and "nearest fit" in out
+    assert "note: batch shape from max_length" in out
+    assert graft(capsys, "plan", path, "--budget", "lots")[0] == graft(capsys, "plan", path, "--device", "tpu")[0] == 2
+    code, out, _ = graft(capsys, "plan", path, "--device", "cuda", "--no-data")
+    assert code == 0 and "not measured on a GPU" in out and "basis:" in out
+
+
+# -- the search --------------------------------------------------------------------------------------------------------
+def pretend(recipe, *, budget=None, **_):
+    """A plan from a formula: the memory laws that the search relies on, without a simulation."""
+    train = recipe.train
+    weights = 400 if recipe.storage.method == "nf4" else 1600
+    rank = getattr(recipe.adapter, "r", None)
+    learned = 1600 if recipe.adapter is None else 2 * rank
+    state = learned * {"galore": 0.5, "adamw": 2}.get(recipe.optimizer.method if recipe.optimizer else "", 0)
+    activations = train.batch_size * recipe.data.max_length * (0.2 if train.gradient_checkpointing else 1.0)
+    total = int(weights + 2 * learned + state + activations)
+    return SimpleNamespace(categories={"weights": weights, "adapters": learned, "optimizer_state": int(state)},
+                           device={"context_bytes": 10, "total_bytes": total}, peak_bytes=total, fits=total <= budget)
+
+
+def search(doc, budget):
+    recipe = load_recipe(doc)
+    first = pretend(recipe, budget=budget)
+    assert not first.fits
+    advice = advise.nearest_fit(recipe, budget, first, simulate=pretend)
+    if advice.overrides is not None:  # what is advised is a recipe that loads and fits
+        assert pretend(load_recipe(recipe.document(), advice.overrides), budget=budget).fits and advice.plan.fits
+    return advice
+
+
+BASE = dict(adapter={"method": "lora", "r": 16}, train={"batch_size": 8}, data={"max_length": 128})
+
+
+def test_the_mildest_change_that_fits_is_named():
+    doc = document("m", **BASE)  # 1600 + 64 + 64 + 1024
+    assert search(doc, 2000).overrides == ["train.gradient_checkpointing=true"]
+    doc["train"]["gradient_checkpointing"] = True
+    assert search(doc, 1860).overrides == ["train.batch_size=4", "train.grad_accumulation=2"]
+    doc["train"]["gradient_checkpointing"] = False
+    assert search(doc, 1760).overrides == ["train.gradient_checkpointing=true", "train.batch_size=1", "train.grad_accumulation=8"]
+
+
+def test_stronger_changes_come_when_milder_ones_cannot_help():
+    doc = document("m", **BASE)
+    found = search(doc, 1000)
+    assert found.overrides == ["storage=nf4", "train.gradient_checkpointing=true"]
+    assert len(found.tried) <= 3  # the schedule alone was ruled out without a simulation
+    assert search(doc, 500).overrides[:2] == ["storage=nf4", "adapter.r=8"]
+    assert search(doc, 455).overrides[:2] == ["storage=nf4", "adapter.r=4"]
+    full = document("m", adapter=None, optimizer="adamw", train={"batch_size": 1}, data={"max_length": 32})
+    assert search(full, 6000).overrides == ["optimizer=galore", "optimizer.lr=0.001"]
+    assert search(full, 1000).overrides == ["adapter=lora", "storage=nf4", "optimizer=adamw", "optimizer.lr=0.0002"]
+
+
+def test_nothing_fits_is_said_with_the_smallest():
+    found = search(document("m", **BASE), 60)
+    assert found.overrides is None and found.smallest[1] == min(n for _, n in found.tried)
+    assert any(o.startswith("data.max_length=") for o in found.smallest[0])
+
+
+def test_divisors_and_merged_overrides():
+    assert advise.divisors(12) == [2, 4, 12] and advise.divisors(1) == [] and advise.divisors(7) == [7]
+    assert advise.merged(["optimizer.lr=1", "a=2", "optimizer=x"], ["optimizer=y"]) == ["a=2", "optimizer=y"]
