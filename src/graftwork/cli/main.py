@@ -8,7 +8,9 @@ import sys
 # Before torch and its neighbours are imported: what they print on import is no news to a user.
 for _name, _value in {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false",
                       "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-                      "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "BITSANDBYTES_NOWELCOME": "1"}.items():
+                      "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "BITSANDBYTES_NOWELCOME": "1",
+                      # threads that spin while another process has their core made a training step five times slower
+                      "GOMP_SPINCOUNT": "10000"}.items():
     os.environ.setdefault(_name, _value)
 
 import importlib

@@ -27,7 +27,7 @@ from .tasks import TASKS, Task
 
 MODEL = "smollm2-135m-instruct"
 #: rows of each task: training, evaluation after, evaluation before (the untrained model's prompts are several times as long)
-TRAIN_ROWS, EVAL_ROWS, BEFORE_ROWS = 1200, 40, 20
+TRAIN_ROWS, EVAL_ROWS, BEFORE_ROWS = 400, 40, 12
 NEEDED_GAIN = 50.0
 #: two logits closer than this may swap when the batch around a row changes
 TIE = 1e-4
@@ -137,7 +137,7 @@ class Demo:
             "data": {"train": str(self.folder / f"{task.name}.train.jsonl"), "format": "completion", "train_on": "completion",
                      "max_length": task.max_length},
             # fp32 compute: a row in the mixed batch can then be compared token by token with the row alone
-            "train": {"max_steps": task.steps, "batch_size": task.batch_size, "precision": "fp32", "save_steps": 5,
+            "train": {"max_steps": task.steps, "batch_size": task.batch_size, "precision": "fp32", "save_steps": 4,
                       "schedule": "cosine", "warmup": 0.1},
             "output_dir": str(self.folder / "runs" / task.name),
         }
@@ -165,7 +165,7 @@ class Demo:
         outcome, examples = self.outcomes[task.name], task.eval(EVAL_ROWS)[:BEFORE_ROWS]
         for shots, key in ((0, "zero_shot"), (4, "four_shot")):
             answers = generate(self.model, self.tokenizer, [task.baseline(e, shots) for e in examples],
-                               max_new_tokens=task.max_new_tokens + 8, batch_size=BEFORE_ROWS)
+                               max_new_tokens=task.max_new_tokens + 2, batch_size=BEFORE_ROWS)
             right = [task.score(a.text, e.answer) for a, e in zip(answers, examples)]
             setattr(outcome, key, 100.0 * sum(right) / len(right))
             if not shots:
