@@ -27,7 +27,7 @@ def page(axis: str) -> str:
     for m in known:
         traits = ", ".join(f"{k}: {v}" for k, v in m.traits.items() if v not in (None, False, ""))
         paper = f"[{m.paper}](https://arxiv.org/abs/{m.paper})" if m.paper else ""
-        lines.append(f"| [`{m.name}`](#{m.name.replace('_', '-')}) | {m.summary} | {paper} | {traits} |")
+        lines.append(f"| [`{m.name}`](#{m.name}) | {m.summary} | {paper} | {traits} |")
     for m in known:
         module = importlib.import_module(m.cls.__module__)
         lines += ["", f"## {m.name}", "", f"{m.title}." + (f" Also called: {', '.join(m.aliases)}." if m.aliases else ""), "",
