@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ import tiny
 from graftwork import registry
 from graftwork.adapters.lora import LoRA, LoRAAdapter
 from graftwork.cli.main import main
+from graftwork.estimators import mezo
 from graftwork.modeling import arithmetic
 from graftwork.optim.adamw import AdamWOptimizer
 from graftwork.planning import advise, simulate
@@ -153,6 +155,19 @@ def test_mezo_needs_the_forward_and_one_tensor(folder, precision):
         forward = measure_peak(lambda: step.objective.loss(step.model, batches[0], 1.0).loss).peak_bytes - others
     largest = 4 * max(p.numel() for p in step.model.parameters())
     assert planned(doc).peak_bytes <= forward + largest
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_few_pieces_of_noise_stand_for_all(folder, precision, monkeypatch):
+    monkeypatch.setattr(mezo, "PIECE", 40000)  # four pieces of the embedding, and their buffers are the peak
+    doc = document(folder, adapter=None, estimator="mezo", train={"precision": precision, "batch_size": 1}, data={"max_length": 16})
+    drawn, plain = [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *a, **k: drawn.append(1) or plain(*a, **k))
+    few = planned(doc)
+    monkeypatch.setattr(simulate, "_few_pieces", nullcontext)
+    count = len(drawn)
+    every = planned(doc)
+    assert few.peak_bytes == every.peak_bytes and few.categories == every.categories and len(drawn) - count > count
 
 
 def test_lisa_s_optimizer_bytes_after_a_switch_equal_the_formula(folder):

@@ -124,6 +124,30 @@ def _unpacked(yes: bool) -> Iterator[None]:
 
 
 @contextmanager
+def _few_pieces() -> Iterator[None]:
+    """MeZO draws and adds its noise in pieces of 2^20 values: 70,000 of them for 70B. All need the memory of the second one
+    (which begins while the first one's buffers are alive), so a large tensor moves by its first, second and last piece here."""
+    from ..estimators import mezo
+
+    kept = mezo._pieces
+
+    def few(p: Tensor) -> Iterator[Tensor]:
+        size = mezo.PIECE
+        if not p.is_contiguous() or p.numel() <= 3 * size:
+            yield from kept(p)
+            return
+        flat = p.detach().view(-1)
+        for start in (0, size, (p.numel() - 1) // size * size):
+            yield flat[start:start + size]
+
+    mezo._pieces = few
+    try:
+        yield
+    finally:
+        mezo._pieces = kept
+
+
+@contextmanager
 def products_of(device: str) -> Iterator[None]:
     """Half-precision products as `device` computes them: other devices need none of the wide copies of a slow processor."""
     kept = arithmetic.slow_on_cpu
@@ -159,7 +183,7 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
     ledger = Ledger(logits_width=getattr(model.config.get_text_config(), "vocab_size", None))
     grafts = _grafts(recipe, model, names, notes)
     step = build_step(recipe, model, grafts, steps)
-    with ledger, _unpacked(not any("position_ids" in batch for batch, _ in batches)):
+    with ledger, _few_pieces(), _unpacked(not any("position_ids" in batch for batch, _ in batches)):
         ledger.track(model, "weights")
         for graft in grafts:
             for _, module in graft.named_modules():
