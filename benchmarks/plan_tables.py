@@ -97,8 +97,8 @@ def page(result: dict) -> str:
              "`expected on CUDA` adds what a device is assumed to need beside them:", "", f"> {cuda['basis']}.", "",
              "`planned in` is the processor time of the plan on the machine that wrote this page (one thread). `figure` says what the "
              "tensor bytes are: *exact* for the shapes of this step; *one draw of layers*: which layers LISA draws moves the peak by the "
-             "gradients of the drawn layers at most (0.75 GiB for 7B, 3.2 GiB for 70B), this is the draw of seed 0. Not in the figures: scratch memory inside one "
-             "operation, such as that of GaLore's SVD or of attention kernels.", ""]
+             "gradients of the drawn layers at most (0.75 GiB for 7B, 3.2 GiB for 70B), this is the draw of seed 0. Not in the figures: "
+             "scratch memory inside one operation, such as that of GaLore's SVD or of attention kernels.", ""]
     for model in dict.fromkeys(each["model"] for each in rows):
         lines += [*table(rows, model), ""]
     lines += ["## One row by hand", "", "```bash",
