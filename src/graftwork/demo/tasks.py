@@ -1,8 +1,8 @@
 """The four tasks of `graft demo`: real data, made on the spot, nothing downloaded.
 
 Every text comes from Unicode CLDR through the PyPI package `babel` (`pip install "graftwork[demo]"`); CLDR is under the Unicode
-License, whose text babel carries and `licence()` returns. A task draws an *item* (a day, an amount, a measured value, a few
-countries), writes it in one of several languages, and asks for one canonical form. A hash of the item decides whether it belongs
+License, whose text babel carries and `licence()` returns. A task draws an *item* (a day, an amount, a measured value),
+writes it in one of several languages, and asks for one canonical form. A hash of the item decides whether it belongs
 to the training or to the evaluation side, so the two share no input, in no language, for any seed and any number of rows.
 
 Each task's recipe (method, options, learning rate, steps) stands next to its data, because one fits the other.
@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
 from decimal import Decimal
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -180,13 +179,25 @@ def _until(rng: random.Random, keep: Callable[[str], bool], item: Callable[[], s
 # -- dates: a long written date -> ISO 8601 ------------------------------------------------------------------------------------
 
 DATE_LANGUAGES = ("en_GB", "de", "fr", "es", "it", "nl", "pt", "sv")
+MORE_DATE_LANGUAGES = ("ca", "cs", "da", "fi", "hr", "nb", "pl", "ro")
 FIRST_DAY, LAST_DAY = date(1950, 1, 1), date(2049, 12, 31)
 
 
+
+
+
 def _draw_date(rng: random.Random, keep: Callable[[str], bool]) -> Example:
+    return _dated(rng, keep, DATE_LANGUAGES)
+
+
+def _draw_more_dates(rng: random.Random, keep: Callable[[str], bool]) -> Example:
+    return _dated(rng, keep, MORE_DATE_LANGUAGES)
+
+
+def _dated(rng: random.Random, keep: Callable[[str], bool], languages: tuple[str, ...]) -> Example:
     days = (LAST_DAY - FIRST_DAY).days + 1
     item = _until(rng, keep, lambda: (FIRST_DAY + timedelta(days=rng.randrange(days))).isoformat())
-    text = _babel("dates").format_date(date.fromisoformat(item), "long", locale=rng.choice(DATE_LANGUAGES))
+    text = _babel("dates").format_date(date.fromisoformat(item), "long", locale=rng.choice(languages))
     return Example(_plain(text), item, (item,))
 
 
@@ -232,33 +243,6 @@ def _same_json(prediction: str, answer: str) -> bool:
         return False
 
 
-# -- languages: a list of countries -> the language it is written in -----------------------------------------------------------
-
-LANGUAGES = ("ca", "cs", "cy", "da", "et", "fi", "hu", "nl", "pl", "ro", "sv", "tr")
-COUNTRIES, LONGEST_NAME = 3, 16
-
-
-def _draw_language(rng: random.Random, keep: Callable[[str], bool]) -> Example:
-    names, listed = _country_names(), _babel("lists").format_list
-    code = rng.choice(LANGUAGES)
-    usable = [country for country, name in names[code].items() if len(name) <= LONGEST_NAME and keep(country)]
-    while True:
-        items = tuple(rng.sample(usable, COUNTRIES))
-        own = [names[code][item] for item in items]
-        text = listed(own, locale=code)
-        spelt_alike = [other for other in LANGUAGES if other != code and [names[other][item] for item in items] == own]
-        if text not in [listed(own, locale=other) for other in spelt_alike]:  # "Barbados i Vanuatu" is Catalan and Polish
-            return Example(_plain(text), _babel("core").Locale("en").languages[code], items)
-
-
-@lru_cache(maxsize=1)
-def _country_names() -> dict[str, dict[str, str]]:
-    """language -> {ISO 3166 code: the country's name in that language}, for the countries that every language names."""
-    tables = {code: _babel("core").Locale(code).territories for code in LANGUAGES}
-    shared = sorted(set.intersection(*(set(table) for table in tables.values())))
-    return {code: {c: _plain(table[c]) for c in shared if c.isalpha()} for code, table in tables.items()}
-
-
 TASKS: tuple[Task, ...] = (
     Task(
         name="dates", title="long dates in 8 languages -> ISO 8601", kind="normalization",
@@ -282,10 +266,10 @@ TASKS: tuple[Task, ...] = (
         learning_rate=5e-3, steps=16, max_length=64, max_new_tokens=16,
     ),
     Task(
-        name="languages", title="lists of countries -> one of 12 languages", kind="classification",
-        instruction="In which language is this list of countries written? Answer with one of: Catalan, Czech, Danish, Dutch, "
-                    "Estonian, Finnish, Hungarian, Polish, Romanian, Swedish, Turkish, Welsh. Answer with one word only.",
-        system="Language?", draw=_draw_language, method="nola", options={"r": 8, "n_basis": 64, "target_modules": "q,v"},
-        learning_rate=3e-2, steps=44, max_length=64, max_new_tokens=4,
+        name="more_dates", title="long dates in 8 more languages -> ISO 8601", kind="normalization",
+        instruction="Convert the date to ISO 8601 format, YYYY-MM-DD. Answer with the date only.",
+        system="Date to ISO.", draw=_draw_more_dates, method="nola",
+        options={"r": 8, "n_basis": 64, "target_modules": "all-linear", "share_basis": True, "cache_basis": True},
+        learning_rate=2e-2, steps=28, max_length=64, max_new_tokens=12,
     ),
 )
