@@ -20,7 +20,7 @@ each_task = pytest.mark.parametrize("each", TASKS, ids=lambda t: t.name)
 def test_four_tasks_four_methods_two_kinds():
     assert len({t.name for t in TASKS}) == 4
     assert {t.method for t in TASKS} == {"lora", "paca", "flora", "nola"}
-    assert {"classification", "structured extraction"} <= {t.kind for t in TASKS}
+    assert {"normalization", "structured extraction"} <= {t.kind for t in TASKS}
 
 
 @each_task
