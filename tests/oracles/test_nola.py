@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import graftwork
 import tiny
 from adapter_support import attach, close, fill, output
-from graftwork.adapters.nola import Basis
+from graftwork.adapters.nola import AT_ONCE, Basis
 from graftwork.errors import ArtifactError
 from graftwork.planning.ledger import Ledger
 
@@ -144,9 +144,11 @@ def test_the_peak_does_not_grow_with_the_basis():
     whole = 512 * 16 * tiny.LAYERS * (tiny.HIDDEN + tiny.HIDDEN + tiny.FFN + tiny.HIDDEN)
     assert whole > 10 * (many - few), "a kept basis would be seen"
     cached, _ = peak(512, cache_basis=True)
-    assert cached - large == pytest.approx(whole, rel=0.1)
+    at_once = 2 * 4 * AT_ONCE  # fp32 copies of one piece; a constant, whatever k
+    assert 0.9 * whole <= cached - large <= 1.1 * whole + at_once
     shared, _ = peak(512, cache_basis=True, share_basis=True)
-    assert shared - large == pytest.approx(512 * 16 * (tiny.HIDDEN + tiny.FFN + tiny.HIDDEN), rel=0.1)  # A: 64, 96; B: 64
+    one = 512 * 16 * (tiny.HIDDEN + tiny.FFN + tiny.HIDDEN)  # A: 64, 96; B: 64
+    assert 0.9 * one <= shared - large <= 1.1 * one + at_once
 
 
 def test_options_that_only_save_work_change_nothing():
