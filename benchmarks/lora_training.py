@@ -27,6 +27,7 @@ warnings.filterwarnings("ignore")
 
 import torch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RESULTS = Path(__file__).parent / "results"
 RANK, ALPHA, LR = 8, 16, 1e-4
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -49,7 +50,7 @@ def make_batch(args, masked: float) -> dict:
     ids = torch.randint(100, 40000, (args.rows, args.tokens), generator=generator)
     labels = ids.clone()
     labels[:, : round(masked * args.tokens)] = -100
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    return {k: v.to(DEVICE) for k, v in {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}.items()}
 
 
 class Ours:
@@ -61,7 +62,7 @@ class Ours:
         from graftwork.training.step import TrainStep
 
         model, _ = load(args)
-        widen(model)
+        widen(model.to(DEVICE))
         graft = attach(model, "lora", r=RANK, alpha=ALPHA, target_modules="all-linear")
         objective = lookup("objective", "causal_lm").cls(make_config("objective", "causal_lm", masked_head=masked_head))
         optimizer = graftwork.optimizer("adamw", graft.parameter_groups(), lr=LR)
@@ -190,12 +191,12 @@ def main() -> None:
                     others = sum(p.untyped_storage().nbytes() for n, r in runs.items() if n != name for p in {
                         id(p): p for p in r.model.parameters()}.values())
                     run.step(batch)
-                    with PeakMeter() as meter:
+                    with PeakMeter(DEVICE) as meter:
                         losses[name].append(run.step(batch))
                     peaks[name] = meter.peak.peak_bytes - others
                     continue
                 start = time.perf_counter()
-                losses[name].append(run.step(batch))
+                losses[name].append(run.step(batch))  # reads the loss, so a device has finished
                 times[name].append(time.perf_counter() - start)
         for name in runs:
             median = statistics.median(times[name])
