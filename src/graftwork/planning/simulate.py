@@ -2,7 +2,8 @@
 
 Model (from its config alone), storage, grafts, optimizer and batch are built by the code that a run uses
 (training.build), inside FakeTensorMode: shapes and dtypes are exact, no memory is touched, nothing is computed. The second
-step runs with optimizer state in place, so the peak of both is the peak of a run whose shapes do not change.
+step runs with optimizer state in place, so the peak of both is the peak of a run whose shapes do not change. Where a first step
+would leave nothing but that state (grafts under backpropagation), the state is allocated without it.
 
 The batch: where the data and the tokenizer can be read, the heaviest step of the run as it will be collated (of its
 micro-batches the first and the heaviest other one); else batch_size rows of max_length tokens, all trained. Upper bounds
@@ -200,7 +201,10 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
         ledger.track([fake, unread], "other")
         scope, objectives.logits_scope = objectives.logits_scope, lambda: ledger.category("logits")
         try:
-            step.run(fake, 0)
+            if _state_alone(step):
+                _allocate_state(step)
+            else:
+                step.run(fake, 0)
             ledger.refresh()
             before = ledger.events
             counter = _Flops()
@@ -209,6 +213,21 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
         finally:
             objectives.logits_scope = scope
     return ledger, counter.total, ledger.events - before, sum(p.numel() for _, p in step.parameters)
+
+
+def _state_alone(step: Any) -> bool:
+    """True where the first step leaves nothing behind but optimizer state: it need not be simulated."""
+    return bool(step.grafts) and step.optimizer is not None and not step.selections and step.estimator.gradients \
+        and not step.optimizer.config.fused
+
+
+def _allocate_state(step: Any) -> None:
+    """Optimizer state as after a first step, from gradients without values."""
+    for _, parameter in step.parameters:
+        parameter.grad = torch.empty_like(parameter)
+    step.optimizer.step()
+    for _, parameter in step.parameters:
+        parameter.grad = None
 
 
 def _shape(batches: list[dict[str, Any]]) -> dict[str, Any]:

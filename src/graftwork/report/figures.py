@@ -68,13 +68,13 @@ def memory_bars(rows: dict[str, dict[str, int]], measured: dict[str, int] | None
 
 
 def memory_timeline(timeline: list[Any]) -> str:
-    """Live bytes by category over the events of two simulated steps: [(event, phase, {category: bytes})]."""
+    """Live bytes by category over the events of the simulated steps: [(event, phase, {category: bytes})]."""
     figure, axes = _figure(6.4, 2.8)
     events = [point[0] for point in timeline]
     categories = [c for c in timeline[0][2] if any(p[2][c] for p in timeline)]
     axes.stackplot(events, [[p[2][c] / 2**20 for p in timeline] for c in categories], labels=[c.replace("_", " ") for c in categories],
                    colors=COLORS, alpha=0.85)
-    axes.set_xlabel("operations of two steps")
+    axes.set_xlabel("operations of the simulated steps")
     axes.set_ylabel("MiB")
     axes.legend(ncols=4, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.25))
     return _svg(figure)
