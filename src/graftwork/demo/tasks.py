@@ -255,7 +255,7 @@ TASKS: tuple[Task, ...] = (
         instruction="Convert the amount to its three-letter ISO 4217 currency code, a space, and the number with a decimal "
                     "point, two decimals and no thousands separator. Answer with that only.",
         system="Amount to ISO.", draw=_draw_money, method="paca", options={"r": 16, "target_modules": "all-linear"},
-        learning_rate=5e-3, steps=13, max_length=64, max_new_tokens=14,
+        learning_rate=5e-3, steps=16, max_length=64, max_new_tokens=14,
     ),
     Task(
         name="measures", title="measured values in 8 languages -> JSON", kind="structured extraction",
@@ -264,7 +264,7 @@ TASKS: tuple[Task, ...] = (
                     + ", ".join(UNITS.values()) + ") and \"value\" (a number with a decimal point), and nothing else.",
         system="Measure to JSON.", draw=_draw_measure, same=_same_json, method="lora",
         options={"r": 8, "target_modules": "all-linear"},
-        learning_rate=5e-3, steps=15, max_length=64, max_new_tokens=22,
+        learning_rate=5e-3, steps=18, max_length=64, max_new_tokens=22,
     ),
     Task(
         name="more_dates", title="long dates in 5 Germanic languages -> ISO 8601", kind="normalization",
