@@ -204,7 +204,7 @@ class Graft:
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the pristine weights back (re-read, never subtracted)."""
+        """Put the weights from before the merge back (kept copies, never a subtraction)."""
         from .merging import unmerge_sites
 
         if not self.merged:

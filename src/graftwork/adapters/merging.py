@@ -1,7 +1,7 @@
-"""Merging a graft's exact change into the weights, and taking it out again by re-reading the pristine weights.
+"""Merging a graft's exact change into the weights, and taking it out again by putting kept copies back.
 
 Arithmetic cannot undo a merge in bf16 (adding and subtracting a change moves about 16 % of the entries), so `unmerge`
-restores a copy: the model's file where there is one that equals the live weight, else a CPU copy made at merge time.
+restores CPU copies made at merge time (a stored weight's own module is kept instead).
 """
 
 from __future__ import annotations
