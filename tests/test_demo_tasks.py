@@ -71,7 +71,7 @@ def test_what_is_trained_and_what_is_asked(each):
     example = each.eval(1)[0]
     row = each.rows("eval", 1)[0]
     assert row == {"prompt": each.question(example), "completion": example.answer}
-    chat = [("system", each.system), ("user", example.prompt), ("assistant", "")]
+    chat = [("user", example.prompt), ("assistant", "")]
     assert row["prompt"] == "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in chat)[:-len("<|im_end|>\n")]
     assert example.answer not in example.prompt
 

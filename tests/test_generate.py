@@ -14,6 +14,7 @@ from graftwork.errors import DataError, UsageError
 from graftwork.serving.cache import RoomyLayer
 from graftwork.serving.generate import _choose, _Row, _Settings, encode_prompt, end_tokens, generate, stream
 from graftwork.serving.loading import parse_adapters
+from graftwork.serving.prefill import shared_prefixes
 
 PROMPTS = ["hello there", "x", "the user and one more of these", [{"role": "user", "content": "hi"}], "a note", "th"]
 NAMES = ["a", None, "b", "c", "b", "a"]
@@ -83,6 +84,36 @@ def test_agrees_with_transformers_generate(mixed):
         assert wanted == completion.ids or completion.gaps[first] < 1e-4
         assert completion.finish_reason == ("stop" if completion.ids[-1] in ends else "length")
         assert completion.tokens == len(completion.ids) == len(completion.gaps)
+
+
+@pytest.mark.parametrize("build", tiny.CAUSAL)
+def test_common_prefixes_are_computed_once(build, monkeypatch):
+    """Few-shot prompts of several adapters in one batch: the tokens of each prompt alone, through far fewer positions."""
+    model, tokenizer = tiny.CAUSAL[build](), tiny.tokenizer()
+    stir(graftwork.attach(model, "lora", r=4, name="a"))
+    stir(graftwork.attach(model, "paca", r=3, name="b"))
+    first, second = "one of these is the user and one is not " * 2, "hello hello there they were all of them "
+    prompts = [shots + end for shots in (first, second) for end in ("a", "note", "to be", "x y z")] + ["h", "quite alone"]
+    names = ["a"] * 4 + ["b", "b", None, None] + [None, "a"]
+    alone = [generate(model, tokenizer, [p], adapters=[n], max_new_tokens=8, gaps=True)[0] for p, n in zip(prompts, names)]
+    positions = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, args, out: positions.append(args[0].numel()))
+    together = generate(model, tokenizer, prompts, adapters=names, max_new_tokens=8, batch_size=16, gaps=True)
+    handle.remove()
+    assert sum(same_but_ties(got, want) for got, want in zip(together, alone)) >= len(prompts) - 1
+    longest = max(len(encode_prompt(tokenizer, p)) for p in prompts)
+    assert sum(positions[:2]) < 0.75 * len(prompts) * longest and positions[2] <= len(prompts)
+
+
+def test_prefixes_of_other_adapters_and_short_ones_are_not_shared():
+    long = list(range(40))
+    prompts = [long + [1], long + [2], long + [3, 4], long + [5]]
+    assert shared_prefixes(prompts, ["a", "a", "b", "b"]) == [(0, 40), (0, 40), (2, 40), (2, 40)]
+    assert shared_prefixes([[1, 2, 3], [4, 5, 6]], [None, None]) is None
+    assert shared_prefixes([long], [None]) is None
+    assert shared_prefixes([long, long, long], [None] * 3) == [(0, 39)] * 3
+    far = [long + [1] * 3, long + [1] * 3, long[:18] + [9] * 25, long[:18] + [9] * 24 + [8]]
+    assert shared_prefixes(far, [None] * 4) == [(0, 42), (0, 42), (3, 42), (3, 42)]
 
 
 def test_rows_leave_the_batch(mixed):

@@ -26,8 +26,9 @@ from ..files import atomic_write_text
 from .tasks import TASKS, Task
 
 MODEL = "smollm2-135m-instruct"
-#: rows of each task: training, evaluation after, evaluation before (the untrained model's prompts are several times as long)
-TRAIN_ROWS, EVAL_ROWS, BEFORE_ROWS = 400, 40, 10
+#: rows of each task: training, evaluation after, evaluation before (the untrained model's prompts are several times as long),
+#: held-out perplexity
+TRAIN_ROWS, EVAL_ROWS, BEFORE_ROWS, PERPLEXITY_ROWS = 400, 40, 10, 16
 NEEDED_GAIN = 50.0
 #: puts the heaviest step of the run that is killed behind its first checkpoint, so that the resumed run can measure it
 SEED = 2
@@ -138,7 +139,7 @@ class Demo:
             "data": {"train": str(self.folder / f"{task.name}.train.jsonl"), "format": "completion", "train_on": "completion",
                      "max_length": task.max_length},
             # fp32 compute: a row in the mixed batch can then be compared token by token with the row alone
-            "train": {"max_steps": task.steps, "batch_size": task.batch_size, "precision": "fp32", "save_steps": 4, "seed": SEED,
+            "train": {"max_steps": task.steps, "batch_size": task.batch_size, "precision": "fp32", "save_steps": 3, "seed": SEED,
                       "schedule": "cosine", "warmup": 0.1},
             "output_dir": str(self.folder / "runs" / task.name),
         }
@@ -222,15 +223,15 @@ class Demo:
             self.failures.append(f"'{task.name}' gained {outcome.gain:.0f} points, fewer than {NEEDED_GAIN:.0f}")
 
     def perplexity(self, task: Task) -> float:
-        """Of the right answers of the evaluation rows, given their prompts."""
-        from ..data import build
+        """Of the right answers of the first evaluation rows, given their prompts."""
+        from ..data import Example, from_examples
         from ..registry import lookup, make_config
         from ..training.evaluate import evaluate_loss
 
-        data = build(self.tokenizer, self.folder / f"{task.name}.eval.jsonl", format="completion", train_on="completion",
-                     max_length=task.max_length)
+        rows = [Example(**row) for row in task.rows("eval", PERPLEXITY_ROWS)]
+        data = from_examples(self.tokenizer, rows, train_on="completion", max_length=task.max_length)
         objective = lookup("objective", "causal_lm").cls(make_config("objective", "causal_lm"))
-        return evaluate_loss(self.model, objective, data, batch_size=EVAL_ROWS)["perplexity"]
+        return evaluate_loss(self.model, objective, data, batch_size=PERPLEXITY_ROWS)["perplexity"]
 
     def refused(self) -> None:
         from ..recipe import load_recipe

@@ -48,8 +48,7 @@ class Task:
     """One task and the recipe that learns it.
 
     name, title, kind: identifier, heading, sort of task. instruction: what an untrained model is told, complete enough to answer
-    by. system: the few words that stand for it in training and in questions to the adapted model. same(prediction, answer):
-    whether the two say the same.
+    by; the adapted model is not told, it has learned the task. same(prediction, answer): whether the two say the same.
     method, options, learning_rate, steps, batch_size, max_length, max_new_tokens: the adapter and its run; lengths in tokens of
     SmolLM2's tokenizer.
     """
@@ -58,7 +57,6 @@ class Task:
     title: str
     kind: str
     instruction: str
-    system: str
     draw: Draw
     method: str
     options: dict[str, Any]
@@ -93,13 +91,12 @@ class Task:
         return bool(lines) and self.same(lines[0], answer)
 
     def question(self, example: Example) -> str:
-        """What the adapted model reads, as raw text: a short system message and the prompt, in the turns of its chat template.
+        """What the adapted model reads, as raw text: the prompt as the user's turn of its chat template.
 
         The turns matter: with the bare prompt and a line break in their place, 20 steps of LoRA learned the form of the answers but
         not to copy the digits. They are written out because the template adds a system message of 22 tokens to chats without one.
         """
-        turns = (("system", self.system), ("user", example.prompt))
-        return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+        return f"<|im_start|>user\n{example.prompt}<|im_end|>\n<|im_start|>assistant\n"
 
     def baseline(self, example: Example, shots: int = 0) -> list[dict[str, str]]:
         """What the untrained model is asked, as a chat: the instruction, `shots` solved examples as earlier turns, the question.
@@ -247,30 +244,30 @@ TASKS: tuple[Task, ...] = (
     Task(
         name="dates", title="long dates in 6 languages -> ISO 8601", kind="normalization",
         instruction="Convert the date to ISO 8601 format, YYYY-MM-DD. Answer with the date only.",
-        system="Date to ISO.", draw=_draw_date, method="flora", options={"r": 1, "target_modules": "all-linear"},
-        learning_rate=1e-2, steps=25, max_length=64, max_new_tokens=12,
+        draw=_draw_date, method="flora", options={"r": 1, "target_modules": "all-linear"},
+        learning_rate=1e-2, steps=24, max_length=64, max_new_tokens=12,
     ),
     Task(
         name="money", title="amounts in 10 languages -> ISO 4217 code and number", kind="normalization",
         instruction="Convert the amount to its three-letter ISO 4217 currency code, a space, and the number with a decimal "
                     "point, two decimals and no thousands separator. Answer with that only.",
-        system="Amount to ISO.", draw=_draw_money, method="paca", options={"r": 16, "target_modules": "all-linear"},
-        learning_rate=5e-3, steps=16, max_length=64, max_new_tokens=14,
+        draw=_draw_money, method="paca", options={"r": 16, "target_modules": "all-linear"},
+        learning_rate=5e-3, steps=18, max_length=64, max_new_tokens=14,
     ),
     Task(
         name="measures", title="measured values in 8 languages -> JSON", kind="structured extraction",
         instruction="Extract the quantity, the unit and the value from the text. Answer with one JSON object with the keys "
                     "\"quantity\" (one of " + ", ".join(dict.fromkeys(u.split("-")[0] for u in UNITS)) + "), \"unit\" (one of "
                     + ", ".join(UNITS.values()) + ") and \"value\" (a number with a decimal point), and nothing else.",
-        system="Measure to JSON.", draw=_draw_measure, same=_same_json, method="lora",
+        draw=_draw_measure, same=_same_json, method="lora",
         options={"r": 8, "target_modules": "all-linear"},
-        learning_rate=5e-3, steps=18, max_length=64, max_new_tokens=22,
+        learning_rate=5e-3, steps=22, max_length=64, max_new_tokens=22,
     ),
     Task(
         name="more_dates", title="long dates in 5 Germanic languages -> ISO 8601", kind="normalization",
         instruction="Convert the date to ISO 8601 format, YYYY-MM-DD. Answer with the date only.",
-        system="Date to ISO.", draw=_draw_more_dates, method="nola",
+        draw=_draw_more_dates, method="nola",
         options={"r": 8, "n_basis": 64, "target_modules": "all-linear", "share_basis": True, "cache_basis": True},
-        learning_rate=2e-2, steps=21, max_length=64, max_new_tokens=12,
+        learning_rate=2e-2, steps=20, max_length=64, max_new_tokens=12,
     ),
 )

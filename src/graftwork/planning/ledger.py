@@ -82,6 +82,11 @@ class _Snapshot:
         self.bytes, self.pools, self.blocks = by_category.copy(), pools.copy(), blocks
 
 
+def _device(tensor: Tensor) -> torch.device:
+    """`tensor.device`; of a FakeTensor without the dispatch that the attribute costs it."""
+    return getattr(tensor, "fake_device", None) or tensor.device
+
+
 def _tensors(tree: Any) -> Iterator[Tensor]:
     """Tensors of nested lists, tuples and dicts; wrapper subclasses yield what they wrap."""
     if isinstance(tree, Tensor):
@@ -272,7 +277,7 @@ class Ledger(TorchDispatchMode):
 
     def _see(self, tensor: Tensor, category: int) -> _Block | None:
         """The block of a tensor's storage; counted under `category` if it was unknown, corrected if it was resized."""
-        if self.device is not None and tensor.device.type != self.device:
+        if self.device is not None and _device(tensor).type != self.device:
             return None
         try:
             storage = tensor.untyped_storage()
@@ -302,7 +307,7 @@ class Ledger(TorchDispatchMode):
                 return NotImplemented  # the wrapper runs first; its inner operations come back here
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # a FakeTensor asked for its device: not an operation of the program
-            return func(*args, **kwargs)
+            return _device(args[0])
         task = torch._C._current_graph_task_id()
         if task != self._graph_task:
             self._graph_task = task

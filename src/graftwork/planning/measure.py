@@ -276,7 +276,7 @@ def parse_bytes(text: str | int) -> int:
         raise UsageError(f"unknown unit {unit!r} in {text!r}{near}", remedy=remedy)
     try:
         nbytes = float(number + (exponent or "")) * _UNITS[unit.lower() or "b"]
-        whole = int(nbytes)
+        whole = round(nbytes)
     except OverflowError:
         whole = 0
     if whole < 1:

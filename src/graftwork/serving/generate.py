@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..errors import DataError, GraftworkError, UsageError
 from ..modeling.state import state_of
 from .cache import roomy_cache
+from .prefill import can_share, padded, positions_of, shared_prefixes
 
 Prompt = str | list[dict[str, Any]] | list[int]
 
@@ -233,17 +234,33 @@ def _steps(model: nn.Module, tokenizer: Any, rows: list[_Row], settings: _Settin
     from ..adapters import routing
     from ..data import pad_token_of
 
-    device = model.get_input_embeddings().weight.device
-    pad, width, new = pad_token_of(tokenizer), max(len(row.prompt) for row in rows), max(row.limit for row in rows)
-    ids = torch.tensor([[pad] * (width - len(row.prompt)) + row.prompt for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row.prompt)) + [1] * (len(row.prompt) + new) for row in rows], device=device)
-    positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
-    cache = roomy_cache(model.config, width + new)
+    device, pad = model.get_input_embeddings().weight.device, pad_token_of(tokenizer)
+    prompts, names, new = [row.prompt for row in rows], [row.adapter for row in rows], max(row.limit for row in rows)
     last_only = _last_only(model)
+    cache = roomy_cache(model.config, 2 * max(map(len, prompts)) + new)
+
+    def forward(ids: Tensor, mask: Tensor, positions: Tensor, names: list[str | None]) -> Tensor:
+        with routing(model, names) if routed else nullcontext():
+            return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                         **last_only).logits[:, -1]
+
+    shared = shared_prefixes(prompts, names) if can_share(model, cache) else None
+    if shared is not None:
+        leaders = list(dict.fromkeys(leader for leader, _ in shared))
+        lengths = dict(shared)
+        ids, seen = padded([prompts[i][:lengths[i]] for i in leaders], pad, device)
+        forward(ids, seen, positions_of(seen), [names[i] for i in leaders])
+        group = torch.tensor([leaders.index(leader) for leader, _ in shared], device=device)
+        cache.batch_select_indices(group)
+        ids, own = padded([prompt[length:] for prompt, (_, length) in zip(prompts, shared)], pad, device)
+        mask = torch.cat([seen.index_select(0, group), own], dim=1)
+    else:
+        ids, mask = padded(prompts, pad, device)
+    width = mask.shape[1]
+    positions = positions_of(mask)[:, -ids.shape[1]:]
+    mask = torch.cat([mask, mask.new_ones(len(rows), new)], dim=1)
     while True:
-        with routing(model, [row.adapter for row in rows]) if routed else nullcontext():
-            logits = model(input_ids=ids, attention_mask=mask[:, :width], position_ids=positions, past_key_values=cache,
-                           use_cache=True, **last_only).logits[:, -1]
+        logits = forward(ids, mask[:, :width], positions, [row.adapter for row in rows])
         finished, tokens = 0, _choose(logits.float(), rows, settings)
         for row, token in zip(rows, tokens):
             if row.reason is None:
