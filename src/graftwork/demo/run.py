@@ -264,21 +264,37 @@ class Demo:
         ties = different = 0
         for name in dict.fromkeys(names):
             own = [i for i, n in enumerate(names) if n == name]
-            alone = generate(self.model, self.tokenizer, [prompts[i] for i in own], adapters=[name] * len(own), max_new_tokens=limits)
-            for i, single in zip(own, alone):
-                same = next((k for k, (a, b) in enumerate(zip(mixed[i].ids, single.ids)) if a != b), None)
-                if same is None and len(mixed[i].ids) == len(single.ids):
+            for i, alone in zip(own, self.alone(name, [prompts[i] for i in own], [mixed[i].ids for i in own])):
+                same = next((k for k, (a, b) in enumerate(zip(mixed[i].ids, alone)) if a != b), None)
+                if same is None:
                     continue
-                if same is not None and mixed[i].gaps[same] < TIE:
+                if mixed[i].gaps[same] < TIE:
                     ties += 1
                 else:
                     different += 1
-                    self.failures.append(f"row {i} ({name or 'bare base'}) differs from the adapter alone: "
-                                         f"{mixed[i].text!r} / {single.text!r}")
+                    self.failures.append(f"row {i} ({name or 'bare base'}) differs from the adapter alone at token {same + 1} of "
+                                         f"{mixed[i].text!r}")
         for i in [*range(0, len(TASKS) * 2, 2), len(rows) - 1]:
             self.say(f"  {names[i] or 'bare base':>10}: {rows[i][1].prompt!r} -> {mixed[i].text.strip()[:60]!r}")
         self.say(f"  {len(rows)} rows, {len(TASKS)} adapters and the bare base: {len(rows) - ties - different} rows equal to the adapter "
                  f"alone, {ties} after a tie, {different} different")
+
+    def alone(self, name: str | None, prompts: list[Any], written: list[tuple[int, ...]]) -> list[list[int]]:
+        """The token that the adapter alone puts at each place, given what was written before it.
+
+        By induction these are the tokens of its own greedy decoding up to the first that differs, in one pass instead of one per
+        token."""
+        import torch
+
+        from ..adapters import routing
+        from ..serving.generate import encode_prompt
+        from ..serving.prefill import padded, positions_of
+
+        starts = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        ids, mask = padded([[*start, *own[:-1]] for start, own in zip(starts, written)], 0, next(self.model.parameters()).device)
+        with torch.no_grad(), routing(self.model, [name] * len(prompts)):
+            chosen = self.model(input_ids=ids, attention_mask=mask, position_ids=positions_of(mask)).logits.argmax(-1).tolist()
+        return [row[-len(own):] for row, own in zip(chosen, written)]
 
     # -- the end --------------------------------------------------------------------------------------------------------
     def table(self) -> list[dict[str, Any]]:
