@@ -160,13 +160,13 @@ def attach_saved(model: nn.Module, folder: str | Path, *, name: str | None = Non
     ranks = {site: shape[2] for site, shape in card["sites"].items() if shape[2] is not None}
     name = name or card.get("name") or "default"
     if not all(has_values(p) for p in model.parameters()):  # planning: shapes are all there is
-        graft = attach(model, config, name=name, seed=card["seed"], ranks=_ranks(model, config, ranks))
+        graft = attach(model, config, name=name, seed=card["seed"], ranks=_ranks(model, config, ranks), loading=True)
         shapes = card["tensors"].items()
         load_tensors(graft, {key: torch.empty(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in shapes})
         return graft
     tensors = read_tensors(folder, card)
     check_base(model, card, folder)
-    graft = attach(model, config, name=name, seed=card["seed"], ranks=_ranks(model, config, ranks))
+    graft = attach(model, config, name=name, seed=card["seed"], ranks=_ranks(model, config, ranks), loading=True)
     try:
         _check_sites(graft, card, folder)
         load_tensors(graft, tensors, card)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modeling.arithmetic import linear, product_dtype
-from ..modeling.protocols import Base
+from ..modeling.protocols import Base, Product
 from ..registry import MethodConfig
 
 
@@ -78,6 +78,7 @@ class Adapter(nn.Module):
     multiplicative: ClassVar[bool] = False  # changes the frozen product itself, so it cannot be summed with others
     seeded: ClassVar[bool] = False  # part of the operator is regenerated from a seed and never saved
     starts_at_identity: ClassVar[bool] = True
+    restarts_on_load: ClassVar[bool] = False  # `start` runs before an artifact is read too: what it sets is not saved
 
     def __init__(self, site: SiteShape, config: AdapterConfig, *, shared: nn.Module | None, generator: torch.Generator):
         super().__init__()
@@ -97,7 +98,7 @@ class Adapter(nn.Module):
             return getattr(cls, name) is not getattr(Adapter, name)
 
         return {"scope": cls.scope, "position": cls.position, "merge_exactness": cls.merge_exactness, "seeded": cls.seeded,
-                "multiplicative": cls.multiplicative, "low_rank": overrides("factors"),
+                "multiplicative": cls.multiplicative, "needs_weights": overrides("start"), "low_rank": overrides("factors"),
                 "mergeable": overrides("factors") or overrides("delta_weight"), "edits_base": overrides("base_edit"),
                 "starts_at_identity": cls.starts_at_identity}
 
@@ -111,6 +112,12 @@ class Adapter(nn.Module):
     def parameter_count(cls, site: SiteShape, config: AdapterConfig) -> int:
         """Number of trained values at this site, by the method's formula."""
         raise NotImplementedError
+
+    def start(self, product: Product, pristine: Callable[[], Tensor], generator: torch.Generator) -> None:
+        """Set what the method takes from the weight, once, when a new graft is attached (on the weight's device).
+
+        product: the frozen map as it computes. pristine(): W (out, in) fp32 as it is in the model's file. Shapes only while a
+        run is planned (fake tensors). Runs before an initializer, and not before an artifact is loaded."""
 
     # -- built -----------------------------------------------------------------------------------------------------
     def factors(self, base: Base | None = None) -> tuple[Tensor, Tensor] | None:
@@ -189,8 +196,9 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def rows_combine(cls, bank: Any, index: Tensor, z: Tensor) -> Tensor:
-        """Multiplicative classes: the products z (N*k, ..., out) back to outputs (N, ..., out), without bias."""
+    def rows_combine(cls, bank: Any, index: Tensor, z: Tensor, x: Tensor, base: Base) -> Tensor:
+        """Multiplicative classes: the products z (N*k, ..., out) of `rows_inputs(..., x)` back to outputs (N, ..., out), without
+        the bias of the base (which is added to them afterwards)."""
         raise NotImplementedError
 
     # -- training ------------------------------------------------------------------------------------------------------

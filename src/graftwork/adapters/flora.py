@@ -106,12 +106,12 @@ class FLoRAAdapter(Adapter):
         return spread(x, cls._by_row(bank.B, index, x.dim())).flatten(0, 1)
 
     @classmethod
-    def rows_combine(cls, bank, index, z):
+    def rows_combine(cls, bank, index, z, x, base):
         A = cls._by_row(bank.A, index, z.dim())
         return gather(z.unflatten(0, A.shape[:2]), A)
 
     @classmethod
     def forward_rows(cls, bank, index, x, base):
         z = base.product(cls.rows_inputs(bank, index, x))
-        y = cls.rows_combine(bank, index, z)
+        y = cls.rows_combine(bank, index, z, x, base)
         return (y if base.bias is None else y + base.bias.to(y.dtype)) - base(x)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import GraftworkError, IncompatibleError, UsageError
 from ..modeling.protocols import Base, StoredWeight
 from ..modeling.sites import Site, find_sites
+from ..modeling.source import pristine_weight
 from ..modeling.state import StateHolder, state_of
 from ..registry import MethodConfig, MethodInfo, lookup, make_config
 from .base import Adapter
@@ -264,11 +265,12 @@ def site_generator(seed: int, name: str) -> torch.Generator:
 
 def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str = "default", initializer: Any = None,
            batches: Iterable[dict[str, Tensor]] | None = None, seed: int = 0, ranks: dict[str, int] | None = None,
-           **config: Any) -> Graft:
+           loading: bool = False, **config: Any) -> Graft:
     """Attach a new graft to a model, in place; freezes everything that is not a graft.
 
     method: a registered name with options as keywords, or a config object. initializer: a name, or {method, options}.
     batches: model inputs for initializers that need statistics. ranks: {site: rank}, overriding the config (0: no adapter).
+    loading: the values come from an artifact, so no method takes its start from the weights.
     Raises UsageError (unknown name or option, no site, name taken) and IncompatibleError."""
     config_object = method if isinstance(method, MethodConfig) else make_config("adapter", method, **config)
     if isinstance(method, MethodConfig) and config:
@@ -314,7 +316,7 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
         for site in sites:
             if ranks and ranks.get(site.name) == 0:
                 continue
-            _attach_site(graft, site, (ranks or {}).get(site.name), start, statistics)
+            _attach_site(graft, site, (ranks or {}).get(site.name), start, statistics, loading)
         _attach_saved_modules(graft)
     except BaseException:
         graft.detach()
@@ -332,10 +334,14 @@ def _initializer(choice: Any):
     return lookup("initializer", name).cls(make_config("initializer", name, **options))
 
 
-def _attach_site(graft: Graft, site: Site, rank: int | None, start: Any, statistics: Any) -> None:
+def _attach_site(graft: Graft, site: Site, rank: int | None, start: Any, statistics: Any, loading: bool) -> None:
     config = graft.config if rank is None else with_rank(graft.config, site.name, rank)
     generator = site_generator(graft.seed, site.name)
     adapter = graft.info.cls(site, config, shared=graft.shared, generator=generator)
+    if graft.info.traits["needs_weights"] and (graft.info.cls.restarts_on_load or not loading):
+        on_device(adapter, site.product.device)
+        with torch.no_grad():
+            adapter.start(site.product, lambda: pristine_weight(graft.model, site), generator)
     if start is not None:
         edited = start.build(site, site.product, adapter, statistics, generator)
         if edited is not None:

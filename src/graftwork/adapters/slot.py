@@ -207,7 +207,7 @@ class Slot(nn.Module):
     def _replace(self, x: Tensor, base: Base, groups: list[tuple]) -> Tensor:
         """Rows of multiplicative adapters get their product, all other rows the plain one: one product in all."""
         device, total = x.device, x.shape[0]
-        pieces, order, sizes = [], [], []
+        pieces, order, sizes, parts = [], [], [], []
         taken = torch.zeros(total, dtype=torch.bool, device=device)
         for cls, out_rows, keys, selected, local in groups:
             if out_rows is not None:
@@ -218,6 +218,7 @@ class Slot(nn.Module):
             part = x if selected is None else x.index_select(0, selected)
             inputs = cls.rows_inputs(self._bank(cls, keys, x.dtype), local, part)
             pieces.append(inputs)
+            parts.append(part)
             order.append(chosen)
             sizes.append(inputs.shape[0])
         covered = sum(o.shape[0] for o in order)
@@ -227,8 +228,8 @@ class Slot(nn.Module):
             order.append(rest)
             sizes.append(rest.shape[0])
         products = base.product(torch.cat(pieces)).split(sizes)
-        outputs = [cls.rows_combine(self._bank(cls, keys, x.dtype), local, z)
-                   for (cls, _, keys, _, local), z in zip(groups, products)]
+        outputs = [cls.rows_combine(self._bank(cls, keys, x.dtype), local, z, part, base)
+                   for (cls, _, keys, _, local), z, part in zip(groups, products, parts)]
         outputs += list(products[len(groups):])
         back = torch.argsort(torch.cat(order))
         y = torch.cat(outputs).index_select(0, back)

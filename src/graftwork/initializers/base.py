@@ -15,25 +15,8 @@ from torch import Tensor, nn
 
 from ..errors import IncompatibleError, UsageError
 from ..modeling.protocols import Product
+from ..modeling.source import pristine_weight
 from ..registry import MethodConfig, MethodInfo
-
-
-def pristine_weight(model: nn.Module, site: Any) -> Tensor:
-    """W (out, in), fp32, of a site. Raises UsageError for a stored site of a model without files."""
-    from ..modeling.protocols import StoredWeight, is_conv1d
-    from ..modeling.source import source_of
-
-    stored, source = isinstance(site.module, StoredWeight), source_of(model)
-    if source is None or site.parameter_name not in source:
-        if stored:
-            raise UsageError(f"the full-precision weight of '{site.name}' is not at hand: the model was not loaded from files",
-                             remedy="load it with graftwork.load(folder, storage=...), or keep the storage dense")
-        return site.product.dense().detach().float()
-    weight = source.read(site.parameter_name, dtype=torch.float32, expert=site.expert)
-    # Conv1D keeps (in, out); a stored site has lost its module class, so its source shape tells
-    transposed = is_conv1d(site.module) or (stored and site.expert is None and getattr(site.module, "transposed_source", False))
-    weight = weight.T if transposed else weight
-    return weight if site.rows is None else weight[site.rows]
 
 
 def quantized_like(model: nn.Module, site: Any, weight: Tensor) -> nn.Module:

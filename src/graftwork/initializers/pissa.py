@@ -22,8 +22,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ..modeling.protocols import StoredWeight
+from ..modeling.source import pristine_weight
 from ..registry import MethodConfig, register
-from .base import Initializer, pristine_weight, quantized_like
+from .base import Initializer, quantized_like
 
 
 class PiSSA(MethodConfig):

@@ -123,7 +123,7 @@ def attach_peft(model: nn.Module, folder: str | Path, *, name: str | None = None
     Raises ArtifactError with what is missing, unexpected, of another shape, not finite or not readable."""
     config = read_config(folder)
     tensors = _read_tensors(Path(folder))
-    graft = attach(model, config, name=name or "default")
+    graft = attach(model, config, name=name or "default", loading=True)
     try:
         with torch.no_grad():
             problems = _fill(graft, tensors, read_document(folder))

@@ -10,8 +10,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .arithmetic import linear
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False for meta and fake tensors (planning), which carry shape and dtype only."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 from .checkpoint import Stored, license_files, stored_tensors
 
 if TYPE_CHECKING:
@@ -250,3 +250,25 @@ def _skeleton(model: nn.Module) -> nn.Module:
 
     with torch.device("meta"):
         return type(model)._from_config(deepcopy(model.config))
+
+
+def pristine_weight(model: nn.Module, site: Any) -> torch.Tensor:
+    """W (out, in), fp32, of a site as its file has it (as it is now, where there is no file or nothing but shapes). Raises
+    UsageError for a stored site of a model without files."""
+    import torch
+
+    from .protocols import StoredWeight, has_values, is_conv1d
+
+    if not has_values(next(site.module.parameters())):
+        return site.product.dense().detach().float()
+    stored, source = isinstance(site.module, StoredWeight), source_of(model)
+    if source is None or site.parameter_name not in source:
+        if stored:
+            raise UsageError(f"the full-precision weight of '{site.name}' is not at hand: the model was not loaded from files",
+                             remedy="load it with graftwork.load(folder, storage=...), or keep the storage dense")
+        return site.product.dense().detach().float()
+    weight = source.read(site.parameter_name, dtype=torch.float32, expert=site.expert)
+    # Conv1D keeps (in, out); a stored site has lost its module class, so its source shape tells
+    transposed = is_conv1d(site.module) or (stored and site.expert is None and getattr(site.module, "transposed_source", False))
+    weight = weight.T if transposed else weight
+    return weight if site.rows is None else weight[site.rows]

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import UsageError
 from ..modeling.arithmetic import ROWS, product_dtype
+from ..modeling.protocols import has_values
 from ..registry import MethodConfig, lookup
 
 
@@ -157,11 +157,6 @@ def view_as(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     if parameter.storage_offset() % dtype.itemsize:  # a slice of a larger buffer (a flat shard) may start anywhere
         parameter = parameter.clone()
     return parameter.view(dtype)
-
-
-def has_values(tensor: Tensor) -> bool:
-    """False for meta and fake tensors (planning), which carry shape and dtype only."""
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def check_weight(weight: Tensor, name: str) -> None:
