@@ -7,6 +7,7 @@ the scalar loop is the cheaper one, since converting W costs more than the produ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -32,17 +33,24 @@ def slow_on_cpu(dtype: torch.dtype) -> bool:
     return check is not None and not check()
 
 
+def dtype_for(x: Tensor) -> torch.dtype:
+    """The dtype in which W x is quickest for this x (..., in)."""
+    return x.dtype if x.numel() < ROWS * x.shape[-1] else product_dtype(x.dtype, x.device)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b, (..., in) -> (..., out) in x's dtype; as F.linear, but wide where that is quicker."""
-    if x.device.type != "cpu" or not slow_on_cpu(x.dtype) or x.numel() < ROWS * weight.shape[1]:
-        return F.linear(x, weight, bias)
-    return _Wide.apply(x, weight, bias)
+    return F.linear(x, weight, bias) if dtype_for(x) == x.dtype else _Wide.apply(x, weight, bias)
 
 
-def _pieces(weight: Tensor):
-    """(rows, weight[rows] in fp32) of W (out, in): one buffer that stays in the cache, not a wide copy of a large matrix."""
-    step = max(1, PIECE // weight.shape[1])
-    buffer = torch.empty(min(step, weight.shape[0]), weight.shape[1], device=weight.device)
+def pieces(weight: Tensor, dtype: torch.dtype, size: int = PIECE) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, weight[rows] in dtype) of W (out, in), about `size` elements at a time through one buffer: no converted copy of a
+    large matrix. All at once where nothing has to be converted. A piece is valid until the next."""
+    if weight.dtype == dtype:
+        yield slice(0, weight.shape[0]), weight
+        return
+    step = max(1, size // weight.shape[1])
+    buffer = torch.empty(min(step, weight.shape[0]), weight.shape[1], dtype=dtype, device=weight.device)
     for start in range(0, weight.shape[0], step):
         rows = slice(start, min(start + step, weight.shape[0]))
         yield rows, buffer[: rows.stop - rows.start].copy_(weight[rows])
@@ -56,7 +64,7 @@ class _Wide(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         wide = x.reshape(-1, x.shape[-1]).float()
         y = x.new_empty(wide.shape[0], weight.shape[0])
-        for rows, piece in _pieces(weight):
+        for rows, piece in pieces(weight, torch.float32):
             product = wide @ piece.T
             y[:, rows] = product if bias is None else product.add_(bias[rows])
         return y.reshape(*x.shape[:-1], weight.shape[0])
@@ -68,7 +76,7 @@ class _Wide(torch.autograd.Function):
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             wide = torch.zeros(g.shape[0], weight.shape[1], device=g.device)
-            for rows, piece in _pieces(weight):
+            for rows, piece in pieces(weight, torch.float32):
                 wide.addmm_(g[:, rows].float(), piece)
             dx = wide.to(grad.dtype).reshape(*grad.shape[:-1], -1)
         if ctx.needs_input_grad[1]:

@@ -32,7 +32,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import IncompatibleError
-from ..modeling.arithmetic import WideLinear, product_dtype
+from ..modeling.arithmetic import WideLinear, pieces, product_dtype
 from ..modeling.state import state_of
 from . import base
 from .base import unwrap
@@ -158,17 +158,6 @@ class _Call:
     grad: bool
 
 
-def _pieces(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, weight[rows] in dtype): all at once if nothing has to be converted."""
-    if weight.dtype == dtype:
-        yield slice(0, weight.shape[0]), weight
-        return
-    step = max(1, _PIECE.get(weight.device.type, _WIDE) // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, min(start + step, weight.shape[0]))
-        yield rows, weight[rows].to(dtype)
-
-
 class _ChunkedLoss(torch.autograd.Function):
     """The equations of this module's head. Differentiable once, in hidden, weight and bias."""
 
@@ -181,7 +170,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def _run(ctx, hidden, weight, bias, targets, scale, call):
         (n, d), vocabulary = hidden.shape, weight.shape[0]
         wants = [call.grad and wanted for wanted in ctx.needs_input_grad[:3]]
-        dtype = product_dtype(call.dtype, hidden.device)
+        dtype, size = product_dtype(call.dtype, hidden.device), _PIECE.get(hidden.device.type, _WIDE)
         terms = torch.empty(n, dtype=torch.float32, device=hidden.device)
         correct = torch.zeros(n, dtype=torch.bool, device=hidden.device)
         factors = (scale * call.rule.factor).unsqueeze(1)
@@ -194,14 +183,14 @@ class _ChunkedLoss(torch.autograd.Function):
             for start in range(0, n, call.chunk):
                 part = slice(start, min(start + call.chunk, n))
                 z, h = logits[: part.stop - start], hidden[part].to(dtype)
-                for rows, w in _pieces(weight, dtype):
+                for rows, w in pieces(weight, dtype, size):
                     torch.mm(h, w.t(), out=z[:, rows])
                 if bias is not None:
                     z += bias.to(dtype)
                 _to_gradient(z, targets[part], terms[part], correct[part], call, any(wants))
                 if grads[0] is not None:
                     product = None
-                    for rows, w in _pieces(weight, dtype):
+                    for rows, w in pieces(weight, dtype, size):
                         product = torch.mm(z[:, rows], w) if product is None else product.addmm_(z[:, rows], w)
                     grads[0][part] = product * factors[part]
                 if grads[1] is not None:

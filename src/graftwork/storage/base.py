@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..modeling.arithmetic import ROWS, product_dtype
+from ..modeling.arithmetic import dtype_for, product_dtype
 from ..modeling.protocols import has_values
 from ..registry import MethodConfig, lookup
 
@@ -139,8 +139,7 @@ class _DequantizedProduct(torch.autograd.Function):
 
 def frozen_linear(x: Tensor, storage: Storage) -> Tensor:
     """x D(W)^T, (..., in) -> (..., out) in x's dtype."""
-    few = x.numel() < ROWS * storage.in_features  # up to 3 rows the half-precision product is the cheaper one everywhere
-    dtype = x.dtype if few else product_dtype(x.dtype, x.device)
+    dtype = dtype_for(x)
     return F.linear(x.to(dtype), storage.dense_as(dtype)).to(x.dtype)
 
 
