@@ -428,6 +428,14 @@ def test_classification_learns(base, tmp_path, kind):
             torch.testing.assert_close(model(**inputs).logits, result.model(**inputs).logits)
 
 
+def test_a_fully_trained_classifier_knows_its_labels(base, tmp_path):
+    """Any program that opens the saved folder reads the names from its config."""
+    run(recipe(folder(base, "bert_classifier"), labelled(tmp_path / "rows.jsonl"), tmp_path / "o", adapter=None,
+               objective="classification", train={"max_steps": 1}))
+    config = json.loads((tmp_path / "o" / "model" / "config.json").read_text())
+    assert config["id2label"] == {"0": "maybe", "1": "no", "2": "yes"} and config["label2id"]["yes"] == 2
+
+
 def test_classification_by_writing_the_label(llama, tmp_path):
     data = write_rows(tmp_path / "d.jsonl", [{"prompt": words(i, 5), "completion": [" the", " user"][i % 2]} for i in range(8)])
     result = run(recipe(llama, data, tmp_path / "o", objective="classification", data={"eval": str(data)},

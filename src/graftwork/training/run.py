@@ -242,6 +242,9 @@ class _Run:
         if self.model is None:
             labels = next(iter(self.data.values()))[0].label_names
             self.model, _ = build_model(recipe, num_labels=len(labels) if labels else None)
+            if labels and task_of(recipe, len(labels)) == "classification":
+                self.model.config.id2label = {i: str(name) for i, name in enumerate(labels)}
+                self.model.config.label2id = {str(name): i for i, name in enumerate(labels)}
             if torch.cuda.is_available():
                 self.model.cuda()
         if recipe.data.packing:
