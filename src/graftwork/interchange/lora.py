@@ -25,6 +25,11 @@ def as_lora(graft: Graft, rank: int | None = None) -> tuple[Graft, float]:
 
     Raises UsageError for a method that is not low-rank and no rank, IncompatibleError for one that is no change of weights."""
     factors = lora_factors(graft, rank)
+    return lora_of(graft, factors), factors.error
+
+
+def lora_of(graft: Graft, factors: Factors) -> Graft:
+    """A `lora` graft with these changes on the model of `graft`, whose saved modules it takes over."""
     pairs = {name: pair.folded() for name, pair in factors.modules.items()}
     for (module, attribute), entries in factors.experts.items():
         pairs |= {f"{module}.{attribute}.{expert}": pair.folded() for expert, pair in enumerate(entries) if pair is not None}
@@ -40,7 +45,7 @@ def as_lora(graft: Graft, rank: int | None = None) -> tuple[Graft, float]:
                 adapter.bias_change.copy_(factors.biases[name])
         made.sites[name], made.adapters[name] = sites[name], adapter
     made.saved_modules, made.provenance = graft.saved_modules, {**graft.provenance, "converted_from": graft.method}
-    return made, factors.error
+    return made
 
 
 def _config(graft: Graft, factors: Factors, ranks: dict[str, int]) -> LoRA:
