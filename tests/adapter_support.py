@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from itertools import combinations, product
 
+import pytest
 import torch
 
 import graftwork
@@ -20,6 +21,22 @@ OPTIONS = {
 }
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
 OTHER = [info.name for info in methods("adapter") if info.traits["scope"] != "site"]
+
+#: methods that are tested on every kind of model in every run; they share all code that knows of kinds with the others
+EVERYWHERE = ("lora", "nola", "flora", "paca")
+
+
+def on_kinds(kinds) -> list:
+    """(method, kind) for parametrize. Methods outside EVERYWHERE run on the tiny Llama, and on one more kind that differs from
+    method to method outside `make test-fast`; their other kinds come with `make test-all` (and in the pairwise cover)."""
+    kinds, cases = list(kinds), []
+    for i, method in enumerate(SITE):
+        second = kinds[1:][i % (len(kinds) - 1)]
+        for kind in kinds:
+            late = method not in EVERYWHERE and kind != "llama"
+            marks = [] if not late else [pytest.mark.slow if kind == second else pytest.mark.full]
+            cases.append(pytest.param(method, kind, marks=marks))
+    return cases
 
 
 def fill(graft: Graft, seed: int = 0, size: float = 0.1) -> Graft:

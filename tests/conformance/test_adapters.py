@@ -12,7 +12,7 @@ from torch import nn
 
 import graftwork
 import tiny
-from adapter_support import OPTIONS, OTHER, SITE, attach, close, fill, output, pairwise
+from adapter_support import EVERYWHERE, OPTIONS, OTHER, SITE, attach, close, fill, on_kinds, output, pairwise
 from graftwork.modeling.protocols import is_conv1d
 from graftwork.modeling.state import state_of
 from graftwork.registry import lookup, make_config, methods
@@ -37,8 +37,7 @@ def test_every_registered_adapter_is_tested():
 
 
 # -- start, reference, gradients ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", tiny.ALL)
-@pytest.mark.parametrize("method", SITE)
+@pytest.mark.parametrize("method, kind", on_kinds(tiny.ALL))
 def test_start(method, kind):
     model = tiny.ALL[kind]()
     before = output(model, IDS)
@@ -53,8 +52,7 @@ def test_start(method, kind):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
-@pytest.mark.parametrize("method", SITE)
+@pytest.mark.parametrize("method, kind", on_kinds(["llama", "gpt2", "mixtral"]))
 def test_forward_is_the_dense_reference(method, kind, dtype):
     model = tiny.ALL[kind]().to(DTYPES[dtype])
     graft = attach(model, method)
@@ -85,8 +83,7 @@ def test_count_and_names(method):
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in graft.parameters()}
 
 
-@pytest.mark.parametrize("kind", tiny.ALL)
-@pytest.mark.parametrize("method", SITE)
+@pytest.mark.parametrize("method, kind", on_kinds(tiny.ALL))
 def test_only_the_graft_gets_gradients(method, kind):
     model = tiny.ALL[kind]()
     graft = attach(model, method)
@@ -122,8 +119,7 @@ def assert_pristine(model, state, classes):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", tiny.ALL)
-@pytest.mark.parametrize("method", SITE)
+@pytest.mark.parametrize("method, kind", on_kinds(tiny.ALL))
 @torch.no_grad()
 def test_merge_unmerge_detach(method, kind, dtype):
     model = tiny.ALL[kind]().to(DTYPES[dtype])
@@ -197,8 +193,7 @@ def test_save_and_load_are_bit_exact(method, tmp_path):
 
 
 # -- rows ---------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", tiny.ALL)
-@pytest.mark.parametrize("method", SITE)
+@pytest.mark.parametrize("method, kind", on_kinds(tiny.ALL))
 @torch.no_grad()
 def test_mixed_rows_are_the_rows_alone(method, kind):
     model = tiny.ALL[kind]()
@@ -392,7 +387,8 @@ def run_and_learn(method, storage, kind, dtype):
         close(output(model, IDS), before, tolerance if kind == "mixtral" else 0.0)
 
 
-@pytest.mark.parametrize("method, storage, kind, dtype", COVER)
+@pytest.mark.parametrize("method, storage, kind, dtype", [
+    pytest.param(*row, marks=[] if row[0] in EVERYWHERE else [pytest.mark.slow]) for row in COVER])
 def test_pairs(method, storage, kind, dtype):
     run_and_learn(method, storage, kind, dtype)
 
