@@ -13,6 +13,8 @@ from graftwork.registry import methods
 
 #: options that exercise a method on the tiny models; a method that is not named here runs on its defaults
 OPTIONS = {
+    "binary_adapter": {"r": 6, "bits": 2},
+    "binary_lora": {"r": 5},
     "prompt": {"num_virtual_tokens": 3},
     "prefix": {"num_virtual_tokens": 3},
     "bottleneck": {"r": 6, "scaling": 1.5},
