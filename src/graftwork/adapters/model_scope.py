@@ -382,10 +382,10 @@ class _Fill:
         self.seen.add(layer)
         if self.whole:
             ((_, table),) = self.tables.items()
-            own = table[layer, which].to(states.dtype).unflatten(-1, (heads, size)).transpose(0, 1)
+            own = table[layer, which].to(states).unflatten(-1, (heads, size)).transpose(0, 1)
             return torch.cat([own.expand(n, -1, -1, -1), states[:, :, self.width:]], 2)
         room = _rooms(self.rows, self.width, lambda adapter, index: self.tables[adapter][layer, which].expand(
-            n if index is None else index.shape[0], -1, -1), states.device).to(states.dtype)
+            n if index is None else index.shape[0], -1, -1), states.device).to(states)
         own = room.gather(1, self.slot.expand(-1, -1, room.shape[-1])).unflatten(-1, (heads, size)).transpose(1, 2)
         return torch.where(self.inside, own, states)
 
