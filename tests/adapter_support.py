@@ -14,6 +14,11 @@ from graftwork.registry import methods
 
 #: options that exercise a method on the tiny models; a method that is not named here runs on its defaults
 OPTIONS = {
+    "binary_adapter": {"r": 6, "bits": 2},
+    "binary_lora": {"r": 5},
+    "prompt": {"num_virtual_tokens": 3},
+    "prefix": {"num_virtual_tokens": 3},
+    "bottleneck": {"r": 6, "scaling": 1.5},
     "lora": {"r": 4, "alpha": 6.0},
     "nola": {"r": 3, "alpha": 5.0, "n_basis": 20, "n_basis_b": 11},
     "flora": {"r": 2},

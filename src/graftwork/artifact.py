@@ -163,6 +163,8 @@ def attach_saved(model: nn.Module, folder: str | Path, *, name: str | None = Non
         graft = attach(model, config, name=name, seed=card["seed"], ranks=_ranks(model, config, ranks), loading=True)
         shapes = card["tensors"].items()
         load_tensors(graft, {key: torch.empty(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in shapes})
+        if trainable:
+            _resume(graft)
         return graft
     tensors = read_tensors(folder, card)
     check_base(model, card, folder)
@@ -188,11 +190,18 @@ def settle(graft: Graft, folder: str | Path, *, trainable: bool, allow_zero: boo
     if not allow_zero and changes_nothing(graft):
         raise ArtifactError(f"{folder} changes nothing: its change is zero everywhere",
                             remedy="it was saved before training; pass allow_zero=True if that is meant")
-    if not trainable:
+    if trainable:
+        _resume(graft)
+    else:
         for parameter in graft.parameters():
             parameter.requires_grad_(False)
         for _, module in graft.named_modules():
             module.eval()
+
+
+def _resume(graft: Graft) -> None:
+    for adapter in graft.adapters.values():
+        adapter.resume()
 
 
 def _config(card: dict[str, Any], folder: Path) -> Any:

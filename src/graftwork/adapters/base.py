@@ -219,6 +219,9 @@ class Adapter(nn.Module):
         """The inverse. Raises RuntimeError for missing or unexpected names and wrong shapes."""
         self.load_state_dict(state)
 
+    def resume(self) -> None:
+        """Called after loading when the adapter goes on training: what is kept in a packed form gets trainable values."""
+
     def stored_extra(self) -> dict[str, Any] | None:
         """JSON facts saved with this site's tensors (a checksum of regenerated numbers, say), or None."""
         return None

@@ -47,6 +47,7 @@ class Graft:
         self.shared: nn.Module | None = None
         self.saved_modules: dict[str, Adapter] = {}
         self.weight, self.merged = 1.0, False
+        self.loading = False  # while it is attached: the values come from an artifact
         self.initializer: dict[str, Any] | None = None
         self.edited_storage: dict[str, nn.Module] = {}  # site -> the storage that an initializer replaced
         self.provenance: dict[str, Any] = {}
@@ -282,6 +283,7 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
     if name in holder.grafts:
         raise UsageError(f"a graft named '{name}' is attached already", remedy="choose another name, or detach it first")
     graft = Graft(model, name, info, config_object, seed)
+    graft.loading = loading
     if not holder.grafts:
         model.requires_grad_(False)
     if info.traits["scope"] == "model":

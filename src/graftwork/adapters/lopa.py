@@ -52,6 +52,8 @@ class LoPA(MethodConfig):
                  "Prompt Adaptation}, author={Jain, Abhinav and Chaudhuri, Swarat and Reps, Thomas and Jermaine, Chris}, "
                  "booktitle={NeurIPS}, year={2024}}")
 class LoPAAdapter(PrefixAdapter):
+    restarts_on_load = True  # the encoder is not saved
+
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         self.length, self.r, self.encoder_ref, self.dropout = config.num_virtual_tokens, config.r, config.encoder, config.dropout

@@ -12,6 +12,12 @@ The work is done by two hooks on the decoder body (which maps token ids to hidde
 filled, its prefix is in it, and the cache is marked with the width; later calls lengthen the mask and shift positions
 only. The instance of a row is its *prompt*: in training the tokens before the first trained one, known from the labels
 (of the forward state, or given to the model's forward); without labels the whole input of the call that fills the cache.
+
+A method may also set the keys and values of its virtual tokens in every layer (`keys_values`). Then the m tokens are run as
+placeholders, and where an attention stores keys and values (after position encoding and norms), theirs are replaced: a hook
+on each attention hands it a cache that does so. The replacement travels in the call's keywords, so a layer that
+activation checkpointing repeats sees it again, with or without a cache.
+
 Two uses of Transformers' `generate` differ from this: with use_cache=False it reads the growing text as a new instance at
 every step, and it cannot continue a cache of an earlier call, because it counts the prefix in there as text.
 """
@@ -20,6 +26,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -27,6 +34,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers import DynamicCache
 
 from ..errors import IncompatibleError, UsageError
 from ..modeling.state import state_of
@@ -34,6 +42,7 @@ from .base import Adapter
 from .graft import on_device, site_generator
 
 ROOT = "graft_prefix"  # the model's child that holds the adapters, and the mark on a cache
+FILL = "graft_prefix_fill"  # keyword of a forward, down to its attentions
 REFUSED = ("token_type_ids", "cache_position", "cu_seq_lens_q", "block_sequence_ids")
 
 
@@ -58,7 +67,13 @@ class PrefixAdapter(Adapter):
 
     scope: ClassVar[str] = "model"
     starts_at_identity: ClassVar[bool] = False
+    reads_prompt: ClassVar[bool] = True  # the prefix depends on the prompt of its row
     length: int  # virtual tokens m
+
+    @classmethod
+    def shape_of(cls, config: Any, base: Decoder) -> tuple[int, int]:
+        """(in_features, out_features) of the adapter's site."""
+        return cls.width_of(config, base), base.width
 
     @classmethod
     def width_of(cls, config: Any, base: Decoder) -> int:
@@ -72,15 +87,20 @@ class PrefixAdapter(Adapter):
         """Virtual tokens (n, m, d) of n prompts, in fp32."""
         raise NotImplementedError
 
+    def keys_values(self) -> Tensor | None:
+        """Keys and values (layers, 2, m, heads * head size) that stand in place of those of the virtual tokens, or None."""
+        return None
+
     @classmethod
     def attach_to(cls, graft: Any) -> None:
         """Builds the graft's adapter and hooks the decoder. Raises IncompatibleError for models that are no causal decoders."""
         scope = PrefixScope.of(graft.model)
-        site = SimpleNamespace(name="prefix", layer=-1, role="prefix", in_features=cls.width_of(graft.config, scope.base),
-                               out_features=scope.base.width)
+        width_in, width_out = cls.shape_of(graft.config, scope.base)
+        site = SimpleNamespace(name="prefix", layer=-1, role="prefix", in_features=width_in, out_features=width_out)
         generator = site_generator(graft.seed, "prefix")
         adapter = cls(site, graft.config, shared=None, generator=generator)
-        adapter.start(scope.base, generator)
+        if cls.restarts_on_load or not graft.loading:
+            adapter.start(scope.base, generator)
         graft.adapters["prefix"] = on_device(adapter, scope.base.embedding.weight.device).train(graft.model.training)
         scope.put(graft.name, adapter)
 
@@ -114,16 +134,30 @@ class Decoder:
         """(...,) int64 -> (..., d) as the model embeds its tokens."""
         return self.embedding(ids)
 
-    @torch.no_grad()
     def states(self, prompts: Prompts) -> Tensor:
         """Last hidden states (n, T, h) of the bare base in eval mode, whatever grafts and rows the forward is for."""
+        return self._bare(input_ids=prompts.input_ids, attention_mask=prompts.mask.long(), position_ids=prompts.position_ids,
+                          use_cache=False).last_hidden_state
+
+    def keys_values(self, ids: Tensor) -> Tensor:
+        """Keys and values (layers, 2, T, heads * head size) of the text `ids` (1, T) in the bare base, as a cache holds them.
+        Raises IncompatibleError for models whose layers do not all keep keys and values of one width."""
+        try:
+            layers = self._bare(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values.layers
+            return torch.stack([torch.stack([t[0].transpose(0, 1).flatten(1) for t in (layer.keys, layer.values)])
+                                for layer in layers])
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise IncompatibleError(f"{type(self.model).__name__} does not keep keys and values of one width in every layer "
+                                    f"({type(error).__name__}: {error})", remedy="choose adapter: prompt or lora") from None
+
+    @torch.no_grad()
+    def _bare(self, **inputs: Any) -> Any:
         training = [module for module in self.body.modules() if module.training]
         for module in training:
             module.training = False
         try:
             with self.noise.scope(rows=None, expansion=1, token_rows=None, disabled=frozenset(self.noise.grafts)):
-                return self.body(input_ids=prompts.input_ids, attention_mask=prompts.mask.long(),
-                                 position_ids=prompts.position_ids, use_cache=False).last_hidden_state
+                return self.body(**inputs)
         finally:
             for module in training:
                 module.training = True
@@ -158,6 +192,8 @@ class PrefixScope:
         self.widths: list[int] = []  # of the forwards that are running
         self.labels: list[Tensor | None] = []
         self.warned = False
+        self.fills: list[_Fill | None] = []  # beside `widths`
+        self.fills_attentions = False  # the attentions are hooked, from the first graft that sets keys and values
         body = self.base.body
         self.handles = [body.register_forward_pre_hook(self._enter, with_kwargs=True),
                         body.register_forward_hook(self._leave, always_call=True)]
@@ -174,6 +210,11 @@ class PrefixScope:
     def put(self, name: str, adapter: PrefixAdapter) -> None:
         self.adapters[name] = adapter
         self.model._modules[ROOT].add_module(f"of_{name}", adapter)
+        if not self.fills_attentions and type(adapter).keys_values is not PrefixAdapter.keys_values:
+            found = [m for m in self.base.body.modules() if isinstance(getattr(m, "layer_idx", None), int)
+                     and "Attention" in type(m).__name__ and "past_key_values" in inspect.signature(type(m).forward).parameters]
+            self.handles += [m.register_forward_pre_hook(_fill_attention, with_kwargs=True) for m in found]
+            self.fills_attentions = True
 
     def drop(self, name: str) -> None:
         if self.adapters.pop(name, None) is not None:
@@ -205,15 +246,18 @@ class PrefixScope:
             raise UsageError("the key/value cache was filled without this graft's prefix",
                              remedy="start with an empty cache in the same routing")
         if not width:
-            self.widths.append(0)
+            self.widths.append(0), self.fills.append(None)
             return None
         self._check(call, past, width)
         place = _Place(width, lengths, call, past - width if past else 0)
         if not past:
-            vectors = torch.cat([self._prefix(rows, width, place, call), self.base.embed(ids)], 1)
+            vectors = torch.cat([self._prefix(rows, width, call), self.base.embed(ids)], 1)
             call["inputs_embeds"], call["input_ids"] = place.arrange(vectors), None
         call["attention_mask"], call["position_ids"] = place.mask(), place.positions(prefill=not past)
         self.widths.append(0 if past else width)
+        self.fills.append(None if past else self._fill(rows, width, place))
+        if self.fills[-1] is not None:
+            call[FILL] = self.fills[-1]
         return (), call
 
     def _adapters_of_rows(self, given: Tensor) -> list[PrefixAdapter | None]:
@@ -249,22 +293,19 @@ class PrefixScope:
             raise UsageError(f"the text and a prefix of {width} need {total} positions, the model has {room}",
                              remedy="shorten the text, or choose fewer virtual tokens")
 
-    def _prefix(self, rows: list[PrefixAdapter | None], width: int, place: _Place, call: dict) -> Tensor:
+    def _prefix(self, rows: list[PrefixAdapter | None], width: int, call: dict) -> Tensor:
         """Prefixes (N, width, d), each at the right end of its room."""
         ids, mask, positions = call["input_ids"], call.get("attention_mask"), call.get("position_ids")
-        prompts = Prompts(ids, prompt_mask(ids, mask, self._labels_for(ids)),
-                          None if positions is None else positions.expand(ids.shape[0], -1))
-        dtype, out = self.base.embedding.weight.dtype, None
-        for adapter in dict.fromkeys(a for a in rows if a is not None):
-            own = [i for i, a in enumerate(rows) if a is adapter]
-            index = None if len(own) == len(rows) else torch.tensor(own, device=ids.device)
-            made = adapter.prefix(prompts.rows(index), self.base).to(dtype)
-            made = nn.functional.pad(made, (0, 0, width - adapter.length, 0))
-            if index is None:
-                return made
-            out = made.new_zeros(len(rows), width, made.shape[-1]) if out is None else out
-            out = out.index_copy(0, index, made)
-        return out
+        labels = self._labels_for(ids) if any(a is not None and a.reads_prompt for a in rows) else None
+        prompts = Prompts(ids, prompt_mask(ids, mask, labels), None if positions is None else positions.expand(ids.shape[0], -1))
+        dtype = self.base.embedding.weight.dtype
+        return _rooms(rows, width, lambda a, index: a.prefix(prompts.rows(index), self.base).to(dtype), ids.device)
+
+    def _fill(self, rows: list[PrefixAdapter | None], width: int, place: _Place) -> _Fill | None:
+        """What replaces keys and values in this forward, or None."""
+        found = {adapter: adapter.keys_values() for adapter in dict.fromkeys(a for a in rows if a is not None)}
+        tables = {adapter: table for adapter, table in found.items() if table is not None}
+        return _Fill([a if a in tables else None for a in rows], tables, width, place) if tables else None
 
     def _labels_for(self, ids: Tensor) -> Tensor | None:
         labels = next((given for given in (*self.labels[-1:], self.holder.current.labels) if given is not None), None)
@@ -283,8 +324,11 @@ class PrefixScope:
     # -- out of the body ---------------------------------------------------------------------------------------------------
     def _leave(self, body: nn.Module, args: tuple, output: Any) -> Any:
         width = self.widths.pop() if self.widths else 0
+        fill = self.fills.pop() if self.fills else None
         if output is None or not width:  # None: the forward raised
             return None
+        if fill is not None:
+            fill.check(self.model)
         if isinstance(output, tuple):
             return (output[0][:, width:], *output[1:])
         n = output.last_hidden_state.shape[0]
@@ -297,6 +341,81 @@ class PrefixScope:
             if found is not None:
                 setattr(output, name, tuple(None if t is None else cut(t) for t in found))
         return output
+
+
+def _rooms(rows: list[PrefixAdapter | None], width: int, make: Callable[[PrefixAdapter, Tensor | None], Tensor],
+           device: torch.device) -> Tensor:
+    """(N, width, ...): what `make(adapter, its rows or None for all)` gives, (n, m, ...), at the right end of each row's room."""
+    out = None
+    for adapter in dict.fromkeys(a for a in rows if a is not None):
+        own = [i for i, a in enumerate(rows) if a is adapter]
+        index = None if len(own) == len(rows) else torch.tensor(own, device=device)
+        made = make(adapter, index)
+        made = nn.functional.pad(made, (*[0, 0] * (made.dim() - 2), width - adapter.length, 0))
+        if index is None:
+            return made
+        out = made.new_zeros(len(rows), *made.shape[1:]) if out is None else out
+        out = out.index_copy(0, index, made)
+    return out
+
+
+class _Fill:
+    """Keys and values of virtual tokens for one forward of the body: rows without such an adapter keep their own."""
+
+    def __init__(self, rows: list[PrefixAdapter | None], tables: dict[PrefixAdapter, Tensor], width: int, place: _Place):
+        self.rows, self.tables, self.width = rows, tables, width
+        self.layers = len(next(iter(tables.values())))
+        self.seen: set[int] = set()
+        self.whole = place.plain and len(tables) == 1 and all(a is not None for a in rows)
+        if not self.whole:
+            used = torch.tensor([a is not None for a in rows], device=place.device)[:, None]
+            inside = used & (place.source >= place.empty) & (place.source < width)
+            self.inside = inside[:, None, :, None]
+            self.slot = place.source.clamp(max=width - 1)[:, :, None]
+
+    def put(self, states: Tensor, layer: int, which: int) -> Tensor:
+        """states (N, heads, L, head size) of the lengthened rows, those of the virtual tokens replaced. which: 0 keys, 1 values."""
+        n, heads, _, size = states.shape
+        if any(table.shape[-1] != heads * size for table in self.tables.values()) or layer >= self.layers:
+            raise IncompatibleError(f"layer {layer} keeps {heads * size} numbers a token, the prefix has others",
+                                    remedy="choose adapter: prompt or lora")
+        self.seen.add(layer)
+        if self.whole:
+            ((_, table),) = self.tables.items()
+            own = table[layer, which].to(states).unflatten(-1, (heads, size)).transpose(0, 1)
+            return torch.cat([own.expand(n, -1, -1, -1), states[:, :, self.width:]], 2)
+        room = _rooms(self.rows, self.width, lambda adapter, index: self.tables[adapter][layer, which].expand(
+            n if index is None else index.shape[0], -1, -1), states.device).to(states)
+        own = room.gather(1, self.slot.expand(-1, -1, room.shape[-1])).unflatten(-1, (heads, size)).transpose(1, 2)
+        return torch.where(self.inside, own, states)
+
+    def check(self, model: nn.Module) -> None:
+        """Raises IncompatibleError when a layer computed its attention without the prefix."""
+        if len(self.seen) != self.layers:
+            raise IncompatibleError(f"{type(model).__name__} does not hand keys and values of every layer to a cache: "
+                                    f"{len(self.seen)} of {self.layers} layers saw the prefix",
+                                    remedy="choose adapter: prompt or lora")
+
+
+class _FillingCache:
+    """The cache of one call of an attention (or none), with the keys and values of virtual tokens replaced on their way in."""
+
+    def __init__(self, fill: _Fill, inner: Any):
+        self.fill, self.inner = fill, inner
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self.fill.put(keys, layer_idx, 0), self.fill.put(values, layer_idx, 1)
+        return (keys, values) if self.inner is None else self.inner.update(keys, values, layer_idx, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def _fill_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    fill = kwargs.pop(FILL, None)
+    if fill is not None:
+        kwargs["past_key_values"] = _FillingCache(fill, kwargs.get("past_key_values"))
+    return args, kwargs
 
 
 class _Place:
