@@ -17,6 +17,8 @@ OPTIONS = {
     "nola": {"r": 3, "alpha": 5.0, "n_basis": 20, "n_basis_b": 11},
     "flora": {"r": 2},
     "paca": {"r": 5, "alpha": 7.0},
+    "miss": {"r": 5},
+    "bat": {"r": 8},
     "randlora": {"r": 10, "alpha": 7.0},
     "vera": {"r": 6, "d_initial": 0.5},
 }

@@ -37,9 +37,9 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ArtifactError, UsageError
 from ..modeling.arithmetic import linear, product_dtype
-from ..modeling.protocols import has_values
 from ..registry import register
-from .base import Adapter, AdapterConfig
+from ._row_loop import RowLoop
+from .base import AdapterConfig
 
 #: columns of [B_1 .. B_n] drawn at once; part of the definition of the basis, since each block has a generator of its own
 BLOCK = 128
@@ -152,22 +152,12 @@ class _Apply(torch.autograd.Function):
         return None if dx is None else dx.to(x.dtype), dl.view_as(l), dg, None, None
 
 
-@dataclass
-class LoopBank:
-    """K adapters of one site; their rows are computed one adapter after the other."""
-
-    adapters: tuple[Adapter, ...]
-    dropout: Tensor | None
-    key: str
-    nbytes: int = 0  # nothing is stacked
-
-
 @register("adapter", "randlora", config=RandLoRA, title="RandLoRA: Full-rank parameter-efficient fine-tuning of large models",
           paper="2502.00987", summary="full-rank change: seeded random products, each scaled by two learned diagonals",
           bibtex="@inproceedings{albert2025randlora, title={RandLoRA: Full-rank parameter-efficient fine-tuning of large models}, "
                  "author={Albert, Paul and Zhang, Frederic Z. and Saratchandran, Hemanth and Rodriguez-Opazo, Cristian and "
                  "van den Hengel, Anton and Abbasnejad, Ehsan}, booktitle={ICLR}, year={2025}}")
-class RandLoRAAdapter(Adapter):
+class RandLoRAAdapter(RowLoop):
     seeded = True
 
     def __init__(self, site, config, *, shared, generator):
@@ -196,31 +186,10 @@ class RandLoRAAdapter(Adapter):
         rows = torch.eye(self.in_features, device=self.randlora_l.device, dtype=self.randlora_l.dtype)
         return (_Apply.apply(rows, self.randlora_l * self.scale, self.randlora_g, self.basis, self.tall)).T
 
-    def _change(self, x: Tensor) -> Tensor:
+    def change(self, x, base):
         wide = x.reshape(-1, self.in_features).to(product_dtype(x.dtype, x.device))
         change = _Apply.apply(wide, self.randlora_l * self.scale, self.randlora_g, self.basis, self.tall)
         return change.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def delta(self, x, base):
-        return self._change(self.drop(x, base))
-
-    # -- many rows ---------------------------------------------------------------------------------------------------
-    @classmethod
-    def stack(cls, adapters, dtype):
-        return LoopBank(tuple(adapters), cls.bank_dropout(adapters), adapters[0].site_name)
-
-    @classmethod
-    def forward_rows(cls, bank, index, x, base):
-        if bank.dropout is not None:
-            x = base.noise.dropout(x, bank.dropout.to(x.device)[index].reshape(-1, *[1] * (x.dim() - 1)), bank.key)
-        if len(bank.adapters) == 1 or not has_values(index):  # planned: all rows on one adapter have the same shapes
-            return bank.adapters[0]._change(x)
-        change = x.new_zeros(*x.shape[:-1], bank.adapters[0].out_features)
-        for number, adapter in enumerate(bank.adapters):
-            chosen = torch.where(index == number)[0]
-            if chosen.shape[0]:
-                change = change.index_copy(0, chosen, adapter._change(x.index_select(0, chosen)))
-        return change
 
     # -- artifact ----------------------------------------------------------------------------------------------------
     def stored_extra(self):
