@@ -19,6 +19,7 @@ OPTIONS = {
     "paca": {"r": 5, "alpha": 7.0},
     "miss": {"r": 5},
     "bat": {"r": 8},
+    "mos": {"r": 3, "equivalent_rank": 3, "private_rank": 1, "shards": 2, "alpha": 4.0},
     "randlora": {"r": 10, "alpha": 7.0},
     "vera": {"r": 6, "d_initial": 0.5},
 }
