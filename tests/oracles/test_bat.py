@@ -69,6 +69,21 @@ def test_the_hand_written_backward_pass():
         close(got, right, 1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [0, 1, 2, 8, 9])
+def test_few_rows_are_the_same_product(tokens):
+    """Up to r / 4 rows the change is not made; both ways give W D + D."""
+    model = tiny.llama()
+    graft = attach(model, "bat", r=32, target_modules=["down_proj"])
+    (name, adapter), *_ = graft.adapters.items()
+    base = graft.base_of(graft.sites[name])
+    x = torch.randn(tokens, 1, tiny.FFN)
+    got = adapter.delta(x, base)
+    assert got.shape == (tokens, 1, tiny.HIDDEN)
+    if tokens:
+        close(got, x.double() @ adapter.delta_weight(base).double().T, 1e-5)
+
+
 @pytest.mark.parametrize("storage", ["dense", "nf4"])
 def test_a_forward_pass_keeps_its_input_only(storage):
     model = tiny.llama()

@@ -44,6 +44,16 @@ def affine_change(W: Tensor, D: Tensor) -> Tensor:
     return (rows.view(blocks.shape) + D.unsqueeze(2)).reshape(W.shape)
 
 
+def few_rows(x: Tensor, W: Tensor, D: Tensor) -> Tensor:
+    """The same product for a few rows x (T, in), T < r: every shard of x is taken through every D_i, and the change, which costs
+    r times as much as the product of one row, is not made. (T, out)"""
+    o, r, _ = D.shape
+    shards = x.view(x.shape[0], x.shape[1] // r, r).permute(2, 1, 0)  # (r, in / r, T)
+    moved = (D.reshape(o * r, r) @ shards.flatten(1)).view(o, r, *shards.shape[1:])  # D_i x_j: (out / r, r, in / r, T)
+    y = W.to(x.dtype).view(o, r, x.shape[1]) @ moved.transpose(1, 2).flatten(1, 2) + moved.sum(2)
+    return y.flatten(0, 1).T
+
+
 class _Affine(torch.autograd.Function):
     """linear(x, affine_change(W, D)) for x (T, in); keeps x and D, and asks for W again."""
 
@@ -89,7 +99,9 @@ class BATAdapter(RowLoop):
 
     def change(self, x, base):
         wide = x.reshape(-1, self.in_features).to(product_dtype(x.dtype, x.device))
-        if base.frozen.frozen:
+        if not torch.is_grad_enabled() and wide.shape[0] * 4 <= self.r:
+            change = few_rows(wide, base.weight(), self.bat_D.to(wide.dtype))
+        elif base.frozen.frozen:
             change = _Affine.apply(wide, self.bat_D, base)
         else:  # the weight is trained too, and the change depends on it
             change = linear(wide, affine_change(base.weight(), self.bat_D).to(wide.dtype))

@@ -139,7 +139,7 @@ class MoSAdapter(Adapter):
     def _inputs(self) -> list[Tensor]:
         """Every tensor that the factors depend on."""
         own = [t for t in map(self._parameters.get, ("index_A", "index_B", "private_A", "private_B")) if t is not None]
-        if own[0] is self.private_A:
+        if self._parameters["index_A"] is None:
             return own
         return own + self.pools.pieces(self.kind, "public_A") + self.pools.pieces(self.kind, "public_B")
 

@@ -114,6 +114,7 @@ class VeRAAdapter(Adapter):
         # d scales the r products, not A: nothing as large as A is made or keeps its gradient
         B, A = self.frozen_pair()
         hidden = linear(self.drop(x, base), A.to(x.dtype)) * self.vera_d.to(x.dtype)
+        # b scales the rows of B: its gradient then needs the r products again, not the out results of every token
         return linear(hidden, (self.vera_b.unsqueeze(1) * B).to(x.dtype))
 
     # -- many rows ---------------------------------------------------------------------------------------------------
