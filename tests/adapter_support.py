@@ -23,6 +23,11 @@ OPTIONS = {
     "nola": {"r": 3, "alpha": 5.0, "n_basis": 20, "n_basis_b": 11},
     "flora": {"r": 2},
     "paca": {"r": 5, "alpha": 7.0},
+    "miss": {"r": 5},
+    "bat": {"r": 8},
+    "mos": {"r": 3, "equivalent_rank": 3, "private_rank": 1, "shards": 2, "alpha": 4.0},
+    "randlora": {"r": 10, "alpha": 7.0},
+    "vera": {"r": 6, "d_initial": 0.5},
 }
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
 OTHER = [info.name for info in methods("adapter") if info.traits["scope"] != "site"]

@@ -124,11 +124,15 @@ class Slot(nn.Module):
                 raise IncompatibleError(
                     f"'{adapter.method}' changes the frozen product and cannot be added to other grafts at one site",
                     remedy="choose one graft per row with graftwork.routing, or disable the others")
-            change = adapter.delta(x, base)
+            change = adapter.delta(x, self._part(base, rows))
             change = change if weight == 1.0 else change * weight
             y = y + change if rows is None else torch.cat(
                 [y[..., : rows.start], y[..., rows] + change, y[..., rows.stop:]], -1)
         return y
+
+    def _part(self, base: Base, rows: slice | None) -> Base:
+        """What an adapter of these output rows sees of the frozen map: its own rows of W."""
+        return base if rows is None else Base(RowsProduct(self.frozen, rows), self.holder)
 
     # -- one graft per row ------------------------------------------------------------------------------------------
     def _by_row(self, x: Tensor, base: Base, state) -> Tensor:
@@ -155,7 +159,7 @@ class Slot(nn.Module):
         y = self._replace(x, base, replaced) if replaced else base(x)
         for cls, out_rows, keys, selected, local in added:
             part = x if selected is None else x.index_select(0, selected)
-            change = cls.forward_rows(self._bank(cls, keys, x.dtype), local, part, base)
+            change = cls.forward_rows(self._bank(cls, keys, x.dtype), local, part, self._part(base, out_rows))
             weights = [self.holder.grafts[self.owners[key][0]].weight for key in keys]
             if any(w != 1.0 for w in weights):
                 factor = torch.tensor(weights, dtype=change.dtype, device=change.device).index_select(0, local)
