@@ -19,7 +19,7 @@ OPTIONS = {
     "paca": {"r": 5, "alpha": 7.0},
     "dora": {"r": 4, "alpha": 6.0},
     "ia3": {},
-    "loha": {"r": 2, "alpha": 3.0},
+    "loha": {"r": 2, "alpha": 5.0},
 }
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
 OTHER = [info.name for info in methods("adapter") if info.traits["scope"] != "site"]
