@@ -20,6 +20,7 @@ OPTIONS = {
     "dora": {"r": 4, "alpha": 6.0},
     "ia3": {},
     "loha": {"r": 2, "alpha": 5.0},
+    "lokr": {"r": 3, "alpha": 4.0},
 }
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
 OTHER = [info.name for info in methods("adapter") if info.traits["scope"] != "site"]
