@@ -21,6 +21,7 @@ OPTIONS = {
     "ia3": {},
     "loha": {"r": 2, "alpha": 5.0},
     "lokr": {"r": 3, "alpha": 4.0},
+    "oft": {"block_size": 16},
 }
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
 OTHER = [info.name for info in methods("adapter") if info.traits["scope"] != "site"]
