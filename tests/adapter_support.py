@@ -28,6 +28,11 @@ OPTIONS = {
     "mos": {"r": 3, "equivalent_rank": 3, "private_rank": 1, "shards": 2, "alpha": 4.0},
     "randlora": {"r": 10, "alpha": 7.0},
     "vera": {"r": 6, "d_initial": 0.5},
+    "dora": {"r": 4, "alpha": 6.0},
+    "ia3": {},
+    "loha": {"r": 2, "alpha": 5.0},
+    "lokr": {"r": 3, "alpha": 4.0},
+    "oft": {"block_size": 16},
 }
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
 OTHER = [info.name for info in methods("adapter") if info.traits["scope"] != "site"]

@@ -259,7 +259,7 @@ def _folder(tmp_path, **options):
 
 
 REFUSED = {
-    "DoRA": (dict(use_dora=True), "use_dora"),
+    "DoRA's bias": (dict(use_dora=True, bias="lora_only"), "bias='lora_only' with 'dora'"),
     "PiSSA's own base": (dict(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
     "OLoRA's own base": (dict(init_lora_weights="olora"), "olora"),
     "all biases": (dict(bias="all"), "bias='all'"),
@@ -278,10 +278,10 @@ def test_what_a_graft_cannot_express_is_refused_by_name(case, tmp_path):
 
 
 def test_other_methods_of_peft_and_pickles_are_refused(tmp_path):
-    theirs = peft.get_peft_model(tiny.llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    theirs.save_pretrained(tmp_path / "ia3")
-    with pytest.raises(ArtifactError, match="IA3"):
-        graftwork.attach_saved(tiny.llama(), tmp_path / "ia3")
+    theirs = peft.get_peft_model(tiny.llama(), peft.HRAConfig(r=2, target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path / "hra")
+    with pytest.raises(ArtifactError, match="HRA adapter; IA3, LOHA"):
+        graftwork.attach_saved(tiny.llama(), tmp_path / "hra")
     folder = _folder(tmp_path)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(ArtifactError, match="pickle"):

@@ -82,6 +82,7 @@ class _Affine(torch.autograd.Function):
           bibtex="@misc{kang2024bone, title={Bone: Block-Affine Adaptation of Large Language Models}, author={Kang, Jiale}, "
                  "eprint={2409.15371v1}, archivePrefix={arXiv}, year={2024}}")
 class BATAdapter(RowLoop):
+    random_start = False
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         self.r, self.dropout = pattern_value(config.rank_pattern, site.name, config.r), config.dropout

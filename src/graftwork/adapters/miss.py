@@ -63,6 +63,8 @@ class ShardBank:
           bibtex="@misc{kang2024miss, title={MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure}, "
                  "author={Kang, Jiale and Yin, Qingyu}, eprint={2409.15371}, archivePrefix={arXiv}, year={2024}}")
 class MiSSAdapter(Adapter):
+    random_start = False
+
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         self.r, self.dropout = pattern_value(config.rank_pattern, site.name, config.r), config.dropout

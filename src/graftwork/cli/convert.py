@@ -43,9 +43,12 @@ def run(
     check_output(output, overwrite)
     with quietly(quiet):
         result = write(folder, to, output, rank=rank, model=model, base=base or "trained", dtype=dtype, overwrite=overwrite)
-    finish(output, {"to": to, **result}, as_json,
-           f"largest rounding error {result['error']:.2%} of the change" if merged else
-           f"rank {result['rank']}, " + (f"error {result['error']:.2%} of the change" if result["error"] else "exact"))
+    if merged:
+        words = f"largest rounding error {result['error']:.2%} of the change"
+    else:
+        words = "" if result["rank"] is None else f"rank {result['rank']}, "
+        words += f"error {result['error']:.2%} of the change" if result["error"] else "exact"
+    finish(output, {"to": to, **result}, as_json, words)
 
 
 def write(folder: Path, to: str, output: Path, *, rank: int | None, model: str | None, base: str, dtype: str | None,

@@ -1,4 +1,5 @@
-"""PEFT's adapter folders (LoRA), written and read: adapter_config.json and adapter_model.safetensors as peft 0.21.2 has them.
+"""PEFT's adapter folders, written and read: adapter_config.json and adapter_model.safetensors as peft 0.21.2 has them. LoRA here, the
+other methods that PEFT has by the table in peft_methods.py.
 
 Keys: `base_model.model.` + module + `.lora_A.weight` (r, in), `.lora_B.weight` (out, r); scale of a module = alpha / r, with
 use_rslora alpha / sqrt(r); rank_pattern and alpha_pattern give other values per module. Expert parameters (3-D) come as
@@ -7,29 +8,32 @@ use_rslora alpha / sqrt(r); rank_pattern and alpha_pattern give other values per
 Two styles. `exact` keeps a LoRA's own tensors and scale, bit for bit. `baked` is what readers that ignore patterns and rsLoRA
 (vLLM, LoRAX, S-LoRA) need: one rank, scale 1, the scale folded into B, zeros as padding.
 PEFT loads with strict=False and only warns about missing keys; here missing and unexpected keys are errors, and options that
-would change the result (DoRA, aLoRA, an initialization that rewrote the base, ...) are refused by name.
+would change the result (aLoRA, an initialization that rewrote the base, ...) are refused by name.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..adapters.base import AdapterConfig
 from ..adapters.graft import Graft, attach
-from ..adapters.lora import LoRA
 from ..artifact import settle
 from ..errors import ArtifactError, GraftworkError
 from ..modeling.experts import ATTRIBUTES
-from .peft_export import CONFIG, PREFIX, TEMPLATE, TENSORS, write_peft
+from ..registry import lookup
+from .peft_export import CONFIG, PREFIX, TENSORS, write_peft
+from .peft_methods import EXCHANGES, TEMPLATE, exchange_of
 
 __all__ = ["CONFIG", "TEMPLATE", "TENSORS", "attach_peft", "read_config", "write_peft"]
 #: options that change what the tensors mean and that a graft cannot express
-REFUSED = ("use_dora", "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config",
+REFUSED = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config",
            "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config", "megatron_config")
 #: options that say how training started or ran, and leave the saved tensors' meaning alone
 IGNORED = ("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
@@ -52,14 +56,16 @@ def read_document(folder: str | Path) -> dict[str, Any]:
     return document
 
 
-def read_config(folder: str | Path) -> LoRA:
-    """The options of a PEFT LoRA folder. Raises ArtifactError naming what a graft cannot express."""
+def read_config(folder: str | Path) -> AdapterConfig:
+    """The options of a PEFT folder. Raises ArtifactError naming what a graft cannot express."""
     document = read_document(folder)
-    if document["peft_type"] != "LORA":
-        raise ArtifactError(f"{folder} is a PEFT {document['peft_type']} adapter; only LORA is read",
+    exchange = exchange_of(document)
+    if exchange is None:
+        known = sorted({e.template["peft_type"] for e in EXCHANGES.values()})
+        raise ArtifactError(f"{folder} is a PEFT {document['peft_type']} adapter; {', '.join(known)} are read",
                             remedy="convert it with PEFT's convert_to_lora where that exists, or train it here")
     for key, value in document.items():
-        if key in REFUSED and value or key not in TEMPLATE and key not in IGNORED and value:
+        if key in REFUSED and value or key not in exchange.template and key not in IGNORED and value:
             raise ArtifactError(f"{folder} uses PEFT's '{key}' ({value!r}), which is not read here",
                                 remedy="merge it with PEFT (merge_and_unload) and use the merged model")
     start = document.get("init_lora_weights", True)
@@ -71,18 +77,17 @@ def read_config(folder: str | Path) -> LoRA:
     if bias == "all":
         raise ArtifactError(f"{folder} trained bias='all', also of modules without LoRA, which is not read here",
                             remedy="merge it with PEFT (merge_and_unload) and use the merged model")
+    for key, allowed in exchange.only.items():
+        if document.get(key, allowed[0]) not in allowed:
+            raise ArtifactError(f"{folder} uses {key}={document[key]!r} with '{exchange.method}', which is not read here",
+                                remedy="merge it with PEFT (merge_and_unload) and use the merged model")
     layers = document.get("layers_to_transform")
     try:
-        ranks, alphas = document.get("rank_pattern") or {}, document.get("alpha_pattern") or {}
-        if document.get("target_parameters"):  # our names go on with the expert
-            ranks = {**ranks, **{rf"(?:{k})\.\d+": v for k, v in ranks.items()}}
-            alphas = {**alphas, **{rf"(?:{k})\.\d+": v for k, v in alphas.items()}}
         target, excluded = _targets(document, folder)
-        return LoRA(r=document.get("r", 8), alpha=document.get("lora_alpha", 8), dropout=document.get("lora_dropout", 0.0),
-                    use_rslora=document.get("use_rslora", False), rank_pattern=ranks, alpha_pattern=alphas,
-                    bias="lora_only" if bias == "lora_only" or document.get("lora_bias") else "none", target_modules=target,
-                    exclude_modules=excluded, layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
-                    modules_to_save=sorted(document.get("modules_to_save") or []))
+        return lookup("adapter", exchange.method).config(
+            **exchange.options(document, lambda: _shapes(Path(folder))), target_modules=target, exclude_modules=excluded,
+            layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
+            modules_to_save=sorted(document.get("modules_to_save") or []))
     except (ValueError, TypeError) as error:
         if isinstance(error, GraftworkError):
             raise
@@ -118,7 +123,7 @@ def _suffixes(names: list[str]) -> str:
 
 def attach_peft(model: nn.Module, folder: str | Path, *, name: str | None = None, trainable: bool = False,
                 allow_zero: bool = False) -> Graft:
-    """Attach a PEFT LoRA folder as a graft. Every tensor must find its place and every place its tensor.
+    """Attach a PEFT folder as a graft. Every tensor must find its place and every place its tensor.
 
     Raises ArtifactError with what is missing, unexpected, of another shape, not finite or not readable."""
     config = read_config(folder)
@@ -139,27 +144,39 @@ def attach_peft(model: nn.Module, folder: str | Path, *, name: str | None = None
     return graft
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _opened(folder: Path, take: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """take(open safetensors file), keys without PEFT's prefix."""
+    from safetensors import SafetensorError, safe_open
 
     path = folder / TENSORS
     if not path.is_file() and list(folder.glob("adapter_model.*")):
         raise ArtifactError(f"{folder} keeps its tensors in a pickle, which is never opened",
                             remedy="save it again with PEFT (safetensors is its default)")
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as handle:
+            found = take(handle)
     except (OSError, SafetensorError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read ({error})", remedy="the file is missing or truncated; get it again") from None
+    return {key.removeprefix(PREFIX): value for key, value in found.items()}
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    return _opened(folder, lambda handle: {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()})
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / TENSORS
+    tensors = _opened(folder, lambda handle: {key: handle.get_tensor(key) for key in handle.keys()})
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{path}: {key} has NaN or infinite values", remedy="the file is damaged, or training diverged")
-    return {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    return tensors
 
 
 def _fill(graft: Graft, tensors: dict[str, Tensor], document: dict[str, Any]) -> list[str]:
     """Copy the tensors into the adapters; the problems found."""
     problems: list[str] = []
+    places = EXCHANGES[graft.method].tensors
 
     def take(key: str, target: Tensor | None = None, *, needed: bool = True, shape: tuple | None = None) -> Tensor | None:
         value = tensors.pop(key, None)
@@ -177,14 +194,20 @@ def _fill(graft: Graft, tensors: dict[str, Tensor], document: dict[str, Any]) ->
 
     for name, adapter in graft.adapters.items():
         site = graft.sites[name]
-        if site.expert is not None:
+        if site.expert is not None and not places:
             continue
-        take(f"{name}.lora_A.weight", adapter.lora_A)
-        take(f"{name}.lora_B.weight", adapter.lora_B)
+        if places:
+            for key, place in places(adapter, document).items():
+                value = take(f"{name}.{key}", shape=place.file_shape)
+                if value is not None:
+                    place.put(value)
+        else:
+            take(f"{name}.lora_A.weight", adapter.lora_A)
+            take(f"{name}.lora_B.weight", adapter.lora_B)
         kept, old = tensors.get(f"{name}.base_layer.weight"), site.product.dense()
         if kept is not None and kept.shape == old.shape and torch.equal(kept.to(old.dtype), old.cpu()):
             del tensors[f"{name}.base_layer.weight"]  # PEFT saves the base of embeddings and heads along
-        if adapter.bias_change is None:
+        if places or adapter.bias_change is None:
             continue
         beside = take(f"{name}.lora_B.bias", needed=bool(document.get("lora_bias")), shape=(site.out_features,))
         if beside is not None:
@@ -194,7 +217,8 @@ def _fill(graft: Graft, tensors: dict[str, Tensor], document: dict[str, Any]) ->
             new = take(f"{name}.base_layer.bias", shape=(site.out_features,))
             if new is not None:
                 adapter.bias_change += new - old.float()
-    _fill_experts(graft, take)
+    if not places:
+        _fill_experts(graft, take)
     for name, module in graft.saved_modules.items():
         take(f"{name}.weight", module.weight)
         if module.bias is not None:
@@ -222,6 +246,6 @@ def _fill_experts(graft: Graft, take) -> None:
 
 
 def _why(key: str) -> str:
-    reasons = {"lora_embedding": " (LoRA of an embedding is not read)", "lora_magnitude_vector": " (DoRA)",
+    reasons = {"lora_embedding": " (LoRA of an embedding is not read)", "lora_magnitude_vector": " (DoRA, but use_dora is false)",
                "trainable_tokens": " (trained tokens are not read)", "base_layer.weight": " (a changed base weight)"}
     return next((why for part, why in reasons.items() if part in key), "")

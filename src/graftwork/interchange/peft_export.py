@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -18,28 +17,22 @@ from ..files import atomic_folder
 from ..modeling.experts import ATTRIBUTES
 from ..modeling.protocols import is_conv1d
 from ..modeling.sites import linear_modules
-from .factors import Factors, LowRank, base_name, lora_factors
+from .factors import Factors, base_name, check_exportable, lora_factors
+from .peft_methods import EXCHANGES, TEMPLATE, Exchange, alpha_of, pattern
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-#: adapter_config.json of a LoRA, defaults of peft 0.21.2
-TEMPLATE: dict[str, Any] = {
-    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None, "auto_mapping": None,
-    "base_model_name_or_path": None, "bias": "none", "corda_config": None, "ensure_weight_tying": False, "eva_config": None,
-    "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "kasa_config": None,
-    "layer_replication": None, "layers_pattern": None, "layers_to_transform": None, "loftq_config": {}, "lora_alpha": 8,
-    "lora_bias": False, "lora_dropout": 0.0, "lora_ga_config": None, "megatron_config": None, "megatron_core": "megatron.core",
-    "modules_to_save": None, "monteclora_config": None, "peft_type": "LORA", "peft_version": "0.21.2", "qalora_group_size": 16,
-    "r": 8, "rank_pattern": {}, "revision": None, "target_modules": None, "target_parameters": None, "task_type": None,
-    "trainable_token_indices": None, "use_bdlora": None, "use_dora": False, "use_qalora": False, "use_rslora": False,
-    "velora_config": None}
 
 
 def write_peft(graft: Graft, folder: str | Path, *, style: str = "exact", rank: int | None = None,
                overwrite: bool = False) -> dict[str, Any]:
-    """Write a graft as a PEFT LoRA. style: 'exact' or 'baked'; rank: see `lora_factors`.
+    """Write a graft in PEFT's format of its method, where PEFT has one, or as a PEFT LoRA. style: 'exact' or 'baked' (always a LoRA);
+    rank: see `lora_factors`; with a rank the result is a LoRA.
 
-    Returns {"error", "rank", "notes"}. Raises IncompatibleError for what the target cannot hold."""
+    Returns {"error", "rank" (None for a method without one), "notes"}. Raises IncompatibleError for what the target cannot hold."""
+    exchange = EXCHANGES.get(graft.method)
+    if exchange is not None and exchange.tensors and style == "exact" and rank is None and _holds(exchange, graft):
+        return _write_own(exchange, graft, folder, overwrite=overwrite)
     factors = lora_factors(graft, rank)
     config = dict(TEMPLATE, base_model_name_or_path=base_name(graft), task_type=_task(graft))
     notes: list[str] = []
@@ -55,20 +48,43 @@ def write_peft(graft: Graft, folder: str | Path, *, style: str = "exact", rank: 
         _exact_config(graft, factors, config)
     tensors = _tensors(factors, config)
     _bias_tensors(graft, factors, config, tensors)
+    _modules(graft, set(factors.modules), config, tensors)
+    if factors.experts:
+        config["target_parameters"] = sorted(f"{module}.{attribute}" for module, attribute in factors.experts)
+    write_folder(folder, TENSORS, tensors, CONFIG, config, overwrite=overwrite)
+    return {"error": factors.error, "rank": factors.rank, "notes": notes}
+
+
+def _modules(graft: Graft, modules: set[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """What every method's folder says of its modules, and the modules that are saved whole."""
     for name, module in graft.saved_modules.items():
         tensors[f"{PREFIX}{name}.weight"] = module.weight.detach().cpu()
         if module.bias is not None:
             tensors[f"{PREFIX}{name}.bias"] = module.bias.detach().cpu()
     if graft.saved_modules:
         config["modules_to_save"] = sorted(graft.saved_modules)
-    config["target_modules"] = target_names(graft.model, set(factors.modules))
-    config["fan_in_fan_out"] = any(is_conv1d(graft.model.get_submodule(name)) for name in factors.modules)
-    if factors.experts:
-        config["target_parameters"] = sorted(f"{module}.{attribute}" for module, attribute in factors.experts)
+    config["target_modules"] = target_names(graft.model, modules)
+    if "fan_in_fan_out" in config:
+        config["fan_in_fan_out"] = any(is_conv1d(graft.model.get_submodule(name)) for name in modules)
     if config["task_type"] == "SEQ_CLS" and not graft.saved_modules:
         config["task_type"] = None  # PEFT would expect a saved head
+
+
+def _holds(exchange: Exchange, graft: Graft) -> bool:
+    """True where PEFT has this method at every site: no slice of a fused map, no expert, no Conv1D for some methods."""
+    return all(site.rows is None and site.expert is None and (exchange.transposed or not is_conv1d(site.module))
+               for site in graft.sites.values())
+
+
+def _write_own(exchange: Exchange, graft: Graft, folder: str | Path, *, overwrite: bool) -> dict[str, Any]:
+    check_exportable(graft)
+    config = dict(exchange.template, base_model_name_or_path=base_name(graft), task_type=_task(graft))
+    config.update(exchange.document(graft, lambda modules: target_names(graft.model, modules)))
+    tensors = {f"{PREFIX}{name}.{key}": place.file_value() for name, adapter in graft.adapters.items()
+               for key, place in exchange.tensors(adapter, config).items()}
+    _modules(graft, set(graft.adapters), config, tensors)
     write_folder(folder, TENSORS, tensors, CONFIG, config, overwrite=overwrite)
-    return {"error": factors.error, "rank": factors.rank, "notes": notes}
+    return {"error": 0.0, "rank": getattr(graft.config, "r", None), "notes": []}
 
 
 def write_folder(folder: str | Path, tensor_file: str, tensors: dict[str, Tensor], config_file: str, config: dict[str, Any], *,
@@ -111,29 +127,12 @@ def _exact_config(graft: Graft, factors: Factors, config: dict[str, Any]) -> Non
             factors.experts[module, attribute] = [p and p.folded(r) for p in pairs]
             places[f"{module}.{attribute}"] = next(p for p in factors.experts[module, attribute] if p)
     ranks = {name: pair.r for name, pair in places.items()}
-    alphas = {name: _alpha(pair, rs) for name, pair in places.items()}
+    alphas = {name: alpha_of(pair.scale, pair.r, rs) for name, pair in places.items()}
     r = own.r if own and own.r in ranks.values() else max(ranks.values(), key=list(ranks.values()).count)
     alpha = max(alphas.values(), key=list(alphas.values()).count)
     config.update(r=r, lora_alpha=alpha, use_rslora=rs, lora_dropout=own.dropout if own and not factors.experts else 0.0)
-    config["rank_pattern"] = _pattern(ranks, r, own.rank_pattern if own else {})
-    config["alpha_pattern"] = _pattern(alphas, alpha, own.alpha_pattern if own else {})
-
-
-def _alpha(pair: LowRank, rs: bool) -> float:
-    root = math.sqrt(pair.r) if rs else pair.r
-    alpha = pair.scale * root
-    near = round(alpha)
-    alpha = near if near and near / root == pair.scale else alpha
-    return int(alpha) if float(alpha).is_integer() else alpha
-
-
-def _pattern(values: dict[str, Any], default: Any, own: dict[str, Any]) -> dict[str, Any]:
-    """PEFT's pattern for {module: value}: the graft's own where it says just that, else one entry per module."""
-    from ..adapters.base import pattern_value
-
-    if all(pattern_value(own, name, default) == value for name, value in values.items()):
-        return dict(own)
-    return {f"^{re.escape(name)}": value for name, value in sorted(values.items()) if value != default}
+    config["rank_pattern"] = pattern(ranks, r, own.rank_pattern if own else {})
+    config["alpha_pattern"] = pattern(alphas, alpha, own.alpha_pattern if own else {})
 
 
 def _tensors(factors: Factors, config: dict[str, Any]) -> dict[str, Tensor]:
