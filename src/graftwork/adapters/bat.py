@@ -83,6 +83,7 @@ class _Affine(torch.autograd.Function):
                  "eprint={2409.15371v1}, archivePrefix={arXiv}, year={2024}}")
 class BATAdapter(RowLoop):
     random_start = False
+
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         self.r, self.dropout = pattern_value(config.rank_pattern, site.name, config.r), config.dropout
