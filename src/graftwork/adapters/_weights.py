@@ -42,9 +42,12 @@ class FromWeight(Adapter):
     def check_extra(self, extra):
         for name in self.taken:
             now, size = _fingerprint(self.get_parameter(name))
-            if not abs(now - extra["taken"][name]) <= TOLERANCE * size:
-                raise ArtifactError(f"'{self.site_name}': {name}, which is taken from the frozen weight, is not what it was in training",
-                                    remedy="load the base from its own files, in the storage it was trained on")
+            self.refuse_if_apart(name, now, extra["taken"][name], size)
+
+    def refuse_if_apart(self, what: str, now: float, saved: float, size: float) -> None:
+        if not abs(now - saved) <= TOLERANCE * size:
+            raise ArtifactError(f"'{self.site_name}': {what}, taken from the frozen weight, is not what it was in training",
+                                remedy="load the base from its own files, in the storage it was trained on")
 
 
 def _fingerprint(tensor: Tensor) -> tuple[float, float]:
