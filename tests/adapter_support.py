@@ -17,6 +17,9 @@ OPTIONS = {
     "nola": {"r": 3, "alpha": 5.0, "n_basis": 20, "n_basis_b": 11},
     "flora": {"r": 2},
     "paca": {"r": 5, "alpha": 7.0},
+    "kasa": {"r": 4, "alpha": 6.0},
+    "loldu": {"r": 8, "alpha": 16.0, "init": "normal"},
+    "nlora": {"r": 4, "alpha": 6.0, "landmarks": "random"},
     "lora_xs": {"r": 6, "alpha": 9.0},
 }
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
