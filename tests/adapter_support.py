@@ -33,6 +33,11 @@ OPTIONS = {
     "loha": {"r": 2, "alpha": 5.0},
     "lokr": {"r": 3, "alpha": 4.0},
     "oft": {"block_size": 16},
+    "kasa": {"r": 4, "alpha": 6.0},
+    "loldu": {"r": 8, "alpha": 16.0, "init": "normal"},
+    "nlora": {"r": 4, "alpha": 6.0, "landmarks": "random"},
+    "lamda": {"r": 5, "alpha": 8.0},
+    "lora_xs": {"r": 6, "alpha": 9.0},
 }
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
 OTHER = [info.name for info in methods("adapter") if info.traits["scope"] != "site"]
