@@ -17,6 +17,8 @@ OPTIONS = {
     "nola": {"r": 3, "alpha": 5.0, "n_basis": 20, "n_basis_b": 11},
     "flora": {"r": 2},
     "paca": {"r": 5, "alpha": 7.0},
+    "block_lora": {"r": 3, "n_blocks": 2, "alpha": 8.0},
+    "allora": {"r": 4, "eta": 1.5},
 }
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
 OTHER = [info.name for info in methods("adapter") if info.traits["scope"] != "site"]
