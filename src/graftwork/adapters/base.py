@@ -203,7 +203,8 @@ class Adapter(nn.Module):
 
     # -- training ------------------------------------------------------------------------------------------------------
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups of this adapter's trained parameters: {params, lr_scale, weight_decay?}. lr_scale multiplies the rate."""
+        """Groups of this adapter's trained parameters: {params, lr_scale, weight_decay?, update_gain?}. lr_scale multiplies the
+        rate; update_gain (a function of the value before the step) multiplies the step, entry by entry."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr_scale": 1.0}]
 
     def auxiliary_loss(self) -> Tensor | None:

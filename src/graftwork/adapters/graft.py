@@ -79,7 +79,8 @@ class Graft:
         return [p for _, p in self.named_parameters()]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups: parameters of equal lr_scale and weight decay together; keys params, names, lr_scale, role."""
+        """Optimizer groups: parameters of equal lr_scale, weight decay and update gain together; keys params, names, lr_scale,
+        role."""
         names = {id(p): n for n, p in self.named_parameters()}
         merged: dict[tuple, dict[str, Any]] = {}
         modules = [m for _, m in self.named_modules()]
@@ -87,7 +88,7 @@ class Graft:
             groups = module.parameter_groups() if isinstance(module, Adapter) else [
                 {"params": [p for p in module.parameters() if p.requires_grad], "lr_scale": 1.0}]
             for group in groups:
-                key = (group["lr_scale"], group.get("weight_decay"))
+                key = (group["lr_scale"], group.get("weight_decay"), group.get("update_gain"))
                 entry = merged.setdefault(key, {"params": [], "names": [], "role": "adapter",
                                                 **{k: v for k, v in group.items() if k != "params"}})
                 entry["params"] += group["params"]
