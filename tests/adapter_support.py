@@ -18,6 +18,7 @@ OPTIONS = {
     "flora": {"r": 2},
     "paca": {"r": 5, "alpha": 7.0},
     "block_lora": {"r": 3, "n_blocks": 2, "alpha": 8.0},
+    "s2_lora": {"r": 12, "threshold": 0.02},
     "allora": {"r": 4, "eta": 1.5},
 }
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]

@@ -119,6 +119,10 @@ class Adapter(nn.Module):
         product: the frozen map as it computes. pristine(): W (out, in) fp32 as it is in the model's file. Shapes only while a
         run is planned (fake tensors). Runs before an initializer, and not before an artifact is loaded."""
 
+    def borrowed(self) -> tuple[nn.Parameter, ...]:
+        """Trained parameters of the shared module that this site's operator reads: a kept bank is stale when they change."""
+        return ()
+
     # -- built -----------------------------------------------------------------------------------------------------
     def factors(self, base: Base | None = None) -> tuple[Tensor, Tensor] | None:
         """(B (out, r), A (r, in)), exact, scale folded in; None where the change is not low-rank."""
