@@ -19,6 +19,7 @@ OPTIONS = {
     "paca": {"r": 5, "alpha": 7.0},
     "block_lora": {"r": 3, "n_blocks": 2, "alpha": 8.0},
     "s2ft": {"ratio": 0.3, "per_layer": True, "target_modules": "all-linear"},
+    "spiel": {"density": 0.08},
     "s2_lora": {"r": 12, "threshold": 0.02},
     "allora": {"r": 4, "eta": 1.5},
 }

@@ -78,6 +78,7 @@ class Adapter(nn.Module):
     multiplicative: ClassVar[bool] = False  # changes the frozen product itself, so it cannot be summed with others
     seeded: ClassVar[bool] = False  # part of the operator is regenerated from a seed and never saved
     starts_at_identity: ClassVar[bool] = True
+    moves: ClassVar[tuple[str, ...]] = ()  # frozen parameters that a selection changes while training: part of checkpoints
     restarts_on_load: ClassVar[bool] = False  # `start` runs before an artifact is read too: what it sets is not saved
 
     def __init__(self, site: SiteShape, config: AdapterConfig, *, shared: nn.Module | None, generator: torch.Generator):
