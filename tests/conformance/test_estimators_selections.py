@@ -36,7 +36,8 @@ def built(estimator="backprop", selection=None, *, full=False):
         model.requires_grad_(True)
         parameters = list(model.named_parameters())
     else:
-        grafts = [graftwork.attach(model, "lora", r=2, dropout=0.2)]
+        adapter = getattr(selection and lookup("selection", selection).cls, "adapter", "lora")  # the one it acts on
+        grafts = [graftwork.attach(model, adapter, **({"r": 2, "dropout": 0.2} if adapter == "lora" else {}))]
         parameters = list(grafts[0].named_parameters())
     optimizer = None
     if lookup("estimator", estimator).traits["gradients"]:
@@ -104,7 +105,7 @@ def state_of_run(step):
     optimizer = ({}, None)
     if step.optimizer is not None:
         optimizer = optimizer_state_tensors(step.optimizer, {p: n for n, p in step.parameters})
-    learned = {n: p.detach().clone() for n, p in step.parameters}
+    learned = {n: t.clone() for n, t in ckpt.learned_tensors(step.model, step.parameters, step.grafts).items()}
     moments = {k: t.clone() for k, t in optimizer[0].items()}
     return plain, {k: t.clone() for k, t in tensors.items()}, (moments, optimizer[1]), learned
 
@@ -116,8 +117,8 @@ def restore(step, saved):
     for selection, (structure, _) in zip(step.selections, plain["selections"]):
         selection.restore_structure(structure, step.model, step.grafts[0] if step.grafts else None)
     with torch.no_grad():
-        for n, p in step.parameters:
-            p.copy_(learned[n])
+        for n, t in ckpt.learned_tensors(step.model, step.parameters, step.grafts).items():
+            t.copy_(learned[n])
     if step.optimizer is not None:
         load_optimizer_state(step.optimizer, moments, header, {p: n for n, p in step.parameters})
     step.estimator.load_state_dict(ckpt.join(plain["estimator"], tensors))

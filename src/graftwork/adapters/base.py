@@ -79,6 +79,7 @@ class Adapter(nn.Module):
     seeded: ClassVar[bool] = False  # part of the operator is regenerated from a seed and never saved
     starts_at_identity: ClassVar[bool] = True
     random_start: ClassVar[bool] = True  # False: nothing is drawn, so every seed gives the same start
+    moves: ClassVar[tuple[str, ...]] = ()  # frozen parameters that a selection changes while training: part of checkpoints
     restarts_on_load: ClassVar[bool] = False  # `start` runs before an artifact is read too: what it sets is not saved
 
     def __init__(self, site: SiteShape, config: AdapterConfig, *, shared: nn.Module | None, generator: torch.Generator):
@@ -119,6 +120,10 @@ class Adapter(nn.Module):
 
         product: the frozen map as it computes. pristine(): W (out, in) fp32 as it is in the model's file. Shapes only while a
         run is planned (fake tensors). Runs before an initializer, and not before an artifact is loaded."""
+
+    def borrowed(self) -> tuple[nn.Parameter, ...]:
+        """Trained parameters of the shared module that this site's operator reads: a kept bank is stale when they change."""
+        return ()
 
     # -- built -----------------------------------------------------------------------------------------------------
     def factors(self, base: Base | None = None) -> tuple[Tensor, Tensor] | None:
@@ -204,7 +209,8 @@ class Adapter(nn.Module):
 
     # -- training ------------------------------------------------------------------------------------------------------
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups of this adapter's trained parameters: {params, lr_scale, weight_decay?}. lr_scale multiplies the rate."""
+        """Groups of this adapter's trained parameters: {params, lr_scale, weight_decay?, update_gain?}. lr_scale multiplies the
+        rate; update_gain (a function of the value before the step) multiplies the step, entry by entry."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "lr_scale": 1.0}]
 
     def auxiliary_loss(self) -> Tensor | None:

@@ -80,15 +80,16 @@ class Graft:
         return [p for _, p in self.named_parameters()]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Optimizer groups: parameters of equal lr_scale and weight decay together; keys params, names, lr_scale, role."""
+        """Optimizer groups: parameters of equal lr_scale, weight decay and update gain together; keys params, names, lr_scale,
+        role."""
         names = {id(p): n for n, p in self.named_parameters()}
         merged: dict[tuple, dict[str, Any]] = {}
         modules = [m for _, m in self.named_modules()]
         for module in modules:
-            groups = module.parameter_groups() if isinstance(module, Adapter) else [
+            groups = module.parameter_groups() if hasattr(module, "parameter_groups") else [
                 {"params": [p for p in module.parameters() if p.requires_grad], "lr_scale": 1.0}]
             for group in groups:
-                key = (group["lr_scale"], group.get("weight_decay"))
+                key = (group["lr_scale"], group.get("weight_decay"), group.get("update_gain"))
                 entry = merged.setdefault(key, {"params": [], "names": [], "role": "adapter",
                                                 **{k: v for k, v in group.items() if k != "params"}})
                 entry["params"] += group["params"]
@@ -312,7 +313,7 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
     if graft.shared is not None:
         if "graft_shared" not in model._modules:
             model.add_module("graft_shared", nn.ModuleDict())
-        model._modules["graft_shared"][name] = graft.shared.train(model.training)
+        model._modules["graft_shared"][name] = on_device(graft.shared, sites[0].product.device).train(model.training)
     holder.grafts[name] = graft
     try:
         for site in sites:

@@ -241,7 +241,7 @@ class Slot(nn.Module):
 
 
 def _version(adapter: Adapter) -> tuple:
-    """Changes whenever a tensor of the adapter is replaced or written. Walks the plain dict where there are no submodules:
+    """Changes whenever a tensor that the adapter reads is replaced or written. Walks the plain dict where there are no submodules:
     this runs at every site of every decode step."""
     parameters = adapter.parameters() if adapter._modules else adapter._parameters.values()
-    return tuple((id(p), p._version) for p in parameters if p is not None)
+    return tuple((id(p), p._version) for p in (*parameters, *adapter.borrowed()) if p is not None)

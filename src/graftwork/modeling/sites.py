@@ -42,6 +42,7 @@ class Site:
     rows: slice | None = None
     attribute: str | None = None
     expert: int | None = None
+    model: nn.Module | None = field(default=None, repr=False, compare=False)  # the whole model; set by `find_sites`
 
     @property
     def in_features(self) -> int:
@@ -116,6 +117,8 @@ def find_sites(model: nn.Module, target_modules: str | list[str] = "all-linear",
         raise UsageError(f"no module of this model matches target_modules = {wrong!r}{nearest(wrong, suffixes)}",
                          remedy=f"candidates: {', '.join(suffixes)}; or 'all-linear', 'attention', 'mlp', or roles "
                                 f"{', '.join(sorted({s.role for s in known} - {'other', 'head'}))}")
+    for site in chosen:
+        site.model = model
     return chosen
 
 

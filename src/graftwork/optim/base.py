@@ -70,8 +70,8 @@ class BaseOptimizer(torch.optim.Optimizer):
     """Base of all optimizers. A subclass defines `slots` and either `update` (a list of tensors) or `update_one`.
 
     Args:
-        params: parameters, or groups with the extra keys `role` ("linear" by default) and `lr_scale`; a group's own `lr`
-            counts before `lr_scale`.
+        params: parameters, or groups with the extra keys `role` ("linear" by default), `lr_scale` and `update_gain` (a function,
+            see `_move`); a group's own `lr` counts before `lr_scale`.
         config: an instance of the method's config class; or give its fields as keyword arguments.
     """
 
@@ -126,8 +126,17 @@ class BaseOptimizer(torch.optim.Optimizer):
             for group in self.param_groups:
                 params = [p for p in group["params"] if p.grad is not None]
                 if params:
-                    self.update(group, params)
+                    self._move(group, params)
         return loss
+
+    def _move(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """`update`, and where the group has an `update_gain` (values before -> factors, broadcasting) each entry's step times
+        its factor."""
+        gain = group.get("update_gain")
+        before = None if gain is None else [p.detach().clone() for p in params]
+        self.update(group, params)
+        for p, old in zip(params, before or ()):
+            p.copy_(torch.addcmul(old, p - old, gain(old)))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, except that state keeps its own dtypes (torch would cast fp32 moments to a bf16 parameter's type)."""
@@ -237,7 +246,7 @@ def _update_in_backward(reference: weakref.ref, p: Tensor) -> None:
     optimizer = reference()
     if optimizer is not None:
         with torch.no_grad():
-            optimizer.update(optimizer.param_groups[optimizer._clocks[p].group], [p])
+            optimizer._move(optimizer.param_groups[optimizer._clocks[p].group], [p])
         p.grad = None
 
 

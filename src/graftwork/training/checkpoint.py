@@ -83,6 +83,7 @@ def learned_tensors(model: nn.Module, parameters: list[tuple[str, nn.Parameter]]
         for graft in grafts:
             for key, module in graft.named_modules():
                 tensors.update({f"buffer:{graft.name}/{key}.{n}": b for n, b in module.named_buffers()})
+                tensors.update({f"moved:{graft.name}/{key}.{n}": getattr(module, n).detach() for n in getattr(module, "moves", ())})
     else:
         tensors.update({f"buffer:{n}": b for n, b in model.named_buffers()})
     return tensors

@@ -1,0 +1,163 @@
+"""S2FT: train whole attention heads and feed-forward channels of the frozen weight (arXiv 2412.06289).
+
+    o, down, fc2 (units are columns):          y = W x + b + S x[I],        S (out, n) trained
+    q, k, v, gate, up, fc1 (units are rows):   y = W x + b, y[I] += S x,    S (n, in) trained
+    I (n,): the lines of the chosen units; S = 0 at the start. Parameters n out (columns) or n in (rows).
+
+Units are chosen at random (S2FT-R): of all units that the sites of a role have in the whole model, int(ratio * units), so that
+their number differs between layers; with per_layer the same number int(ratio * units) in each site (one at least). A unit is a
+query head (q, o), a key/value head (k, v), a key/value head with its query heads (a fused qkv), or a channel (two rows where
+gate and up are one map), see modeling/coupling.py; `ratio_pattern` gives sites other ratios, the first match wins. By default
+3 % of the channels of down are trained, as in the paper. A site of which nothing was drawn trains nothing.
+
+For columns the backward pass keeps x[I] only, n values a token. Lines of a site are a low-rank change (rank n), so it merges and
+converts exactly, and grafts with disjoint units add up without touching each other's lines.
+
+Differs from the paper: weights are never permuted. The paper moves chosen units to the front, so that each trained slice is
+contiguous; the function is the same, but a permuted base is of no use to other grafts. Selection by weights, activations or
+gradients, variants of the paper, are not offered. Its code mixes query and key/value heads up under grouped attention.
+The stored lines (int32) are those of the original model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..modeling.arithmetic import linear
+from ..modeling.coupling import Units, units_of
+from ..registry import register
+from .base import Adapter, AdapterConfig, as_rows, pattern_value
+
+
+class S2FT(AdapterConfig):
+    """Options of `s2ft`."""
+
+    target_modules: str | list[str] = ["down", "fc2", "down_proj"]
+    ratio: float = Field(0.03, gt=0.0, le=1.0, description="share of the units that is trained")
+    ratio_pattern: dict[str, float] = {}
+    per_layer: bool = Field(False, description="the same number of units in every layer, instead of a draw over all layers")
+
+
+class Choice(nn.Module):
+    """What the sites share: the axis and the drawn lines of each. Holds no parameter."""
+
+    def __init__(self, lines: dict[str, tuple[str, list[int]]]):
+        super().__init__()
+        self.lines = lines
+
+
+@dataclass
+class LineBank:
+    """K adapters of one site: lines (K, n) int64, S (K, n, out) of columns or (K, n, in) of rows; ragged ones are padded with
+    line 0 and zeros."""
+
+    axis: str
+    lines: Tensor
+    S: Tensor
+    out_features: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.lines.untyped_storage().nbytes() + self.S.untyped_storage().nbytes()
+
+
+@register("adapter", "s2ft", config=S2FT, paper="2412.06289",
+          title="S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity",
+          summary="trains whole heads and channels: rows or columns of the weight that belong together",
+          bibtex="@inproceedings{yang2024s2ft, title={S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured "
+                 "Sparsity}, author={Yang, Xinyu and Leng, Jixuan and Guo, Geyang and Zhao, Jiawei and Nakada, Ryumei and Zhang, "
+                 "Linjun and Yao, Huaxiu and Chen, Beidi}, booktitle={NeurIPS}, year={2024}}")
+class S2FTAdapter(Adapter):
+    def __init__(self, site, config, *, shared, generator):
+        super().__init__(site, config, shared=shared, generator=generator)
+        self.axis, lines = shared.lines[site.name]
+        self.lines = nn.Parameter(torch.tensor(lines, dtype=torch.int32), requires_grad=False)
+        shape = (site.out_features, len(lines)) if self.axis == "columns" else (len(lines), site.in_features)
+        self.register_parameter("S", nn.Parameter(torch.zeros(shape)) if lines else None)
+
+    @classmethod
+    def make_shared(cls, sites, config, seed):
+        pools: dict[tuple, list] = {}
+        for site in sites:  # roles are drawn independently of each other
+            ratio = pattern_value(config.ratio_pattern, site.name, config.ratio)
+            key = (site.role, getattr(site, "attribute", None), ratio, site.name if config.per_layer else "")
+            pools.setdefault(key, []).append((site, units_of(site)))
+        drawn = {}
+        for key, members in pools.items():
+            total = sum(units.count for _, units in members)
+            name = f"{seed}/s2ft/{'/'.join(map(str, key))}".encode()
+            generator = random.Random(hashlib.blake2b(name, digest_size=8).digest())
+            chosen, first = set(generator.sample(range(total), max(1, int(key[2] * total)))), 0
+            for site, units in members:
+                own = [u for u in range(units.count) if first + u in chosen]
+                drawn[site.name] = (units.axis, sorted(units.lines(own)))
+                first += units.count
+        return Choice(drawn)
+
+    @classmethod
+    def parameter_count(cls, site, config):
+        """Of a site with per_layer; without it this is the mean over the layers, rounded down to whole units."""
+        bare = getattr(site, "model", None) is None  # a matrix without a model: its columns
+        units = Units("columns", site.in_features, ((0, 1),)) if bare else units_of(site)
+        chosen = max(1, int(pattern_value(config.ratio_pattern, site.name, config.ratio) * units.count))
+        return chosen * units.width * (site.out_features if units.axis == "columns" else site.in_features)
+
+    def factors(self, base=None):
+        if self.S is None:
+            zero = self.lines.new_zeros((), dtype=torch.float32)
+            return zero.expand(self.out_features, 1), zero.expand(1, self.in_features)
+        n, lines = self.lines.shape[0], self.lines.long().unsqueeze(1)
+        size = self.in_features if self.axis == "columns" else self.out_features
+        selector = torch.zeros(n, size, device=self.S.device).scatter(1, lines, 1.0)
+        return (self.S, selector) if self.axis == "columns" else (selector.T, self.S)
+
+    def delta_weight(self, base):
+        change = torch.zeros(self.out_features, self.in_features, device=self.lines.device)
+        if self.S is None:
+            return change
+        return change.index_copy(1 if self.axis == "columns" else 0, self.lines.long(), self.S.float())
+
+    def delta(self, x, base):
+        if self.S is None:
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        if self.axis == "columns":
+            return F.linear(x.index_select(-1, self.lines), self.S.to(x.dtype))
+        change = x.new_zeros(*x.shape[:-1], self.out_features)
+        return change.index_copy(-1, self.lines.long(), linear(x, self.S.to(x.dtype)))
+
+    def forward(self, x, base):
+        return base(x) if self.S is None else super().forward(x, base)
+
+    # -- many rows ---------------------------------------------------------------------------------------------------
+    @classmethod
+    def stack(cls, adapters, dtype):
+        axis, most = adapters[0].axis, max(1, *(a.lines.shape[0] for a in adapters))
+        width = adapters[0].out_features if axis == "columns" else adapters[0].in_features
+
+        def lines_first(a: S2FTAdapter) -> Tensor:
+            if a.S is None:
+                return torch.zeros(most, width, device=a.lines.device)
+            S = a.S.T if axis == "columns" else a.S
+            return F.pad(S, (0, 0, 0, most - S.shape[0]))
+
+        return LineBank(axis, torch.stack([F.pad(a.lines.long(), (0, most - a.lines.shape[0])) for a in adapters]),
+                        torch.stack([lines_first(a) for a in adapters]).to(dtype), adapters[0].out_features)
+
+    @classmethod
+    def forward_rows(cls, bank, index, x, base):
+        flat = as_rows(x)
+        lines = bank.lines.index_select(0, index).unsqueeze(1).expand(-1, flat.shape[1], -1)
+        S = bank.S.index_select(0, index)
+        if bank.axis == "columns":
+            change = torch.bmm(flat.gather(-1, lines), S)
+        else:  # added, since padding writes zeros to line 0
+            change = flat.new_zeros(*flat.shape[:-1], bank.out_features)
+            change = change.scatter_add(-1, lines, torch.bmm(flat, S.transpose(1, 2)))
+        return change.reshape(*x.shape[:-1], change.shape[-1])
