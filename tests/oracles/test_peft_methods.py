@@ -83,6 +83,7 @@ READ = {
     "dora rslora": ("gpt2", "dora", dict(use_dora=True, use_rslora=True, r=4, target_modules=["c_attn"], fan_in_fan_out=True)),
     "ia3": ("llama", "ia3", dict(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])),
     "ia3 regex": ("llama", "ia3", dict(target_modules=r".*\.(k|down)_proj", feedforward_modules=r".*\.0\.mlp\.down_proj")),
+    "ia3 ends within a part": ("llama", "ia3", dict(target_modules=r".*(k|down)_proj", feedforward_modules=["wn_proj"])),
     "ia3 gpt2": ("gpt2", "ia3", dict(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True)),
     "loha": ("llama", "loha", dict(r=3, alpha=4, target_modules="all-linear", rank_pattern={"v_proj": 2})),
     "lokr": ("llama", "lokr", dict(r=3, alpha=4, target_modules=["q_proj", "up_proj"], decompose_both=True)),

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..modeling.arithmetic import linear, product_dtype
-from ..modeling.protocols import Base, Product, StoredWeight, has_values
+from ..modeling.protocols import Base, Product, StorageProduct, has_values
 from ..registry import register
 from .base import Adapter, AdapterConfig, Bank, pattern_value
 
@@ -66,7 +66,7 @@ def row_norms(weight: Tensor, B: Tensor, A: Tensor) -> Tensor:
 
 def _weight_state(product: Product) -> tuple:
     """Changes when the frozen weight is written or replaced. A stored weight is never written in place."""
-    if isinstance(getattr(product, "module", None), StoredWeight):
+    if isinstance(product, StorageProduct):
         return ()
     weight = product.dense()
     return weight.data_ptr(), weight._version, weight.dtype

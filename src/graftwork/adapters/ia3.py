@@ -53,7 +53,7 @@ def scales_input(site, modules: str | list[str]) -> bool:
     return any(site.role == m or name == m or name.endswith("." + m) for m in modules)
 
 
-@register("adapter", "ia3", config=IA3, paper="2205.05638", aliases=("(ia)^3",),
+@register("adapter", "ia3", config=IA3, paper="2205.05638",
           title="Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
           summary="one factor per output (or per input of the second feed-forward map)",
           bibtex="@inproceedings{liu2022ia3, title={Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context "

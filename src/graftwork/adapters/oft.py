@@ -25,6 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..modeling.arithmetic import product_dtype
 from ..modeling.protocols import has_values
 from ..registry import register
 from .base import Adapter, AdapterConfig, pattern_value
@@ -60,9 +61,10 @@ def skew(upper: Tensor, size: int) -> Tensor:
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """R^T x = x + (R - I)^T x: x (N, T, in), turns R - I of every row (N, k, size, size) or of all (k, size, size)."""
-    blocks = x.unflatten(-1, (turns.shape[-3], -1))
-    turned = torch.einsum("...tkc,...kcd->...tkd", blocks, turns.to(x.dtype))
-    return x + turned.flatten(-2)
+    dtype = product_dtype(x.dtype, x.device)
+    blocks = x.to(dtype).unflatten(-1, (turns.shape[-3], -1))
+    turned = torch.einsum("...tkc,...kcd->...tkd", blocks, turns.to(dtype))
+    return x + turned.flatten(-2).to(x.dtype)
 
 
 @register("adapter", "oft", config=OFT, paper="2306.07280",
@@ -133,7 +135,7 @@ class OFTAdapter(Adapter):
         turns = [a.turns() for a in adapters]
         if len({t.shape for t in turns}) > 1:
             turns = [torch.block_diag(*t).unsqueeze(0) for t in turns]
-        return RotationBank(torch.stack(turns).to(dtype))
+        return RotationBank(torch.stack(turns).to(product_dtype(dtype, turns[0].device)))
 
     @classmethod
     def rows_inputs(cls, bank, index, x):

@@ -141,7 +141,9 @@ def _dora_document(graft: Graft, names) -> dict[str, Any]:
 
 # -- (IA)^3 ---------------------------------------------------------------------------------------------------------------
 def _ia3_options(document: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
-    return {"feedforward_modules": document.get("feedforward_modules") or []}
+    """PEFT's words are ends of names, also within a part of a name."""
+    words = document.get("feedforward_modules") or []
+    return {"feedforward_modules": f".*(?:{'|'.join(map(re.escape, sorted(words)))})" if words and not isinstance(words, str) else words}
 
 
 def _ia3_document(graft: Graft, names) -> dict[str, Any]:
