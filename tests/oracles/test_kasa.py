@@ -77,6 +77,20 @@ def test_start_moves_by_the_tail_alone():
     assert 0 < shift(1) < 0.15 and shift(1) < shift(12)  # a random matrix has a heavy tail: 1/64 of its components
 
 
+def test_without_truncation_it_starts_at_the_base(tmp_path):
+    model = tiny.llama()
+    graft = attach(model, "kasa", truncate=False, filled=False)
+    assert torch.equal(output(model, IDS), output(tiny.llama(), IDS))
+    fill(graft).save(tmp_path / "saved")
+    for name, change in graft.delta_weights().items():
+        adapter = graft.adapters[name]
+        close(change, adapter.B * adapter.sigma * 1.5 @ adapter.A, 1e-5)
+        assert adapter.base_edit() is None and adapter.factors()[1].shape[0] == 4
+    again = tiny.llama()
+    graftwork.attach_saved(again, tmp_path / "saved")
+    assert torch.equal(output(again, IDS), output(model, IDS))
+
+
 def test_the_two_gram_forms_differ_by_a_constant():
     adapter = next(iter(attach(tiny.llama(), "kasa").adapters.values()))
     A = adapter.A.detach().double()

@@ -209,7 +209,7 @@ def test_saved_bytes_before_and_after():
 
 
 # -- LaMDA++ ----------------------------------------------------------------------------------------------------------------
-def test_levelled_ranks():
+def test_leveled_ranks():
     flat, steep = [0.1] * 8, [0.8, 0.1, 0.05, 0.02, 0.01, 0.0, 0.0, 0.0]
     assert level({"flat": flat, "steep": steep}, 8) == {"flat": 7, "steep": 1}
     assert level({"a": flat, "b": flat}, 8) == {"a": 4, "b": 4}

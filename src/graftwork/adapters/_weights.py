@@ -84,7 +84,7 @@ def principal(W: Tensor, r: int, svd: Literal["fast", "exact"], niter: int,
         k = min(r + 8, *W.shape)
         Q = torch.linalg.qr(W @ torch.randn(W.shape[1], k, generator=generator, dtype=W.dtype).to(W.device)).Q
         for _ in range(niter):
-            Q = torch.linalg.qr(W @ torch.linalg.qr(W.T @ Q).Q).Q
+            Q = torch.linalg.qr(W @ (W.T @ Q)).Q
         U, S, Vh = torch.linalg.svd(Q.T @ W, full_matrices=False)
         U = Q @ U
     U, S, Vh = U[:, :r], S[:r], Vh[:r]

@@ -9,7 +9,8 @@ As a LoRA: (s B R, A), rank r, exact.
 
 svd='fast' is the paper's randomized SVD with its 10 iterations, from a private generator; 'exact' takes the full SVD of every
 weight, which is slow on large models. Both are computed in fp64 with fixed signs, for R means nothing in another basis.
-R is not zero at the start, since the code starts it at 1e-5 N(0, 1): the output moves by less than 1e-3 of its size.
+R is not zero at the start, since the code starts it at 1e-5 N(0, 1): the logits move by less than 1 % (SmolLM2-135M at r = 32:
+0.03 % and 0.7 % on two texts), and the loss by nothing that can be seen.
 """
 
 from __future__ import annotations
