@@ -72,24 +72,21 @@ class LoRAGGPOEstimator(BackpropEstimator):
         super().__init__(config or LoRAGGPO())
         self.scale: dict[str, Tensor] = {}  # c of each target, fp32 (out,)
         self.width: dict[str, Tensor] = {}  # mean row norm of each frozen weight
-        self.targets: list[Target] | None = None
 
     def step(self, ctx):
         if getattr(getattr(ctx.optimizer, "config", None), "fused", False):
             raise UsageError("lora_ggpo reads the gradients, and a fused optimizer drops them inside backward",
                              remedy="optimizer.fused: false")
-        if self.targets is None:
-            self.targets = targets(ctx)
-            for target in self.targets:
-                c = self.scale.get(target.key)
-                device = target.site.product.device
-                self.scale[target.key] = torch.zeros(target.site.out_features, device=device) if c is None else c.to(device)
-        with perturbed(self.targets, self.scale, ctx.holder):
+        found, before = targets(ctx), self.scale  # anew each step: a selection may take sites away
+        self.scale = {}
+        for target in found:
+            c, device = before.get(target.key), target.site.product.device
+            self.scale[target.key] = torch.zeros(target.site.out_features, device=device) if c is None else c.to(device)
+        with perturbed(found, self.scale, ctx.holder):
             result = super().step(ctx)
-        used = torch.cat([self.scale[t.key] for t in self.targets]).mean()
+        used = torch.cat(list(self.scale.values())).mean()
         with torch.no_grad():
-            for target in self.targets:
-                self.scale[target.key] = self._next(target)
+            self.scale = {target.key: self._next(target) for target in found}
         result.metrics = {**result.metrics, "perturbation": used}
         return result
 
@@ -114,7 +111,7 @@ class LoRAGGPOEstimator(BackpropEstimator):
         return dict(self.scale)
 
     def load_state_dict(self, state):
-        self.scale, self.targets = dict(state), None
+        self.scale = dict(state)
 
 
 def row_norms(W: Tensor) -> Tensor:
