@@ -286,3 +286,32 @@ def test_refusals():
                         ({"optimizer": {"method": "adamw", "fused": True}, "train": {"max_grad_norm": 0}}, "inside backward")]:
         found = reasons_against(load_recipe({**plain, **more}, check=False))
         assert [(s, words in why) for s, why, _ in found] == [("estimator", True)], found
+
+
+def test_it_ends_where_the_loss_is_flatter():
+    """An over-parameterized LoRA on a few rows: trained to a like loss, random changes of one size raise ours less."""
+    def sharpness(estimator):
+        model = tiny.llama()
+        graft = graftwork.attach(model, "lora", r=32)
+        groups = [{k: v for k, v in g.items() if k != "names"} for g in graft.parameter_groups()]
+        step = TrainStep(model.train(), CausalLMObjective(), estimator, list(graft.named_parameters()), [graft], (),
+                         graftwork.optimizer("adamw", groups, lr=5e-3), 1.0, (), 60, 3)
+        for k in range(60):
+            step.run([batch_of(4, 12, 1)], k)
+        model.eval()
+
+        def loss():
+            with torch.no_grad():
+                return float(CausalLMObjective().loss(model, batch_of(4, 12, 1), 1 / 30).loss)
+
+        found, generator = [], torch.Generator().manual_seed(9)
+        plain, kept = loss(), {n: s.module.weight.detach().clone() for n, s in graft.sites.items()}
+        for _ in range(8):
+            for n, site in graft.sites.items():
+                z = torch.randn(kept[n].shape, generator=generator)
+                site.module.weight.data = kept[n] + 0.1 * kept[n].norm() / z.norm() * z
+            found.append(loss())
+        return plain, sum(found) / 8 - plain
+
+    plain, ours = sharpness(BackpropEstimator(None)), sharpness(LoRAGGPOEstimator(LoRAGGPO(sigma=0.05, beta=0.0)))
+    assert abs(ours[0] - plain[0]) < 0.05 and ours[1] < 0.6 * plain[1]
