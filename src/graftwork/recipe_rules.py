@@ -106,6 +106,11 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
            f"{estimator.name} runs no backward pass, so there are no activations to save", "train.gradient_checkpointing: false")
     unless(estimator.traits["gradients"] or not recipe.is_fleet, "estimator",
            f"{estimator.name} moves all adapters of a mixed batch at once", "estimator: backprop")
+    unless(adapter is None or adapter.name in estimator.traits.get("adapters", [adapter.name]), "estimator",
+           f"{estimator.name} trains {', '.join(estimator.traits.get('adapters', []))}, not {adapter and adapter.name}",
+           "estimator: backprop")
+    unless(not (fused and estimator.traits.get("reads_gradients")), "estimator",
+           f"a fused optimizer updates inside backward, before {estimator.name} could read the gradients", "optimizer.fused: false")
     for i, s in enumerate(selections):
         unless(estimator.traits["gradients"] or not s.traits["reads_gradients"], f"selection.{i}",
                f"{s.name} reads gradients and {estimator.name} makes none", "estimator: backprop")

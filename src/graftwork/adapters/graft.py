@@ -139,6 +139,19 @@ class Graft:
             self.info.cls.on_detach(self)
         del self.holder.grafts[self.name]
 
+    def remove(self, name: str) -> None:
+        """Take the adapter of one site away: the site is again what it is without this graft."""
+        if self.merged:
+            raise UsageError(f"graft '{self.name}' is merged: its sites stay", remedy="graft.unmerge() first")
+        site, adapter = self.sites.pop(name), self.adapters.pop(name)
+        self._restore_storage(site)
+        point = site.module._modules["graft"]
+        slot = point.slot(site.slot_name)
+        slot.take(next(key for key, entry in slot.entries.items() if entry is adapter))
+        if not slot.entries:
+            del point._modules[site.slot_name]
+        drop_point(site.module)
+
     # -- exact change ------------------------------------------------------------------------------------------------
     def _check_weights(self) -> None:
         if self.info.traits["scope"] == "model":

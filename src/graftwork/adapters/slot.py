@@ -89,7 +89,11 @@ class Slot(nn.Module):
 
     def drop(self, graft: str) -> None:
         for key in [k for k, (owner, _) in self.owners.items() if owner == graft]:
-            del self.entries[key], self.owners[key]
+            self.take(key)
+
+    def take(self, key: str) -> None:
+        """Remove one adapter by its key."""
+        del self.entries[key], self.owners[key]
         self._plan, self._banks = None, {}
 
     def run(self, x: Tensor) -> Tensor:

@@ -254,11 +254,17 @@ class _Run:
         self.grafts = build_grafts(recipe, self.model, list(self.data), self._statistics_batches)
 
     def _statistics_batches(self, name: str):
-        """Model inputs in the order of training, for initializers that look at data."""
-        from ..data import model_inputs
+        """Model inputs in the order of training, for initializers that look at data; of the initializer's own file if it has one."""
+        from ..data import build_splits, model_inputs
 
-        for step in range(len(self.members[name])):
-            for batch in self.members[name][step]:
+        steps, other = self.members[name], getattr(self.recipe.initializer, "data", None)
+        if other is not None:
+            own = self.recipe.data.model_copy(update={"train": other, "eval": None, "eval_fraction": 0.0})
+            data = build_splits(own, self.tokenizer, seed=self.recipe.train.seed)[0]
+            epoch = StepBatches.steps_per_epoch(len(data), steps.batch_size, 1)
+            steps = StepBatches(data, data.collator(), steps.batch_size, 1, epoch, self.recipe.train.seed)
+        for step in range(len(steps)):
+            for batch in steps[step]:
                 yield {**model_inputs(batch), "labels": batch["labels"]}
 
     def _peak_meter(self) -> PeakOfStep | None:
