@@ -107,6 +107,12 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
     unless(estimator.traits["gradients"] or not recipe.is_fleet, "estimator",
            f"{estimator.name} moves all adapters of a mixed batch at once", "estimator: backprop")
     for i, s in enumerate(selections):
+        wanted = s.traits["adapters"]
+        unless(not wanted or bool(adapter and adapter.name in wanted), f"selection.{i}",
+               f"{s.name} acts on adapter {', '.join(wanted)}, not on {adapter.name if adapter else 'full tuning'}",
+               f"adapter: {wanted[0] if wanted else ''}, or remove selection {s.name}")
+        unless(not (wanted and recipe.is_fleet), f"selection.{i}",
+               f"{s.name} acts on one adapter, and a fleet trains one a file", "train the files one by one")
         unless(estimator.traits["gradients"] or not s.traits["reads_gradients"], f"selection.{i}",
                f"{s.name} reads gradients and {estimator.name} makes none", "estimator: backprop")
         unless(not (fused and s.traits["reads_gradients"]), f"selection.{i}",
