@@ -17,6 +17,7 @@ OPTIONS = {
     "nola": {"r": 3, "alpha": 5.0, "n_basis": 20, "n_basis_b": 11},
     "flora": {"r": 2},
     "paca": {"r": 5, "alpha": 7.0},
+    "adalora": {"r": 4, "alpha": 20.0},
     "sora": {"r": 4, "alpha": 20.0},
     "slora": {"r": 3, "alpha": 20.0},
 }

@@ -17,7 +17,7 @@ from training_support import completions, folder, recipe
 ESTIMATORS = [info.name for info in methods("estimator")]
 SELECTIONS = [info.name for info in methods("selection")]
 #: options that make a short run show something; kept only where a method has them
-SMALL = {"lr": 1e-2, "eps": 1e-2, "interval": 2, "layers": 1}
+SMALL = {"lr": 1e-2, "eps": 1e-2, "interval": 2, "layers": 1, "target_r": 1, "warmup": 1, "final": 1, "final_r": 4}
 
 
 def together(estimator, selection):

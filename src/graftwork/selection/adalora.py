@@ -59,10 +59,9 @@ class AdaLoRASelection(Selection):
 
     def begin(self, ctx: SelectionContext) -> None:
         self.check_graft(ctx)
-        smallest = min(a.gate.shape[0] for a in ctx.graft.adapters.values())
         if self.config.target_r > ctx.graft.config.r:
             raise UsageError(f"selection 'adalora': target_r {self.config.target_r} is more than the adapter's r "
-                             f"{ctx.graft.config.r} (smallest site: {smallest})", remedy="raise adapter.r; the paper takes 1.5 target_r")
+                             f"{ctx.graft.config.r}", remedy="raise adapter.r; the paper takes 1.5 target_r")
         first, last = self.phases(ctx.total_steps)
         if first >= last and has_values(next(iter(ctx.graft.adapters.values())).gate):
             raise UsageError(f"selection 'adalora': warmup and final leave none of the {ctx.total_steps} steps to shrink the budget in",
@@ -92,8 +91,8 @@ class AdaLoRASelection(Selection):
             if name not in self.sensitivity:
                 self.sensitivity[name], self.uncertainty[name] = torch.zeros_like(p), torch.zeros_like(p)
             now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
-            S = self.sensitivity[name].mul_(b1).add_(now, alpha=1 - b1)
-            self.uncertainty[name].mul_(b2).add_((now - S).abs_(), alpha=1 - b2)
+            S = self.sensitivity[name] = self.sensitivity[name].to(p.device).mul_(b1).add_(now, alpha=1 - b1)
+            self.uncertainty[name] = self.uncertainty[name].to(p.device).mul_(b2).add_((now - S).abs_(), alpha=1 - b2)
 
     @torch.no_grad()
     def after_step(self, ctx: SelectionContext) -> None:
