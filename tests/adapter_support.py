@@ -18,6 +18,7 @@ OPTIONS = {
     "flora": {"r": 2},
     "paca": {"r": 5, "alpha": 7.0},
     "adalora": {"r": 4, "alpha": 20.0},
+    "increlora": {"r": 4, "alpha": 20.0},
     "sora": {"r": 4, "alpha": 20.0},
     "slora": {"r": 3, "alpha": 20.0},
 }

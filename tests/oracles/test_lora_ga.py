@@ -10,6 +10,7 @@ from adapter_support import close, fill, output
 from graftwork.errors import UsageError
 from graftwork.modeling.protocols import is_conv1d
 from graftwork.registry import lookup, make_config
+from training_support import completions, folder, recipe, run
 
 IDS = tiny.tokens(2, 7)
 TARGETS = ["q_proj", "k_proj", "down_proj"]
@@ -165,6 +166,16 @@ def test_batches_counts_and_refusals():
     with pytest.raises(UsageError, match="no finite loss"):
         bad = [{**b, "labels": torch.full_like(b["labels"], -100)} for b in batches(1)]
         graftwork.attach(tiny.llama(), "lora", r=2, batches=bad, initializer="lora_ga")
+
+
+def test_a_recipe_plans_and_runs(tmp_path):
+    base, data = folder(tmp_path), completions(tmp_path / "d.jsonl")
+    documents = [recipe(base, data, tmp_path / name, initializer=start, storage="nf4") for name, start in
+                 (("plain", "default"), ("ga", {"method": "lora_ga", "batches": 2}))]
+    plans = [graftwork.plan(document, estimate_time=False) for document in documents]
+    assert plans[1].categories["adapters"] == 2 * plans[0].categories["adapters"] and plans[1].trained == plans[0].trained
+    done = run(documents[1])
+    assert all(a.lora_A0 is not None for a in done.grafts[0].adapters.values()) and done.loss > 0
 
 
 def test_plan():
