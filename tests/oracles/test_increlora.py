@@ -208,9 +208,12 @@ def test_the_best_weights_come_back_in_their_own_shape(tmp_path):
     assert done.metrics and all(rows >= k for k, rows in shapes(done.grafts[0]).values())
 
 
-def test_refusals(tmp_path):
+def test_refusals(tmp_path, monkeypatch):
     base, data = folder(tmp_path), completions(tmp_path / "d.jsonl")
     with pytest.raises(UsageError, match="acts on adapter increlora, not on lora"):
         load_recipe(recipe(base, data, tmp_path / "o", selection=[{"method": "increlora"}]))
     with pytest.raises(UsageError, match="final_r 1 is less than the adapter's r 2"):
         IncreLoRASelection(IncreLoRAGrowth(final_r=1)).begin(context(attach(tiny.llama(), "increlora", r=2)))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(UsageError, match="train on one device"):
+        IncreLoRASelection().begin(context(attach(tiny.llama(), "increlora")))

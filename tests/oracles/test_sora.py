@@ -167,6 +167,8 @@ def test_refusals(tmp_path):
         load_recipe(document)
     with pytest.raises(UsageError, match="acts on adapter sora, not on full tuning"):
         load_recipe({**document, "adapter": None})
+    with pytest.raises(UsageError, match="acts on one adapter, and a fleet"):
+        load_recipe({**document, "adapter": "sora", "data": {"train": str(tmp_path / "*.jsonl")}})
     selection = SoRASelection(SoRASchedule())
     with pytest.raises(IncompatibleError, match="not on 'lora'"):
         selection.begin(context(attach(tiny.llama(), "lora")))

@@ -97,7 +97,8 @@ class LoRAGAInitializer(SubtractedStart):
                     G = (grad.reshape(-1, grad.shape[-1]).float().T @ x.reshape(-1, x.shape[-1]).float()).cpu()
                     sums[name] = sums[name].add_(G) if name in sums else G
 
-                output.register_hook(add)
+                if output.requires_grad:  # else the loss cannot depend on it through the tokens, which is reported
+                    output.register_hook(add)
             return hook
 
         handles = [model.get_input_embeddings().register_forward_hook(begin)]
