@@ -43,6 +43,9 @@ OPTIONS = {
     "spiel": {"density": 0.08},
     "s2_lora": {"r": 12, "threshold": 0.02},
     "allora": {"r": 4, "eta": 1.5},
+    "adalora": {"r": 4, "alpha": 20.0},
+    "increlora": {"r": 4, "alpha": 20.0},
+    "sora": {"r": 4, "alpha": 20.0},
 }
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
 OTHER = [info.name for info in methods("adapter") if info.traits["scope"] != "site"]
@@ -90,6 +93,15 @@ def close(got, wanted, relative: float = 1e-4) -> None:
     """Largest difference relative to the largest wanted value."""
     error = (got.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-12)
     assert error <= relative, f"relative error {error:.2e} > {relative:.0e}"
+
+
+def close_but_routing(got, wanted, relative: float, kind: str, dtype: str) -> None:
+    """`close`; in bf16 a few tokens of a tiny mixture of experts may choose another expert after rounding, so there three
+    quarters of the tokens have to be close. got, wanted (..., n)."""
+    if (kind, dtype) != ("mixtral", "bf16"):
+        return close(got, wanted, relative)
+    error = (got.double() - wanted.double()).abs().amax(-1) / wanted.double().abs().max().clamp_min(1e-12)
+    assert (error <= relative).double().mean() >= 0.75, f"relative errors {error.tolist()}"
 
 
 def pairwise(factors: dict[str, list], seed: int = 0) -> list[tuple]:

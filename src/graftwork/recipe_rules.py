@@ -112,6 +112,12 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
     unless(not (fused and estimator.traits.get("reads_gradients")), "estimator",
            f"a fused optimizer updates inside backward, before {estimator.name} could read the gradients", "optimizer.fused: false")
     for i, s in enumerate(selections):
+        wanted = s.traits["adapters"]
+        unless(not wanted or bool(adapter and adapter.name in wanted), f"selection.{i}",
+               f"{s.name} acts on adapter {', '.join(wanted)}, not on {adapter.name if adapter else 'full tuning'}",
+               f"adapter: {wanted[0] if wanted else ''}, or remove selection {s.name}")
+        unless(not (wanted and recipe.is_fleet), f"selection.{i}",
+               f"{s.name} acts on one adapter, and a fleet trains one a file", "train the files one by one")
         unless(estimator.traits["gradients"] or not s.traits["reads_gradients"], f"selection.{i}",
                f"{s.name} reads gradients and {estimator.name} makes none", "estimator: backprop")
         unless(not (fused and s.traits["reads_gradients"]), f"selection.{i}",

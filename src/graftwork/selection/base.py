@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..errors import UsageError
+from ..errors import IncompatibleError, UsageError
 from ..registry import MethodConfig
 
 
@@ -38,13 +38,22 @@ class Selection:
     reads_gradients: ClassVar[bool] = False  # acts between backward and step: refuses fused per-layer updates
     full_tuning_only: ClassVar[bool] = False  # chooses among the model's own weights, not a graft's
     events_only: ClassVar[bool] = True  # works as a TrainerCallback in a foreign trainer
+    adapters: ClassVar[tuple[str, ...]] = ()  # the adapter methods it acts on, one graft at a time; empty: any, or none
 
     def __init__(self, config: MethodConfig):
         self.config = config
 
     @classmethod
     def derived_traits(cls) -> dict[str, Any]:
-        return {"reads_gradients": cls.reads_gradients, "full_tuning_only": cls.full_tuning_only, "events_only": cls.events_only}
+        return {"reads_gradients": cls.reads_gradients, "full_tuning_only": cls.full_tuning_only, "events_only": cls.events_only,
+                "adapters": list(cls.adapters)}
+
+    def check_graft(self, ctx: SelectionContext) -> None:
+        """Raises IncompatibleError when what is trained is not a graft of the methods that this selection acts on."""
+        found = "full tuning" if ctx.graft is None else f"'{ctx.graft.method}'"
+        if ctx.graft is None or ctx.graft.method not in self.adapters:
+            raise IncompatibleError(f"selection '{self.method}' acts on adapter {', '.join(self.adapters)}, not on {found}",
+                                    remedy=f"adapter: {self.adapters[0]}, or remove this selection")
 
     def begin(self, ctx: SelectionContext) -> None:
         """Once, after the optimizer exists (ctx.step is the step that comes next, also after a resume)."""

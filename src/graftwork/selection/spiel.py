@@ -20,7 +20,7 @@ without tokens) keep their positions. One graft at a time: a fleet is refused.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -47,7 +47,7 @@ class SpIELGrowth(MethodConfig):
                  "and Vuli{\\'c}, Ivan and Sterz, Hannah and Korhonen, Anna and Ponti, Edoardo M.}, journal={arXiv preprint "
                  "arXiv:2401.16405}, year={2024}}")
 class SpIELSelection(Selection):
-    adapter: ClassVar[str] = "spiel"
+    adapters = ("spiel",)
     reads_gradients = True
 
     def __init__(self, config: SpIELGrowth | None = None):
@@ -57,9 +57,7 @@ class SpIELSelection(Selection):
         self._step: dict[str, Tensor] = {}  # site -> gradient of the candidates in this step
 
     def begin(self, ctx: SelectionContext) -> None:
-        if ctx.graft is None or ctx.graft.method != self.adapter:
-            raise UsageError("selection 'spiel' moves the positions of a sparse graft, and there is none",
-                             remedy="adapter: spiel, or remove this selection")
+        self.check_graft(ctx)
         if sum(bool(g.parameters()) for g in state_of(ctx.model).grafts.values()) > 1:
             raise UsageError("selection 'spiel' moves the positions of one graft at a time, and several are trained",
                              remedy="train them one after the other, or without this selection")

@@ -302,7 +302,7 @@ class GraftTrainer(Trainer):
         folder = self.folder / "checkpoints" / "best"
         if not folder.exists():
             return None
-        ckpt.restore_learned(folder, self.run.model, self.run.parameters, self.run.grafts)
+        self._load_from_checkpoint(folder)  # a selection may have changed the structure since
         return ckpt.read_progress(folder)["step"]
 
 
