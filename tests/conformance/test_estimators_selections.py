@@ -21,8 +21,13 @@ SMALL = {"lr": 1e-2, "eps": 1e-2, "interval": 2, "layers": 1, "target_r": 1, "wa
 
 
 def together(estimator, selection):
-    """Recipes refuse a selection that reads gradients beside an estimator that makes none."""
-    return lookup("estimator", estimator).traits["gradients"] or not lookup("selection", selection).traits["reads_gradients"]
+    """Recipes refuse a selection that reads gradients beside an estimator that makes none, and an estimator and a selection that
+    act on different adapters."""
+    making, choosing = lookup("estimator", estimator).traits, lookup("selection", selection).traits
+    if not making["gradients"] and choosing["reads_gradients"]:
+        return False
+    wanted = making.get("adapters", []), choosing["adapters"]
+    return not all(wanted) or bool(set(wanted[0]) & set(wanted[1]))
 
 
 def small(axis, name):
