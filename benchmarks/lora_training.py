@@ -56,7 +56,7 @@ def make_batch(args, masked: float) -> dict:
 class Ours:
     def __init__(self, args, masked_head: bool):
         import graftwork
-        from graftwork.adapters.graft import attach
+        from graftwork.adapters.attach import attach
         from graftwork.modeling.arithmetic import widen
         from graftwork.registry import lookup, make_config
         from graftwork.training.step import TrainStep

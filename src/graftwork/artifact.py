@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters.graft import Graft, attach
+from .adapters.attach import attach
+from .adapters.graft import Graft
 from .errors import ArtifactError, GraftworkError, UsageError
 from .files import atomic_folder
 from .registry import lookup, make_config

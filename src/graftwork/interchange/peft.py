@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapters.attach import attach
 from ..adapters.base import AdapterConfig
-from ..adapters.graft import Graft, attach
+from ..adapters.graft import Graft
 from ..artifact import settle
 from ..errors import ArtifactError, GraftworkError
 from ..modeling.experts import ATTRIBUTES

@@ -270,7 +270,7 @@ def _grafts(recipe: Recipe, model: Any, names: list[str], notes: list[str]) -> l
     """The recipe's grafts with the ranks that an initializer may choose at most; no statistics are taken."""
     if recipe.adapter is None:
         return build_grafts(recipe, model, names)
-    from ..adapters.graft import attach
+    from ..adapters.attach import attach
     from ..registry import lookup
     from ..training.build import adapter_config
 

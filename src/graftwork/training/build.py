@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.graft import Graft, attach
+from ..adapters.attach import attach
+from ..adapters.graft import Graft
 from ..errors import TrainingError
 from ..modeling.arithmetic import widen
 from ..recipe import Recipe
