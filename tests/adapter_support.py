@@ -38,6 +38,7 @@ OPTIONS = {
     "nlora": {"r": 4, "alpha": 6.0, "landmarks": "random"},
     "lamda": {"r": 5, "alpha": 8.0},
     "lora_xs": {"r": 6, "alpha": 9.0},
+    "lora_sb": {"r": 6},
     "block_lora": {"r": 3, "n_blocks": 2, "alpha": 8.0},
     "s2ft": {"ratio": 0.3, "per_layer": True, "target_modules": "all-linear"},
     "spiel": {"density": 0.08},

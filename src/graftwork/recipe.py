@@ -255,6 +255,9 @@ class _Reader:
             document["initializer"] = None
         for name, axis in SECTIONS.items():
             value = document.get(name)
+            if name == "initializer" and name not in self.document and "adapter_from" not in fields and fields["adapter"]:
+                # the start that belongs to the method, unless the recipe names one (default: the adapter's own)
+                value = lookup("adapter", fields["adapter"].method).traits.get("initializer")
             if name == "selection":
                 if isinstance(value, dict) and value and all(str(k).isdigit() for k in value):
                     value = list(value.values())

@@ -79,7 +79,7 @@ class Adapter(nn.Module):
     seeded: ClassVar[bool] = False  # part of the operator is regenerated from a seed and never saved
     starts_at_identity: ClassVar[bool] = True
     random_start: ClassVar[bool] = True  # False: nothing is drawn, so every seed gives the same start
-    moves: ClassVar[tuple[str, ...]] = ()  # frozen parameters that a selection changes while training: part of checkpoints
+    moves: ClassVar[tuple[str, ...]] = ()  # frozen parameters that checkpoints hold too: a selection changes them, or data set them
     restarts_on_load: ClassVar[bool] = False  # `start` runs before an artifact is read too: what it sets is not saved
 
     def __init__(self, site: SiteShape, config: AdapterConfig, *, shared: nn.Module | None, generator: torch.Generator):

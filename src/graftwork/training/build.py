@@ -76,8 +76,11 @@ def adapter_config(recipe: Recipe, model: nn.Module) -> MethodConfig | None:
 
 
 def build_grafts(recipe: Recipe, model: nn.Module, names: Sequence[str] = ("default",),
-                 batches: Callable[[str], Iterable[dict[str, Any]]] | None = None) -> list[Graft]:
-    """Attach the recipe's adapter once per name; for full tuning make the model's own weights trainable instead."""
+                 batches: Callable[[str], Iterable[dict[str, Any]]] | None = None,
+                 first_rate: Callable[[str], float] | None = None) -> list[Graft]:
+    """Attach the recipe's adapter once per name; for full tuning make the model's own weights trainable instead.
+
+    For initializers: batches(name) gives model inputs, first_rate(name) the learning rate of the first step."""
     config = adapter_config(recipe, model)
     if config is None:
         model.requires_grad_(True)
@@ -87,8 +90,9 @@ def build_grafts(recipe: Recipe, model: nn.Module, names: Sequence[str] = ("defa
 
         return [attach_saved(model, recipe.adapter_from, name=name, trainable=True) for name in names]
     start = None if recipe.initializer is None else {"method": recipe.initializer.method, **recipe.initializer.model_dump()}
-    return [attach(model, config, name=name, initializer=start, batches=batches(name) if batches else None,
-                   seed=recipe.train.seed) for name in names]
+    by_rate = start is not None and "eta" in start and start["eta"] is None and first_rate is not None
+    return [attach(model, config, name=name, initializer={**start, "eta": first_rate(name)} if by_rate else start,
+                   batches=batches(name) if batches else None, seed=recipe.train.seed) for name in names]
 
 
 def trained_parameters(model: nn.Module, grafts: Sequence[Graft]) -> list[tuple[str, nn.Parameter]]:

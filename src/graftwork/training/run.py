@@ -251,7 +251,13 @@ class _Run:
             from ..data import assert_packable
 
             assert_packable(self.model)
-        self.grafts = build_grafts(recipe, self.model, list(self.data), self._statistics_batches)
+        self.grafts = build_grafts(recipe, self.model, list(self.data), self._statistics_batches, self._first_rate)
+
+    def _first_rate(self, name: str) -> float:
+        """The learning rate of a graft's first step."""
+        train = self.recipe.train
+        return (self.recipe.optimizer or self.recipe.estimator).lr * factor(0, self.members[name].total_steps, train.warmup,
+                                                                            train.schedule)
 
     def _statistics_batches(self, name: str):
         """Model inputs in the order of training, for initializers that look at data; of the initializer's own file if it has one."""
