@@ -210,9 +210,15 @@ def main() -> None:
             print(f"      ours against {name}: {other['median_seconds'] / ours['median_seconds']:.2f}x speed, "
                   f"{ours['peak_bytes'] / other['peak_bytes']:.2f}x peak bytes")
     RESULTS.mkdir(exist_ok=True)
-    out = RESULTS / f"lora_training-{args.precision}.json"
+    out = RESULTS / f"lora_training-{args.precision}{f'-{args.layers}layers' * bool(args.layers)}.json"
+    size = {k: v for k, v in vars(args).items() if k in ("rows", "tokens", "layers")}
+    if out.exists():  # shares of masked tokens that this run did not measure stay
+        before = json.loads(out.read_text())
+        if before.get("size") == size:
+            rows = [r for r in before["rows"] if r["masked"] not in {row["masked"] for row in rows}] + rows
     out.write_text(json.dumps({
         "command": "python benchmarks/lora_training.py " + " ".join(f"--{k} {v}" for k, v in vars(args).items() if k != "check"),
+        "size": size,
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
                     "bf16_products": not slow_on_cpu(torch.bfloat16), "torch": torch.__version__}, "rows": rows}, indent=1))
     print(f"written: {out}")
