@@ -2,7 +2,7 @@
 PEFT + Transformers Trainer, PEFT + TRL's SFTTrainer at its defaults. Whole training steps (forward, backward, clipping, AdamW),
 interleaved, medians; peak tensor bytes of one step from allocator events.
 
-    python benchmarks/lora_training.py [--precision bf16] [--rounds 5] [--rows 8] [--tokens 256] [--layers 0] [--check]
+    python benchmarks/lora_training.py [--precision bf16] [--rounds 5] [--rows 8] [--tokens 256] [--layers 0] [--check] [--profile]
 
 --check compares gradients of all four in fp32 on two layers. Writes benchmarks/results/lora_training-PRECISION.json.
 """
@@ -164,6 +164,21 @@ def check(args) -> None:
         assert worst / largest < 1e-5
 
 
+def profile_steps(args) -> None:
+    """Shares of the operations of one step, by the profiler's own time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    batch = make_batch(args, float(args.masked.split(",")[0]))
+    for name in ("ours", "PEFT + Trainer"):
+        run = CONTENDERS[name](args)
+        run.step(batch)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            run.step(batch)
+        events = sorted(seen.key_averages(), key=lambda e: -e.self_cpu_time_total)
+        total = sum(e.self_cpu_time_total for e in events)
+        print(f"{name}: {total / 1e6:.2f} s; " + ", ".join(f"{e.key} {e.self_cpu_time_total / total:.0%}" for e in events[:9]), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--precision", default="bf16")
@@ -173,7 +188,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0)
     parser.add_argument("--masked", default="0,0.5,0.9")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print where a step of ours and of PEFT + Trainer goes; writes nothing")
     args = parser.parse_args()
+    if args.profile:
+        return profile_steps(args)
     if args.check:
         args.precision, args.layers, args.rows, args.tokens = "fp32", args.layers or 2, 4, 64
         return check(args)
@@ -217,7 +235,8 @@ def main() -> None:
         if before.get("size") == size:
             rows = [r for r in before["rows"] if r["masked"] not in {row["masked"] for row in rows}] + rows
     out.write_text(json.dumps({
-        "command": "python benchmarks/lora_training.py " + " ".join(f"--{k} {v}" for k, v in vars(args).items() if k != "check"),
+        "command": "python benchmarks/lora_training.py " + " ".join(
+            f"--{k} {v}" for k, v in vars(args).items() if k not in ("check", "profile")),
         "size": size,
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
                     "bf16_products": not slow_on_cpu(torch.bfloat16), "torch": torch.__version__}, "rows": rows}, indent=1))
