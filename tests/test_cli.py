@@ -217,6 +217,7 @@ def test_grid_arguments():
             sweep.parse_grid(wrong)
 
 
+@pytest.mark.slow
 def test_sweep_runs_resumes_and_writes_tables(graft, place, tmp_path, monkeypatch):
     out, arguments = tmp_path / "s", ["adapter.r=2,3", "optimizer.lr=1e-3,1e-1", "storage=dense"]
     loads = []

@@ -75,6 +75,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.slow
 def test_planned_is_measured_within_two_percent(folder, name):
     doc = document(folder, **RECIPES[name])
     expected, found = planned(doc), measured(doc)
@@ -146,6 +147,7 @@ def test_nola_s_peak_does_not_grow_with_its_basis(folder):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.slow
 def test_mezo_needs_the_forward_and_one_tensor(folder, precision):
     doc = document(folder, adapter=None, estimator="mezo", train={"precision": precision})
     others = measure_peak(lambda: None).baseline_bytes
@@ -158,6 +160,7 @@ def test_mezo_needs_the_forward_and_one_tensor(folder, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.slow
 def test_a_few_pieces_of_noise_stand_for_all(folder, precision, monkeypatch):
     monkeypatch.setattr(mezo, "PIECE", 40000)  # four pieces of the embedding, and their buffers are the peak
     doc = document(folder, adapter=None, estimator="mezo", train={"precision": precision, "batch_size": 1}, data={"max_length": 16})

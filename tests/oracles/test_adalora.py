@@ -119,6 +119,7 @@ def test_every_option_is_seen(option):
     assert ranks({}) != ranks(option)
 
 
+@pytest.mark.slow
 def test_plans_runs_resumes_and_saves_live_ranks_only(tmp_path):
     base, data = folder(tmp_path), completions(tmp_path / "d.jsonl")
     sections = {"adapter": {"method": "adalora", "r": 4, "alpha": 20.0, "dropout": 0.1},

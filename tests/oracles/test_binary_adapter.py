@@ -212,6 +212,7 @@ def test_one_bit_keeps_more_than_half_of_the_gain(method, plain, options):
     assert full < start and (start - binary) > 0.5 * (start - full), (start, full, binary)
 
 
+@pytest.mark.slow
 def test_a_recipe_is_trained_and_continued(tmp_path):
     model, file = folder(tmp_path), completions(tmp_path / "train.jsonl")
     document = recipe(model, file, tmp_path / "out", adapter={"method": "binary_lora", "r": 4}, train={"max_steps": 2})

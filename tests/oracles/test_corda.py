@@ -200,6 +200,7 @@ def test_it_survives_saving_and_only_the_residual_is_quantized(storage, tmp_path
         assert torch.equal(logits(where), before)
 
 
+@pytest.mark.slow
 def test_a_recipe_looks_at_its_own_file_and_a_plan_counts_the_frozen_pair(tmp_path):
     base, file = folder(tmp_path), completions(tmp_path / "d.jsonl")
     facts = write_rows(tmp_path / "facts.jsonl", [{"prompt": "as it at", "completion": " or"} for _ in range(5)])

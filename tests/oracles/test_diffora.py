@@ -194,6 +194,7 @@ def test_each_option_shows():
     assert {graft.sites[n].layer for n in everywhere} == {0, 1} and {graft.sites[n].layer for n in selection.choice(graft)} == {1}
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_the_search_and_after_the_choice(tmp_path):
     base, file, out = folder(tmp_path), completions(tmp_path / "d.jsonl"), tmp_path / "o"
     document = recipe(base, file, out, adapter={"method": "lora", "r": 2}, train={"max_steps": 6, "save_steps": 1, "save_total_limit": 9},

@@ -175,6 +175,7 @@ def test_every_option_is_seen(option):
     assert grown({}) != grown(option)
 
 
+@pytest.mark.slow
 def test_plans_runs_resumes_and_loads(tmp_path):
     base, data = folder(tmp_path), completions(tmp_path / "d.jsonl")
     sections = {"adapter": {"method": "increlora", "alpha": 4.0}, "optimizer": {"method": "adamw", "lr": 1e-2},

@@ -151,6 +151,7 @@ def test_a_resume_freezes_at_once():
     assert all(not a.B.requires_grad for a in late.grafts[0].adapters.values())
 
 
+@pytest.mark.slow
 def test_a_run_with_ranks_and_schedule_resumes_identically(tmp_path):
     """From a recipe: chosen ranks, B frozen in the middle of the run, interrupted on both sides of it."""
     document = recipe(folder(tmp_path), completions(tmp_path / "d.jsonl"), tmp_path / "whole", adapter={"method": "lamda", "r": 4},

@@ -168,6 +168,7 @@ def test_batches_counts_and_refusals():
         graftwork.attach(tiny.llama(), "lora", r=2, batches=bad, initializer="lora_ga")
 
 
+@pytest.mark.slow
 def test_a_recipe_plans_and_runs(tmp_path):
     base, data = folder(tmp_path), completions(tmp_path / "d.jsonl")
     documents = [recipe(base, data, tmp_path / name, initializer=start, storage="nf4") for name, start in

@@ -288,6 +288,7 @@ def test_refusals():
         assert [(s, words in why) for s, why, _ in found] == [("estimator", True)], found
 
 
+@pytest.mark.slow
 def test_it_ends_where_the_loss_is_flatter():
     """An over-parameterized LoRA on a few rows: trained to a like loss, random changes of one size raise ours less."""
     def sharpness(estimator):

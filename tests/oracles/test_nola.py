@@ -93,6 +93,7 @@ print(model(tiny.tokens(2, 7)).logits.double().sum().item().hex())
 """
 
 
+@pytest.mark.slow
 def test_another_process_regenerates_the_same_bits(tmp_path):
     model = tiny.llama()
     graft = attach(model, "nola", seed=12345)

@@ -76,6 +76,7 @@ def test_zeros_are_exact_and_leave_the_lora():
     assert all(pair[1].shape[0] == 1 and not pair[1].any() for pair in empty.to_lora()[0].values())
 
 
+@pytest.mark.slow
 def test_l1_is_in_the_loss_and_makes_zeros(tmp_path):
     """Through the trainer: a strong penalty brings nearly all coefficients under the threshold, none does not."""
     import training_support as support

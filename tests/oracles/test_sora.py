@@ -144,6 +144,7 @@ def test_a_zero_gate_may_come_back():
     assert adapter.gate.grad.abs().min() > 0
 
 
+@pytest.mark.slow
 def test_plans_runs_prunes_and_resumes(tmp_path):
     base, data = folder(tmp_path), completions(tmp_path / "d.jsonl")
     sections = {"adapter": {"method": "sora", "r": 4, "l1": 0.1}, "selection": [{"method": "sora", "threshold": 0.1}]}

@@ -223,6 +223,7 @@ def test_a_foreign_optimizer_and_plain_state():
         assert new.any() and not momentum[new].any() and not adapter.values.detach()[new].any()
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_identically(tmp_path, monkeypatch):
     """After three steps positions have moved once and the next candidates are being watched."""
     from safetensors.torch import load_file
