@@ -172,6 +172,7 @@ def test_train_dry_run_is_validate(graft, place):
 
 
 # -- init --------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_init_writes_a_commented_recipe_that_runs(graft, place, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     graft("init", "--data", place / "rows.jsonl", "--model", place / "model", "-o", "r.yaml")

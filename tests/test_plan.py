@@ -83,6 +83,7 @@ def test_planned_is_measured_within_two_percent(folder, name):
     assert sum(expected.categories.values()) == expected.peak_bytes and tuple(expected.categories) == CATEGORIES
 
 
+@pytest.mark.slow
 def test_classifier_heads_that_a_run_draws_are_planned_as_trained(folder):
     doc = document(folder, objective="classification")
     expected = planned(doc)
@@ -136,6 +137,7 @@ def test_a_saved_tensor_of_10_mib_moves_the_plan_by_10_mib(folder, wasteful):
     assert more.categories["activations"] - plain.categories["activations"] == 10 * MIB
 
 
+@pytest.mark.slow
 def test_nola_s_peak_does_not_grow_with_its_basis(folder):
     few, many = (planned(document(folder, adapter={"method": "nola", "r": 8, "n_basis": k, "target_modules": ["q_proj"],
                                                     "layers_to_transform": [0]})) for k in (64, 512))

@@ -344,6 +344,7 @@ def test_an_encoder_is_bound_by_its_fingerprint(tmp_path):
     assert list(other.state_dict()) == state and not state_of(other).grafts and "graft_prefix_scope" not in other.__dict__
 
 
+@pytest.mark.slow
 def test_a_recipe_is_planned_and_trained(tmp_path):
     model, file = folder(tmp_path), completions(tmp_path / "train.jsonl")
     adapter = {"method": "lopa", "num_virtual_tokens": 4, "r": 2}
@@ -360,6 +361,7 @@ def test_a_recipe_is_planned_and_trained(tmp_path):
         graftwork.plan(recipe(model, file, tmp_path / "out", adapter=adapter, data={"packing": True}))
 
 
+@pytest.mark.slow
 def test_the_plan_counts_prefix_and_encoder(tmp_path):
     model, encoder = folder(tmp_path), tiny.save(tiny.bert(), tmp_path / "encoder")
 

@@ -248,6 +248,7 @@ def test_the_network_is_not_saved_and_what_is_loaded_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("network", [0, 6])
+@pytest.mark.slow
 def test_a_recipe_is_planned_and_trained(tmp_path, network):
     model, file = folder(tmp_path), completions(tmp_path / "train.jsonl")
     adapter = {"method": "prefix", "num_virtual_tokens": 4, "reparametrize": network}
