@@ -12,7 +12,7 @@ from torch import nn
 
 import graftwork
 import tiny
-from adapter_support import EVERYWHERE, OPTIONS, OTHER, SITE, attach, close, close_but_routing, fill, on_kinds, output, pairwise
+from adapter_support import EVERYWHERE, OPTIONS, OTHER, SITE, attach, close, fill, on_kinds, output, pairwise
 from graftwork.artifact import graft_tensors
 from graftwork.modeling.protocols import is_conv1d
 from graftwork.modeling.state import state_of
@@ -68,7 +68,7 @@ def test_forward_is_the_dense_reference(method, kind, dtype):
         reference = x.double() @ (base.weight().double() + changes[name].double()).T + bias
         got = adapter(x, base)
         assert got.dtype == DTYPES[dtype] and changes[name].dtype == torch.float32
-        close_but_routing(got, reference, 1e-5 if dtype == "fp32" else 2e-2, kind, dtype)
+        close(got, reference, 1e-5 if dtype == "fp32" else 2e-2)
 
 
 @pytest.mark.parametrize("method", SITE)
@@ -134,7 +134,7 @@ def test_merge_unmerge_detach(method, kind, dtype):
     if info(method).traits["mergeable"]:
         report = graft.merge()
         # bf16 holds W + change to 8 bits, so the error relative to the change says how far the merge may be off
-        close_but_routing(output(model, IDS), learned, 1e-4 if dtype == "fp32" else 8e-2, kind, dtype)
+        close(output(model, IDS), learned, 1e-4 if dtype == "fp32" else 8e-2)
         assert report.target == "dense" and report.worst < (1e-5 if dtype == "fp32" else 0.1)
         with pytest.raises(graftwork.GraftworkError, match="merged already"):
             graft.merge()
@@ -398,7 +398,7 @@ def run_and_learn(method, storage, kind, dtype):
         learned = output(model, IDS)
         if info(method).traits["mergeable"]:
             graft.merge()
-            close_but_routing(output(model, IDS), learned, 1e-4 if dtype == "fp32" else 8e-2, kind, dtype)
+            close(output(model, IDS), learned, 1e-4 if dtype == "fp32" else 8e-2)
             graft.unmerge()
         assert torch.equal(output(model, IDS), learned)
         graft.detach()
