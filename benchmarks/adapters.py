@@ -39,7 +39,7 @@ import graftwork
 from graftwork.registry import make_config
 
 OUT = Path(__file__).parent / "results" / "adapters"
-RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SEEDS = (0, 1, 2)
 BUDGET = {"r": 4}
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
