@@ -25,7 +25,7 @@ ROLES = {
     "gate": "router",
 }
 GROUPS = {"attention": {"q", "k", "v", "o", "qkv"}, "mlp": {"gate", "up", "down", "fc1", "fc2", "gate_up"}}
-_LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
+LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
 
 
 @dataclass
@@ -74,7 +74,7 @@ def role_of(name: str) -> str:
 
 
 def layer_of(name: str) -> int:
-    match = _LAYER.search(f".{name}.")
+    match = LAYER.search(f".{name}.")
     return int(match.group(1)) if match else -1
 
 
