@@ -155,10 +155,12 @@ class BlockAdapter(Adapter):
 # -- a forward --------------------------------------------------------------------------------------------------------------
 @dataclass
 class _Call:
-    """A net between its first map in and its map out. token (M,): the token of every copy, those without an adapter first; parts:
-    (adapter, its copies); back (T,): where each token's result is, None where they are in order."""
+    """A net between its first map in and its map out. shape: of what it was given, (..., d) without d; entries: how many parts of
+    it have a row each; token (M,): the token of every copy, those without an adapter first; parts: (adapter, its copies);
+    back (T,): where each token's result is, None where they are in order."""
 
     shape: torch.Size
+    entries: int
     token: Tensor
     plain: int
     parts: list[tuple[BlockAdapter, Copies]]
@@ -229,8 +231,8 @@ class FeedForwardPoint(nn.Module):
         if state.rows is None:
             y = slot.plain(z)
         else:
-            entry = call.token // max(1, call.shape[1:].numel())  # of the first dimension of what the net was given
-            with self.holder.tokens(entry if state.token_rows is not None else entry // state.expansion):
+            entry = call.token // max(1, call.shape.numel() // call.entries)
+            with self.holder.tokens(entry if state.token_rows is not None else entry // (call.entries // len(state.rows))):
                 y = slot.plain(z)
         (plain, _), *own = call.pieces(y, z)
         results = [adapter.combine(before + adapter.change(role, inputs, copies, self.holder), copies)
@@ -242,23 +244,25 @@ class FeedForwardPoint(nn.Module):
         """Routes the tokens of x (..., d); None when no adapter of this net is wanted."""
         state = self.holder.current
         active = {name: adapter for name, adapter in self.entries.items() if name not in state.disabled}
-        flat = x.reshape(-1, x.shape[-1])
+        flat, entries = x.reshape(-1, x.shape[-1]), x.shape[0]
         if state.rows is None:
             if len(active) > 1:
                 raise IncompatibleError(f"grafts {', '.join(active)} all route the tokens of '{self.net.name}'",
                                         remedy="name one per row with graftwork.routing, or switch others off (graft.disabled())")
             chosen, rest = [(adapter, None) for adapter in active.values()], None
         else:
-            chosen, rest = self._by_row(x, active)
+            if state.token_rows is not None and state.token_rows.shape[0] == flat.shape[0]:
+                entries = flat.shape[0]  # each token has its row
+            chosen, rest = self._by_row(flat if entries == flat.shape[0] else x, active)
         if not chosen:
             return None
         if chosen[0][1] is None:  # every token is this one adapter's
             copies = self._route(chosen[0][0], flat, None)
-            return _Call(x.shape[:-1], copies.token, 0, [(chosen[0][0], copies)], None)
+            return _Call(x.shape[:-1], entries, copies.token, 0, [(chosen[0][0], copies)], None)
         parts = [(adapter, self._route(adapter, flat, own)) for adapter, own in chosen]
         owned = [own for _, own in chosen]
         token = torch.cat([rest, *(own.index_select(0, copies.token) for own, (_, copies) in zip(owned, parts))])
-        return _Call(x.shape[:-1], token, rest.shape[0], parts, torch.cat([rest, *owned]).argsort())
+        return _Call(x.shape[:-1], entries, token, rest.shape[0], parts, torch.cat([rest, *owned]).argsort())
 
     def _route(self, adapter: BlockAdapter, flat: Tensor, own: Tensor | None) -> Copies:
         x = flat if own is None else flat.index_select(0, own)
@@ -274,7 +278,7 @@ class FeedForwardPoint(nn.Module):
             return [], None
         number = [wanted.index(name) if name in active else -1 for name in state.rows]
         if state.token_rows is None:  # known on the host
-            number = [number[i // state.expansion] for i in range(x.shape[0])]
+            number = [number[i // (x.shape[0] // len(number))] for i in range(x.shape[0])]
             entries = {n: torch.tensor([i for i, own in enumerate(number) if own == n], dtype=torch.int64, device=x.device)
                        for n in range(-1, len(wanted))}
         elif has_values(index):
