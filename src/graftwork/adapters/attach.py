@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import IncompatibleError, UsageError
 from ..modeling.protocols import product_of
-from ..modeling.sites import Site, find_sites
+from ..modeling.sites import Site, find_sites, flat_tokens
 from ..modeling.source import pristine_weight
 from ..modeling.state import StateHolder, state_of
 from ..registry import MethodConfig, MethodInfo, lookup, make_config
@@ -105,11 +105,11 @@ def _attach_site(graft: Graft, site: Site, rank: int | None, start: Any, statist
         if edited is not None:
             graft.edit_storage(site.name, edited, site)
     on_device(adapter, site.product.device).train(site.module.training)
-    point = graft_point(site.module, graft.holder)
+    point = graft_point(graft.model, site.module_name, graft.holder)
     slot = point.slot(site.slot_name)
     if slot is None:
         whole = site.product.whole if site.rows is not None else site.product
-        slot = Slot(whole, graft.holder)
+        slot = Slot(whole, graft.holder, flat=flat_tokens(site.name))
         point.add_module(site.slot_name, slot)
     slot.put(graft.name, site.rows, site.role, adapter)
     graft.sites[site.name], graft.adapters[site.name] = site, adapter
@@ -158,7 +158,7 @@ def _attach_saved_modules(graft: Graft) -> None:
             site = Site(module_name, module_name, module, product, "saved", -1)
             adapter = SavedModule(site, graft.config, shared=None, generator=site_generator(graft.seed, module_name))
             adapter.take(product)
-            point = graft_point(module, graft.holder)
+            point = graft_point(graft.model, module_name, graft.holder)
             slot = point.slot("whole")
             if slot is None:
                 slot = Slot(product, graft.holder)

@@ -128,7 +128,7 @@ class Graft:
                 slot.drop(self.name)
                 if not slot.entries:
                     del point._modules[key]
-            drop_point(module)
+            drop_point(self.model, module_name)
         pools = self.model._modules.get("graft_shared")
         if pools is not None and self.name in pools:
             del pools[self.name]
@@ -149,7 +149,7 @@ class Graft:
         slot.take(next(key for key, entry in slot.entries.items() if entry is adapter))
         if not slot.entries:
             del point._modules[site.slot_name]
-        drop_point(site.module)
+        drop_point(self.model, site.module_name)
 
     # -- exact change ------------------------------------------------------------------------------------------------
     def _check_weights(self) -> None:

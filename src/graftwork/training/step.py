@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..estimators.base import Estimator, StepContext, StepResult
+from ..modeling.protocols import has_values
 from ..modeling.state import state_of
 from ..selection.base import Selection, SelectionContext
 
@@ -43,8 +45,8 @@ class TrainStep:
 
     def compute(self, batches: Sequence[dict[str, Any]], step: int, lr: float | None = None) -> StepResult:
         """Up to and with clipping: gradients are ready, the optimizer has not moved."""
-        ctx = self.context(step)
-        if not self._begun:
+        ctx, first = self.context(step), not self._begun
+        if first:
             for selection in self.selections:
                 selection.begin(ctx)
             self._begun = True
@@ -55,16 +57,28 @@ class TrainStep:
         result = self.estimator.step(StepContext(
             self.forward_model or self.model, self.objective, self.parameters, batches, self.row_scales(batches), holder,
             step, self.seed, lr, self.optimizer, lambda: self.auxiliary_loss(present)))
+        fused = getattr(getattr(self.optimizer, "config", None), "fused", False)
+        if first and not (fused or result.updated or self.selections) and has_values(result.loss):
+            self._warn_of_silent_sites(present)
         for selection in self.selections:
             selection.after_backward(ctx)
         if present:
             self._by_adapter(batches, result)
-        fused = getattr(getattr(self.optimizer, "config", None), "fused", False)
         if not result.updated and self.max_grad_norm > 0 and not fused:
             norms = [nn.utils.clip_grad_norm_(group, self.max_grad_norm) for group in self.clip_groups or [
                 [p for _, p in self.parameters]]]
             result.metrics = {**result.metrics, "grad_norm": torch.stack([n.detach() for n in norms]).max()}
         return result
+
+    def _warn_of_silent_sites(self, present: set[str]) -> None:
+        """After the first backward pass: sites that no gradient has reached. Experts may have had no token."""
+        silent = [name for graft in self.grafts if not present or graft.name in present for name, site in graft.sites.items()
+                  if site.expert is None and (trained := [p for p in graft.adapters[name].parameters() if p.requires_grad])
+                  and all(p.grad is None for p in trained)]
+        if silent:
+            shown = ", ".join(silent[:4]) + ", ..." * (len(silent) > 4)
+            warnings.warn(f"no gradient reached {len(silent)} sites in the first step ({shown}): the model does not call these maps, or "
+                          "not for this data; leave them out with exclude_modules", stacklevel=3)
 
     def finish(self, step: int) -> None:
         """After the optimizer moved and gradients were dropped."""
