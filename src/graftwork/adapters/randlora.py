@@ -35,10 +35,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..errors import ArtifactError, UsageError
+from ..errors import ArtifactError
 from ..modeling.arithmetic import linear, product_dtype
 from ..registry import register
 from ._row_loop import RowLoop
+from ._weights import check_rank
 from .base import AdapterConfig
 
 #: columns of [B_1 .. B_n] drawn at once; part of the definition of the basis, since each block has a generator of its own
@@ -163,9 +164,7 @@ class RandLoRAAdapter(RowLoop):
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         q, D = sorted((site.in_features, site.out_features))
-        if config.r > q:
-            raise UsageError(f"randlora: r={config.r}, but '{site.name}' is {site.out_features} x {site.in_features}",
-                             remedy=f"choose r <= {q}")
+        check_rank("randlora", site, config.r, other="leave this site out with exclude_modules")
         self.r, self.dropout, self.tall = config.r, config.dropout, site.out_features >= site.in_features
         n = config.n_basis or math.ceil(q / config.r)
         self.scale = (2.0 * config.r if config.alpha is None else config.alpha) / (config.r * math.sqrt(n))
