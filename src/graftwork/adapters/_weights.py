@@ -8,13 +8,14 @@ same numbers; one number per tensor is saved, and a load where they differ is re
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, UsageError
 from ..modeling.protocols import Product
+from ..modeling.source import pristine_weight
 from .base import Adapter, SiteShape
 
 #: how far a tensor that was taken again may be from the saved one, relative to its norm
@@ -64,6 +65,11 @@ def weight_of(product: Product, pristine: Callable[[], Tensor]) -> Tensor:
     except UsageError:
         weight = product.dense().detach()
     return weight.to(product.device, torch.float64)
+
+
+def weight_of_site(site: Any) -> Tensor:
+    """`weight_of` a site that `find_sites` gave."""
+    return weight_of(site.product, lambda: pristine_weight(site.model, site))
 
 
 def check_rank(method: str, site: SiteShape, r: int, most: int | None = None, *, other: str = "another r for this site with "
