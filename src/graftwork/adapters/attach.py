@@ -66,9 +66,10 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
         graft.initializer = {"method": start.method, **start.config.model_dump()}
     graft.shared = info.cls.make_shared(sites, config_object, seed)
     if graft.shared is not None:
-        if "graft_shared" not in model._modules:
-            model.add_module("graft_shared", nn.ModuleDict())
-        model._modules["graft_shared"][name] = on_device(graft.shared, sites[0].product.device).train(model.training)
+        graft.shared_at = _host_of_pools(model, sites[0])
+        if "graft_shared" not in graft.shared_at._modules:
+            graft.shared_at.add_module("graft_shared", nn.ModuleDict())
+        graft.shared_at._modules["graft_shared"][name] = on_device(graft.shared, sites[0].product.device).train(model.training)
     holder.grafts[name] = graft
     try:
         for site in sites:
@@ -80,6 +81,12 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
         graft.detach()
         raise
     return graft
+
+
+def _host_of_pools(model: nn.Module, first: Site) -> nn.Module:
+    """The module that gets what the sites share as a child: the model, or its first site where the children of the model are
+    what it runs or counts."""
+    return first.module if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) else model
 
 
 def _initializer(choice: Any):

@@ -44,6 +44,7 @@ class Graft:
         self.sites: dict[str, Site] = {}
         self.adapters: dict[str, Adapter] = {}
         self.shared: nn.Module | None = None
+        self.shared_at: nn.Module = model  # whose child `graft_shared` holds it
         self.saved_modules: dict[str, Adapter] = {}
         self.weight, self.merged = 1.0, False
         self.loading = False  # while it is attached: the values come from an artifact
@@ -129,11 +130,11 @@ class Graft:
                 if not slot.entries:
                     del point._modules[key]
             drop_point(self.model, module_name)
-        pools = self.model._modules.get("graft_shared")
+        pools = self.shared_at._modules.get("graft_shared")
         if pools is not None and self.name in pools:
             del pools[self.name]
             if not len(pools):
-                del self.model._modules["graft_shared"]
+                del self.shared_at._modules["graft_shared"]
         if hasattr(self.info.cls, "on_detach"):
             self.info.cls.on_detach(self)
         del self.holder.grafts[self.name]
