@@ -98,6 +98,18 @@ def close(got, wanted, relative: float = 1e-4) -> None:
     assert error <= relative, f"relative error {error:.2e} > {relative:.0e}"
 
 
+def same_as_twin(model, twin, plain, ids, parameters, *, logits: float = 1e-5, gradients: float = 1e-4) -> None:
+    """The grafted model and another library's twin of it give the same outputs and gradients. plain: the model without either.
+    parameters: [(ours, theirs)] or [(ours, theirs, factor)], where ours = factor * theirs."""
+    ours, theirs = output(model, ids), output(twin, ids)
+    close(ours, theirs, logits)
+    assert (ours - output(plain, ids)).abs().max() > 1e-2
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for mine, other, *factor in parameters:
+        close(mine.grad, other.grad * factor[0] if factor else other.grad, gradients)
+
+
 def pairwise(factors: dict[str, list], seed: int = 0) -> list[tuple]:
     """A seeded covering array of strength 2: every pair of values of two factors occurs in some row."""
     names, generator = list(factors), random.Random(seed)

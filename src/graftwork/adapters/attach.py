@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import IncompatibleError, UsageError
 from ..modeling.protocols import product_of
-from ..modeling.sites import Site, find_sites
+from ..modeling.sites import Site, find_sites, flat_tokens
 from ..modeling.source import pristine_weight
-from ..modeling.state import StateHolder, state_of
+from ..modeling.state import state_of
 from ..registry import MethodConfig, lookup, make_config
 from .base import Adapter, pattern_value
 from .graft import NAME, Graft, on_device, site_generator
@@ -66,9 +66,10 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
         graft.initializer = {"method": start.method, **start.config.model_dump()}
     graft.shared = info.cls.make_shared(sites, config_object, seed)
     if graft.shared is not None:
-        if "graft_shared" not in model._modules:
-            model.add_module("graft_shared", nn.ModuleDict())
-        model._modules["graft_shared"][name] = on_device(graft.shared, sites[0].product.device).train(model.training)
+        graft.shared_at = _host_of_pools(model, sites[0])
+        if "graft_shared" not in graft.shared_at._modules:
+            graft.shared_at.add_module("graft_shared", nn.ModuleDict())
+        graft.shared_at._modules["graft_shared"][name] = on_device(graft.shared, sites[0].product.device).train(model.training)
     holder.grafts[name] = graft
     try:
         for site in sites:
@@ -80,6 +81,12 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
         graft.detach()
         raise
     return graft
+
+
+def _host_of_pools(model: nn.Module, first: Site) -> nn.Module:
+    """The module that gets what the sites share as a child: the model, or its first site where the children of the model are
+    what it runs or counts."""
+    return first.module if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) else model
 
 
 def _initializer(choice: Any):
@@ -110,16 +117,17 @@ def _attach_site(graft: Graft, site: Site, rank: int | None, start: Any, statist
 def place(graft: Graft, site: Site, adapter: Adapter) -> None:
     """Make a finished adapter the graft's at this site."""
     on_device(adapter, site.product.device).train(site.module.training)
-    slot_of(site, graft.holder).put(graft.name, site.rows, site.role, adapter)
+    slot_of(graft.model, site).put(graft.name, site.rows, site.role, adapter)
     graft.sites[site.name], graft.adapters[site.name] = site, adapter
 
 
-def slot_of(site: Site, holder: StateHolder) -> Slot:
+def slot_of(model: nn.Module, site: Site) -> Slot:
     """The slot of a site; made on first use."""
-    point = graft_point(site.module, holder)
+    holder = state_of(model)
+    point = graft_point(model, site.module_name, holder)
     slot = point.slot(site.slot_name)
     if slot is None:
-        slot = Slot(site.product.whole if site.rows is not None else site.product, holder)
+        slot = Slot(site.product.whole if site.rows is not None else site.product, holder, flat=flat_tokens(site.name))
         point.add_module(site.slot_name, slot)
     return slot
 
@@ -171,5 +179,5 @@ def _attach_saved_modules(graft: Graft) -> None:
             adapter = SavedModule(site, graft.config, shared=None, generator=site_generator(graft.seed, module_name))
             adapter.take(product)
             on_device(adapter, product.device).train(module.training)
-            slot_of(site, graft.holder).put(graft.name, None, "saved", adapter)
+            slot_of(graft.model, site).put(graft.name, None, "saved", adapter)
             graft.saved_modules[module_name] = adapter

@@ -107,7 +107,7 @@ class Adapter(nn.Module):
     # -- once per graft --------------------------------------------------------------------------------------------
     @classmethod
     def make_shared(cls, sites: Sequence[SiteShape], config: AdapterConfig, seed: int) -> nn.Module | None:
-        """Pools and bases that all sites share; registered once at the model root."""
+        """Pools and bases that all sites share; registered once, as a child of the model."""
         return None
 
     @classmethod

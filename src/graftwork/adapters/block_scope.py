@@ -187,7 +187,7 @@ class FeedForwardPoint(nn.Module):
         super().__init__()
         self.net, self.block_scope, self.holder = net, scope, scope.holder
         self.entries = nn.ModuleDict()
-        self.slots: dict[str, Slot] = {role: slot_of(site, scope.holder) for role, site in net.maps.items()}
+        self.slots: dict[str, Slot] = {role: slot_of(scope.model, site) for role, site in net.maps.items()}
         for slot in self.slots.values():
             slot.through = self.run
         self.call: _Call | None = None
@@ -270,7 +270,8 @@ class FeedForwardPoint(nn.Module):
 
     def _by_row(self, x: Tensor, active: dict[str, BlockAdapter]) -> tuple[list[tuple[BlockAdapter, Tensor | None]], Tensor | None]:
         """[(adapter, its tokens, None for all)] and the tokens without one, for the named rows."""
-        state, index = self.holder.current, self.holder.row_index(x)
+        state = self.holder.current
+        index = self.holder.row_index(x, flat=next(iter(self.slots.values())).flat)
         wanted = [name for name in dict.fromkeys(state.rows) if name in active]
         if len(wanted) == 1 and len(set(state.rows)) == 1:
             return [(active[wanted[0]], None)], None

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..errors import UsageError
 from ..modeling.arithmetic import linear, product_dtype
 from ..modeling.protocols import Base, Product, StorageProduct, has_values
 from ..registry import register
+from ._weights import check_rank
 from .base import Adapter, AdapterConfig, Bank, pattern_value
 
 #: elements of the weight that are widened at once for the norm
@@ -83,10 +83,7 @@ class DoRAAdapter(Adapter):
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         self.r = pattern_value(config.rank_pattern, site.name, config.r)
-        if self.r > min(site.in_features, site.out_features):
-            raise UsageError(f"dora: r={self.r}, but '{site.name}' is {site.out_features} x {site.in_features}",
-                             remedy=f"choose r <= {min(site.in_features, site.out_features)}, or another r for this site with "
-                                    "rank_pattern")
+        check_rank("dora", site, self.r)
         alpha = pattern_value(config.alpha_pattern, site.name, self.r if config.alpha is None else config.alpha)
         self.scale = alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
         self.dropout = config.dropout

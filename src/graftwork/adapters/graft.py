@@ -44,6 +44,7 @@ class Graft:
         self.sites: dict[str, Site] = {}
         self.adapters: dict[str, Adapter] = {}
         self.shared: nn.Module | None = None
+        self.shared_at: nn.Module = model  # whose child `graft_shared` holds it
         self.saved_modules: dict[str, Adapter] = {}
         self.weight, self.merged = 1.0, False
         self.loading = False  # while it is attached: the values come from an artifact
@@ -130,12 +131,12 @@ class Graft:
                 slot.drop(self.name)
                 if slot.idle:
                     del point._modules[key]
-            drop_point(module)
-        pools = self.model._modules.get("graft_shared")
+            drop_point(self.model, module_name)
+        pools = self.shared_at._modules.get("graft_shared")
         if pools is not None and self.name in pools:
             del pools[self.name]
             if not len(pools):
-                del self.model._modules["graft_shared"]
+                del self.shared_at._modules["graft_shared"]
         del self.holder.grafts[self.name]
 
     def remove(self, name: str) -> None:
@@ -149,7 +150,7 @@ class Graft:
         slot.take(next(key for key, entry in slot.entries.items() if entry is adapter))
         if slot.idle:
             del point._modules[site.slot_name]
-        drop_point(site.module)
+        drop_point(self.model, site.module_name)
 
     # -- exact change ------------------------------------------------------------------------------------------------
     def _check_weights(self) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..modeling.arithmetic import linear, product_dtype
 from ..registry import register
+from ._weights import check_rank
 from .base import Adapter, AdapterConfig, as_rows, pattern_value
 
 
@@ -69,9 +70,7 @@ class MiSSAdapter(Adapter):
         super().__init__(site, config, shared=shared, generator=generator)
         self.r, self.dropout = pattern_value(config.rank_pattern, site.name, config.r), config.dropout
         columns = config.mini_r or site.out_features
-        if self.r > site.in_features:
-            raise UsageError(f"miss: shards of r={self.r} values, but '{site.name}' has {site.in_features} inputs",
-                             remedy=f"choose r <= {site.in_features}, or another r for this site with rank_pattern")
+        check_rank("miss", site, self.r, site.in_features)  # shards of r inputs
         if site.out_features % columns:
             raise UsageError(f"miss: mini_r={columns} does not divide the {site.out_features} outputs of '{site.name}'",
                              remedy="choose a divisor of all output sizes, or leave mini_r out")

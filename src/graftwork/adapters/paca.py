@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..errors import UsageError
 from ..registry import register
+from ._weights import check_rank
 from .base import Adapter, AdapterConfig, as_rows, pattern_value
 
 
@@ -57,9 +57,7 @@ class PaCAAdapter(Adapter):
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         self.r = pattern_value(config.rank_pattern, site.name, config.r)
-        if self.r > site.in_features:
-            raise UsageError(f"paca: r={self.r} columns, but '{site.name}' has {site.in_features} inputs",
-                             remedy=f"choose r <= {site.in_features}, or another r for this site with rank_pattern")
+        check_rank("paca", site, self.r, site.in_features)  # columns
         self.scale = 1.0 if config.alpha is None else config.alpha / self.r
         chosen = torch.randperm(site.in_features, generator=generator)[: self.r].sort().values
         self.columns = nn.Parameter(chosen.to(torch.int32), requires_grad=False)

@@ -42,6 +42,7 @@ from ..errors import ArtifactError, UsageError
 from ..modeling.arithmetic import linear, product_dtype
 from ..registry import register
 from ._row_loop import RowLoop
+from ._weights import check_rank
 from .base import AdapterConfig, SiteShape
 
 #: columns of [B_1 .. B_n] drawn at once; part of the definition of the basis, since each block has a generator of its own
@@ -191,9 +192,7 @@ class RandLoRAAdapter(RowLoop):
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         q, D = sorted((site.in_features, site.out_features))
-        if config.r > q:
-            raise UsageError(f"randlora: r={config.r}, but '{site.name}' is {site.out_features} x {site.in_features}",
-                             remedy=f"choose r <= {q}")
+        check_rank("randlora", site, config.r, other="leave this site out with exclude_modules")
         if shared.stored and config.r != shared.r:
             raise UsageError(f"randlora: r={config.r} at '{site.name}', but the saved basis that all sites share has r={shared.r}",
                              remedy="give all sites one r, or leave save_projection out")

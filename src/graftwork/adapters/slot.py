@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IncompatibleError
+from ..modeling.calls import keep_calls, owner_of, release_calls
 from ..modeling.experts import is_experts, run_expert_by_expert
 from ..modeling.protocols import Base, Product, RowsProduct
 from ..modeling.state import StateHolder
@@ -42,10 +43,12 @@ class GraftedSite:
 _GRAFTED: dict[type, type] = {}
 
 
-def graft_point(module: nn.Module, holder: StateHolder) -> GraftPoint:
-    """The module's GraftPoint; made, and the module's class changed in place, on first use."""
+def graft_point(model: nn.Module, name: str, holder: StateHolder) -> GraftPoint:
+    """The GraftPoint of the module called `name`; made, and the module's class changed in place, on first use."""
+    module = model.get_submodule(name)
     point = module._modules.get("graft")
     if point is None:
+        keep_calls(owner_of(model, name), name.rpartition(".")[2])
         plain = type(module)
         if is_experts(module):
             run_expert_by_expert(module)
@@ -58,23 +61,26 @@ def graft_point(module: nn.Module, holder: StateHolder) -> GraftPoint:
     return point
 
 
-def drop_point(module: nn.Module) -> None:
+def drop_point(model: nn.Module, name: str) -> None:
     """Remove an empty GraftPoint and give the module its own class back."""
+    module = model.get_submodule(name)
     point = module._modules.get("graft")
     if point is not None and all(slot.idle for slot in point.children()):
         del module._modules["graft"]
         keeps_loop = any(isinstance(getattr(module, a, None), nn.ModuleList) for a in ("gate_up_proj", "down_proj"))
         if hasattr(type(module), "plain_class") and not keeps_loop:
             module.__class__ = type(module).plain_class
+        release_calls(owner_of(model, name))
 
 
 class Slot(nn.Module):
     """Adapters at one linear map. `entries` maps a key (graft name, or `name[q]` for a slice of a fused map) to an
     adapter; `owners` maps the key to (graft name, output slice or None)."""
 
-    def __init__(self, frozen: Product, holder: StateHolder):
+    def __init__(self, frozen: Product, holder: StateHolder, *, flat: bool = False):
         super().__init__()
         self.frozen, self.holder = frozen, holder
+        self.flat = flat  # tokens come as (N*T, in) in the order of the batch, see `flat_tokens`
         self.entries = nn.ModuleDict()
         self.owners: dict[str, tuple[str, slice | None]] = {}
         self.taps: list[Callable[[Tensor, Tensor], None]] = []
@@ -150,7 +156,7 @@ class Slot(nn.Module):
 
     # -- one graft per row ------------------------------------------------------------------------------------------
     def _by_row(self, x: Tensor, base: Base, state) -> Tensor:
-        index = self.holder.row_index(x)
+        index = self.holder.row_index(x, flat=self.flat)
         groups = self._groups(state)
         if not groups:
             return base(x)

@@ -95,8 +95,9 @@ class StateHolder:
         noise = torch.rand(x.shape, generator=self.generator(key, x.device), device=x.device, dtype=torch.float32)
         return torch.where(noise >= p, x / (1.0 - p), 0.0).to(x.dtype)
 
-    def row_index(self, x: torch.Tensor) -> torch.Tensor | None:
+    def row_index(self, x: torch.Tensor, *, flat: bool = False) -> torch.Tensor | None:
         """Row (int64 on x's device) of each entry of x's first dimension, or None when that is simply 0..N-1.
+        flat: x may be (N*T, in), the tokens of all rows one row after the other.
 
         Raises UsageError when x's first dimension fits neither the named rows nor a declared expansion."""
         state = self.current
@@ -108,6 +109,8 @@ class StateHolder:
             return state.token_rows
         if got == named and state.expansion == 1:
             return None
+        if flat and x.dim() == 2 and got and got % (named * state.expansion) == 0:
+            return torch.arange(got, device=x.device) // (got // named)
         if got == named * state.expansion:
             return torch.arange(got, device=x.device) // state.expansion
         raise UsageError(

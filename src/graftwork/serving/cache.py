@@ -2,15 +2,21 @@
 
 Transformers' `DynamicLayer` concatenates at every step, so a step of 32 rows copies the whole cache once more. Here a
 layer keeps a buffer (N, heads, room, head size) and hands out views of its filled part; it doubles when the room was
-too small. Sliding-window and other kinds of layers are left as Transformers makes them.
+too small. Sliding-window, recurrent and other kinds of layers are left as Transformers makes them.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from ..errors import IncompatibleError
+
+#: model types that keep the state of their recurrent layers in the layers themselves, or in a cache of their own kind
+OWN_STATE = frozenset({"recurrent_gemma", "rwkv", "xlstm"})
 
 
 class RoomyLayer(DynamicLayer):
@@ -60,4 +66,23 @@ def roomy_cache(config: Any, room: int) -> DynamicCache:
     return cache
 
 
-__all__ = ["RoomyLayer", "roomy_cache"]
+def keep_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Keep these rows of the batch only, in this order; a row may be named several times."""
+    for layer in cache.layers:
+        # a recurrent layer can reorder rows but not select them, and one with attention beside it would select there only
+        (layer.reorder_cache if hasattr(layer, "recurrent_states") else layer.batch_select_indices)(rows)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """The name under which the model's forward takes a cache. Raises IncompatibleError for models that keep their state elsewhere:
+    rows could not leave a batch, and would remember the batch before."""
+    known = inspect.signature(type(model).forward).parameters
+    name = next((name for name in ("past_key_values", "cache_params") if name in known), None)
+    kind = getattr(model.config, "model_type", "")
+    if name is None or kind in OWN_STATE:
+        raise IncompatibleError(f"a model of type '{kind}' keeps its state outside the cache: its prompts cannot be batched",
+                                remedy="use model.generate of Transformers, one prompt at a time (graftwork.routing names the adapter)")
+    return name
+
+
+__all__ = ["OWN_STATE", "RoomyLayer", "cache_argument", "keep_rows", "roomy_cache"]
