@@ -19,6 +19,7 @@ OPTIONS = {
     "prompt": {"num_virtual_tokens": 3},
     "prefix": {"num_virtual_tokens": 3},
     "bottleneck": {"r": 6, "scaling": 1.5},
+    "mixlora": {"num_experts": 4, "r": 3, "alpha": 6.0, "dropout": 0.0},
     "lora": {"r": 4, "alpha": 6.0},
     "nola": {"r": 3, "alpha": 5.0, "n_basis": 20, "n_basis_b": 11},
     "flora": {"r": 2},
@@ -50,6 +51,7 @@ OPTIONS = {
 }
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
 OTHER = [info.name for info in methods("adapter") if info.traits["scope"] != "site"]
+BLOCK = [info.name for info in methods("adapter") if info.traits["scope"] == "block"]
 
 #: methods that are tested on every kind of model in every run; they share all code that knows of kinds with the others
 EVERYWHERE = ("lora", "nola", "flora", "paca")

@@ -13,8 +13,8 @@ from ..modeling.protocols import product_of
 from ..modeling.sites import Site, find_sites, flat_tokens
 from ..modeling.source import pristine_weight
 from ..modeling.state import StateHolder, state_of
-from ..registry import MethodConfig, MethodInfo, lookup, make_config
-from .base import pattern_value
+from ..registry import MethodConfig, lookup, make_config
+from .base import Adapter, pattern_value
 from .graft import NAME, Graft, on_device, site_generator
 from .saved_module import SavedModule
 from .slot import Slot, graft_point
@@ -42,7 +42,7 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
     graft.loading = loading
     if not holder.grafts:
         model.requires_grad_(False)
-    if info.traits["scope"] == "model":
+    if info.traits["scope"] != "site":
         if _initializer(initializer) is not None:
             raise IncompatibleError(f"'{info.name}' has no sites that an initializer could start", remedy="initializer: default")
         holder.grafts[name] = graft
@@ -55,7 +55,7 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
         return graft
     sites = find_sites(model, config_object.target_modules, exclude_modules=config_object.exclude_modules,
                        layers=config_object.layers_to_transform)
-    _check_exclusive(holder, info, sites)
+    check_exclusive(graft, sites)
     start = _initializer(initializer)
     statistics = None
     if start is not None:
@@ -111,15 +111,24 @@ def _attach_site(graft: Graft, site: Site, rank: int | None, start: Any, statist
         edited = start.build(site, site.product, adapter, statistics, generator)
         if edited is not None:
             graft.edit_storage(site.name, edited, site)
+    place(graft, site, adapter)
+
+
+def place(graft: Graft, site: Site, adapter: Adapter) -> None:
+    """Make a finished adapter the graft's at this site."""
     on_device(adapter, site.product.device).train(site.module.training)
-    point = graft_point(graft.model, site.module_name, graft.holder)
+    slot_of(site, graft.holder).put(graft.name, site.rows, site.role, adapter)
+    graft.sites[site.name], graft.adapters[site.name] = site, adapter
+
+
+def slot_of(site: Site, holder: StateHolder) -> Slot:
+    """The slot of a site; made on first use."""
+    point = graft_point(site.model, site.module_name, holder)
     slot = point.slot(site.slot_name)
     if slot is None:
-        whole = site.product.whole if site.rows is not None else site.product
-        slot = Slot(whole, graft.holder, flat=flat_tokens(site.name))
+        slot = Slot(site.product.whole if site.rows is not None else site.product, holder, flat=flat_tokens(site.name))
         point.add_module(site.slot_name, slot)
-    slot.put(graft.name, site.rows, site.role, adapter)
-    graft.sites[site.name], graft.adapters[site.name] = site, adapter
+    return slot
 
 
 def with_rank(config: MethodConfig, site: str, rank: int) -> MethodConfig:
@@ -138,11 +147,14 @@ def with_rank(config: MethodConfig, site: str, rank: int) -> MethodConfig:
     return config.model_copy(update=update)
 
 
-def _check_exclusive(holder: StateHolder, info: MethodInfo, sites: list[Site]) -> None:
+def check_exclusive(graft: Graft, sites: list[Site]) -> None:
+    """Raises IncompatibleError when another graft owns the stored weights of these sites, or is merged."""
     names = {s.name for s in sites}
-    for other in holder.grafts.values():
+    for other in graft.holder.grafts.values():
+        if other is graft:
+            continue
         overlap = names & set(other.sites)
-        positions = {info.traits["position"], other.info.traits["position"]}
+        positions = {graft.info.traits["position"], other.info.traits["position"]}
         if overlap and (other.edited_storage or positions != {"outside"}):
             raise IncompatibleError(
                 f"graft '{other.name}' ({other.method}) owns the stored weight of {len(overlap)} of these sites",
@@ -162,13 +174,9 @@ def _attach_saved_modules(graft: Graft) -> None:
             product = product_of(module)
             if product is None:
                 raise UsageError(f"modules_to_save: '{module_name}' is a {type(module).__name__}, not a linear map")
-            site = Site(module_name, module_name, module, product, "saved", -1)
+            site = Site(module_name, module_name, module, product, "saved", -1, model=graft.model)
             adapter = SavedModule(site, graft.config, shared=None, generator=site_generator(graft.seed, module_name))
             adapter.take(product)
-            point = graft_point(graft.model, module_name, graft.holder)
-            slot = point.slot("whole")
-            if slot is None:
-                slot = Slot(product, graft.holder)
-                point.add_module("whole", slot)
-            slot.put(graft.name, None, "saved", on_device(adapter, product.device).train(module.training))
+            on_device(adapter, product.device).train(module.training)
+            slot_of(site, graft.holder).put(graft.name, None, "saved", adapter)
             graft.saved_modules[module_name] = adapter

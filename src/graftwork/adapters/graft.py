@@ -112,7 +112,7 @@ class Graft:
         """Factor of this graft's change, in sums, per row and when merged. Only for additive methods."""
         if self.merged:
             raise UsageError(f"graft '{self.name}' is merged: its weight is fixed", remedy="graft.unmerge() first")
-        if (self.info.traits["multiplicative"] or self.info.traits["scope"] == "model") and weight != 1.0:
+        if (self.info.traits["multiplicative"] or self.info.traits["scope"] != "site") and weight != 1.0:
             raise IncompatibleError(f"'{self.method}' adds nothing to an output: its change has no scale")
         self.weight = float(weight)
 
@@ -120,6 +120,8 @@ class Graft:
         """Remove the graft; the base is bit for bit what it was."""
         if self.merged:
             self.unmerge()
+        if hasattr(self.info.cls, "on_detach"):
+            self.info.cls.on_detach(self)
         for site in self.sites.values():
             self._restore_storage(site)
         for module_name in {s.module_name for s in self.sites.values()} | set(self.saved_modules):
@@ -127,7 +129,7 @@ class Graft:
             point = module._modules["graft"]
             for key, slot in list(point.named_children()):
                 slot.drop(self.name)
-                if not slot.entries:
+                if slot.idle:
                     del point._modules[key]
             drop_point(self.model, module_name)
         pools = self.shared_at._modules.get("graft_shared")
@@ -135,8 +137,6 @@ class Graft:
             del pools[self.name]
             if not len(pools):
                 del self.shared_at._modules["graft_shared"]
-        if hasattr(self.info.cls, "on_detach"):
-            self.info.cls.on_detach(self)
         del self.holder.grafts[self.name]
 
     def remove(self, name: str) -> None:
@@ -148,7 +148,7 @@ class Graft:
         point = site.module._modules["graft"]
         slot = point.slot(site.slot_name)
         slot.take(next(key for key, entry in slot.entries.items() if entry is adapter))
-        if not slot.entries:
+        if slot.idle:
             del point._modules[site.slot_name]
         drop_point(self.model, site.module_name)
 
@@ -156,6 +156,9 @@ class Graft:
     def _check_weights(self) -> None:
         if self.info.traits["scope"] == "model":
             raise UsageError(f"'{self.method}' changes what the model reads and no weight: it cannot become a LoRA",
+                             remedy="serve it beside the base")
+        if self.info.traits["scope"] == "block":
+            raise UsageError(f"'{self.method}' has no weight change and cannot become a LoRA: what it adds depends on the input",
                              remedy="serve it beside the base")
 
     def base_of(self, site: Site) -> Base:

@@ -65,7 +65,7 @@ def drop_point(model: nn.Module, name: str) -> None:
     """Remove an empty GraftPoint and give the module its own class back."""
     module = model.get_submodule(name)
     point = module._modules.get("graft")
-    if point is not None and not any(len(slot.entries) for slot in point.children()):
+    if point is not None and all(slot.idle for slot in point.children()):
         del module._modules["graft"]
         keeps_loop = any(isinstance(getattr(module, a, None), nn.ModuleList) for a in ("gate_up_proj", "down_proj"))
         if hasattr(type(module), "plain_class") and not keeps_loop:
@@ -84,8 +84,14 @@ class Slot(nn.Module):
         self.entries = nn.ModuleDict()
         self.owners: dict[str, tuple[str, slice | None]] = {}
         self.taps: list[Callable[[Tensor, Tensor], None]] = []
+        self.through: Callable[[Slot, Tensor], Tensor] | None = None  # set by a block that runs this map its own way
         self._plan: tuple | None = None
         self._banks: dict = {}
+
+    @property
+    def idle(self) -> bool:
+        """True when nothing needs this slot any more."""
+        return not self.entries and self.through is None
 
     def put(self, graft: str, rows: slice | None, part: str, adapter: Adapter) -> None:
         key = graft if rows is None else f"{graft}[{part}]"
@@ -104,6 +110,10 @@ class Slot(nn.Module):
 
     def run(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), with whatever grafts the state calls for."""
+        return self.plain(x) if self.through is None else self.through(self, x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The same with the adapters of this map alone."""
         state = self.holder.current
         base = Base(self.frozen, self.holder)
         y = self._all(x, base, state) if state.rows is None else self._by_row(x, base, state)

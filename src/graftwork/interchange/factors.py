@@ -60,7 +60,7 @@ class Factors:
 def check_exportable(graft: Graft) -> None:
     """Raises IncompatibleError for a graft that is no change of weights, UsageError for one that is merged."""
     if graft.info.traits["scope"] != "site" or not graft.info.traits["mergeable"]:
-        raise IncompatibleError(f"'{graft.method}' is no change of weights: no other tool's adapter format holds it",
+        raise IncompatibleError(f"'{graft.method}' is no change of weights: this format does not hold it",
                                 remedy="serve it with graftwork")
     if graft.merged:
         raise UsageError(f"graft '{graft.name}' is merged", remedy="graft.unmerge() first")

@@ -1,4 +1,4 @@
-"""Writing PEFT LoRA folders; the format and its two styles are described in peft.py."""
+"""Writing PEFT's folders; the format and its two styles are described in peft.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from ..modeling.experts import ATTRIBUTES
 from ..modeling.protocols import is_conv1d
 from ..modeling.sites import linear_modules
 from .factors import Factors, base_name, check_exportable, lora_factors
-from .peft_methods import EXCHANGES, TEMPLATE, Exchange, alpha_of, pattern
+from .peft_exchange import TEMPLATE, Exchange, alpha_of, pattern
+from .peft_methods import EXCHANGES
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -72,19 +73,26 @@ def _modules(graft: Graft, modules: set[str], config: dict[str, Any], tensors: d
 
 def _holds(exchange: Exchange, graft: Graft) -> bool:
     """True where PEFT has this method at every site: no slice of a fused map, no expert, no Conv1D for some methods."""
-    return all(site.rows is None and site.expert is None and (exchange.transposed or not is_conv1d(site.module))
-               for site in graft.sites.values())
+    return exchange.holds(graft) and all(
+        site.rows is None and site.expert is None and (exchange.transposed or not is_conv1d(site.module)) for site in graft.sites.values())
 
 
 def _write_own(exchange: Exchange, graft: Graft, folder: str | Path, *, overwrite: bool) -> dict[str, Any]:
-    check_exportable(graft)
+    virtual = graft.info.traits["scope"] == "model"
+    if not virtual:
+        check_exportable(graft)
+    elif graft.saved_modules:
+        raise IncompatibleError(f"this graft replaces whole modules ({', '.join(graft.saved_modules)}): PEFT's folders of "
+                                f"'{graft.method}' have no place for them that is read here", remedy="serve it with graftwork")
     config = dict(exchange.template, base_model_name_or_path=base_name(graft), task_type=_task(graft))
     config.update(exchange.document(graft, lambda modules: target_names(graft.model, modules)))
     tensors = {f"{PREFIX}{name}.{key}": place.file_value() for name, adapter in graft.adapters.items()
-               for key, place in exchange.tensors(adapter, config).items()}
-    _modules(graft, set(graft.adapters), config, tensors)
+               for key, place in exchange.tensors(adapter, config, graft.weight).items()}
+    tensors |= {key: place.file_value() for key, place in (exchange.shared(graft, config) if exchange.shared else {}).items()}
+    if not virtual:
+        _modules(graft, set(graft.adapters), config, tensors)
     write_folder(folder, TENSORS, tensors, CONFIG, config, overwrite=overwrite)
-    return {"error": 0.0, "rank": getattr(graft.config, "r", None), "notes": []}
+    return {"error": 0.0, "rank": getattr(graft.config, "r", None), "notes": list(exchange.notes)}
 
 
 def write_folder(folder: str | Path, tensor_file: str, tensors: dict[str, Tensor], config_file: str, config: dict[str, Any], *,

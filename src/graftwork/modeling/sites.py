@@ -34,7 +34,7 @@ RECURRENT = {"in_proj": "recurrent_in", "in_proj_qkvz": "recurrent_in", "in_proj
              "linear_out": "recurrent_out"}
 GROUPS = {"attention": {"q", "k", "v", "o", "qkv"}, "mlp": {"gate", "up", "down", "fc1", "fc2", "gate_up"},
           "recurrent": {"recurrent_in", "recurrent_x", "recurrent_out"}}
-_LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
+LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
 
 
 @dataclass
@@ -85,7 +85,7 @@ def role_of(name: str) -> str:
 
 
 def layer_of(name: str) -> int:
-    match = _LAYER.search(f".{name}.")
+    match = LAYER.search(f".{name}.")
     return int(match.group(1)) if match else -1
 
 

@@ -22,19 +22,23 @@ class ForwardState:
     """rows: one graft name (or None for the bare base) per row of the batch; None: every attached graft acts on every row.
     expansion: how many consecutive rows of the tensor belong to one named row (beams).
     token_rows: for callers that re-indexed tokens, the row (int64, (M,)) of each of the M tokens of a site's input.
+    places: beside it, where each of these tokens stands in the flat batch (row * T + t), where the caller knows.
     disabled: names of grafts that are off. seed, step, micro: the clock from which noise is drawn.
     labels: of the batch (N, T), -100 where nothing is trained; a prefix that depends on the prompt tells it from the answer
     by them. None: all input is prompt.
+    real: (N, T) bool, False at padding; None: nothing is known to be padding.
     recomputing: True while activation checkpointing repeats a forward (losses, statistics, counters must not count it)."""
 
     rows: tuple[str | None, ...] | None = None
     expansion: int = 1
     token_rows: torch.Tensor | None = None
+    places: torch.Tensor | None = None
     disabled: frozenset[str] = frozenset()
     seed: int = 0
     step: int = 0
     micro: int = 0
     labels: torch.Tensor | None = None
+    real: torch.Tensor | None = None
     recomputing: bool = False
 
 

@@ -75,9 +75,9 @@ class TrainStep:
 
     def _warn_of_silent_sites(self, present: set[str]) -> None:
         """After the first backward pass: sites that no gradient has reached. Experts may have had no token."""
-        silent = [name for graft in self.grafts if not present or graft.name in present for name, site in graft.sites.items()
-                  if site.expert is None and (trained := [p for p in graft.adapters[name].parameters() if p.requires_grad])
-                  and all(p.grad is None for p in trained)]
+        silent = [name for graft in self.grafts if not present or graft.name in present for name, adapter in graft.adapters.items()
+                  if name in graft.sites and graft.sites[name].expert is None
+                  and (trained := [p for p in adapter.parameters() if p.requires_grad]) and all(p.grad is None for p in trained)]
         if silent:
             shown = ", ".join(silent[:4]) + ", ..." * (len(silent) > 4)
             warnings.warn(f"no gradient reached {len(silent)} sites in the first step ({shown}): the model does not call these maps, or "
