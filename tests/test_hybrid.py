@@ -266,6 +266,35 @@ def test_quantised_storage_leaves_what_is_not_called(kind):
     close(output(model.eval(), ids), before, 0.5)
 
 
+@pytest.mark.parametrize("kind, adapter", [("mamba", "prompt"), ("recurrent_gemma", "prompt"), ("jamba", "prefix")])
+def test_virtual_tokens_are_refused_where_nothing_would_keep_them(kind, adapter):
+    with pytest.raises(IncompatibleError, match="keeps its state in no key/value cache|keep keys and values of one width"):
+        graftwork.attach(build(kind), adapter, num_virtual_tokens=3)
+
+
+@torch.no_grad()
+def test_a_prompt_before_a_hybrid_model():
+    model, ids, pad = build("falcon_h1"), tiny.tokens(2, 7), torch.zeros(2, 3, dtype=torch.int64)
+    attach(model, "prompt", name="a")
+    alone = output(model, ids, use_cache=False)
+    mask = torch.cat([pad, torch.ones_like(ids)], 1)
+    close(output(model, torch.cat([pad, ids], 1), attention_mask=mask, use_cache=False)[:, 3:], alone, 1e-5)
+    with graftwork.routing(model, ["a", None]):
+        close(output(model, ids, use_cache=False)[:1], alone[:1], 1e-5)
+    new = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(output(model, new[:, :-1], use_cache=False)[:, 6:].argmax(-1), new[:, 7:])
+
+
+@pytest.mark.parametrize("kind", ["mamba", "jamba"])
+def test_a_recipe_trains_and_plans_one(kind, tmp_path):
+    tiny.save(build(kind), tmp_path / "model")
+    document = recipe(tmp_path / "model", completions(tmp_path / "d.jsonl"), tmp_path / "out", train={"max_steps": 2})
+    made = graftwork.plan(document, estimate_time=False)
+    done = run(document)
+    assert made.peak_bytes > 0 and done.steps == 2
+    assert all(a.lora_B.any() for n, a in done.grafts[0].adapters.items() if done.grafts[0].sites[n].expert is None)
+
+
 @pytest.mark.parametrize("kind", ["mamba2", "jamba"])
 def test_packed_rows_are_refused(kind):
     from graftwork.data import assert_packable

@@ -175,7 +175,7 @@ def _attach_saved_modules(graft: Graft) -> None:
             product = product_of(module)
             if product is None:
                 raise UsageError(f"modules_to_save: '{module_name}' is a {type(module).__name__}, not a linear map")
-            site = Site(module_name, module_name, module, product, "saved", -1)
+            site = Site(module_name, module_name, module, product, "saved", -1, model=graft.model)
             adapter = SavedModule(site, graft.config, shared=None, generator=site_generator(graft.seed, module_name))
             adapter.take(product)
             on_device(adapter, product.device).train(module.training)

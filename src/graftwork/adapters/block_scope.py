@@ -270,8 +270,7 @@ class FeedForwardPoint(nn.Module):
 
     def _by_row(self, x: Tensor, active: dict[str, BlockAdapter]) -> tuple[list[tuple[BlockAdapter, Tensor | None]], Tensor | None]:
         """[(adapter, its tokens, None for all)] and the tokens without one, for the named rows."""
-        state = self.holder.current
-        index = self.holder.row_index(x, flat=next(iter(self.slots.values())).flat)
+        state, index = self.holder.current, self.holder.row_index(x, flat=any(s.flat for s in self.slots.values()))
         wanted = [name for name in dict.fromkeys(state.rows) if name in active]
         if len(wanted) == 1 and len(set(state.rows)) == 1:
             return [(active[wanted[0]], None)], None

@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache
 
 from ..errors import IncompatibleError, UsageError
+from ..modeling.caches import cache_argument
 from ..modeling.state import state_of
 from ._prefix_fill import FILL, Fill, fill_attention, rooms
 from .base import Adapter
@@ -117,6 +118,9 @@ class Decoder:
                 getattr(module, "is_causal", True) is False for module in body.modules()):
             raise IncompatibleError(f"{type(model).__name__} is no causal decoder: there is no prompt to put a prefix before",
                                     remedy="choose a causal model, or adapter: lora")
+        if cache_argument(model) != "past_key_values":
+            raise IncompatibleError(f"{type(model).__name__} keeps its state in no key/value cache: a prefix would be put before every new "
+                                    "token", remedy="choose adapter: lora")
         self.model, self.body, self.noise = model, body, state_of(model)
         self.embedding = body.get_input_embeddings()
         self.width, self.hidden_size = self.embedding.weight.shape[1], config.hidden_size

@@ -139,7 +139,8 @@ def load_model(ref: str | Path | ModelRef, *, task: str = "causal_lm", dtype: st
     _set_labels(config, num_labels, tokenizer, task)
     with _model_errors(ref.ref, task=task), quiet_transformers(), torch.random.fork_rng(devices=[]):
         model, info = auto.from_pretrained(
-            folder, config=config, dtype=wanted or "auto", attn_implementation=attn_implementation, use_safetensors=True,
+            folder, config=config, dtype=wanted or "auto", attn_implementation=_attention(auto, config, attn_implementation),
+            use_safetensors=True,
             local_files_only=True, trust_remote_code=ref.trust_remote_code, output_loading_info=True)
     new = sorted(info["missing_keys"])
     _check_missing(model, new, task, ref)
@@ -160,8 +161,18 @@ def empty_model(ref: Any, *, task: str = "causal_lm", dtype: str | torch.dtype |
     _set_labels(config, num_labels, None, task)
     with _model_errors(getattr(ref, "ref", "the config"), task=task):
         wanted = parse_dtype(dtype) or parse_dtype(getattr(config, "dtype", None)) or parse_dtype("fp32")
-        model = auto.from_config(config, dtype=wanted, attn_implementation=attn_implementation)
+        model = auto.from_config(config, dtype=wanted, attn_implementation=_attention(auto, config, attn_implementation))
     return model.eval()
+
+
+def _attention(auto: Any, config: Any, wanted: str) -> str:
+    """What is wanted, or eager where the architecture has no other (recurrent models, and some old ones)."""
+    try:
+        known = auto._model_mapping[type(config)]
+    except (AttributeError, KeyError):  # the model brings its own code
+        return wanted
+    kinds = known if isinstance(known, (list, tuple)) else [known]
+    return wanted if all(getattr(kind, f"_supports_{wanted}", True) for kind in kinds) else "eager"
 
 
 def _fake_tensors():

@@ -81,9 +81,10 @@ def output_head(model: nn.Module) -> nn.Module:
 class _Recorder(nn.Module):
     """Stands in for the head: keeps the hidden states it is given and answers with a few known numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, head: nn.Module | None = None) -> None:
         super().__init__()
         self.seen: list[Tensor] = []
+        self.__dict__["weight"] = getattr(head, "weight", None)  # for models that ask it for its dtype; no child of the recorder
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.seen.append(hidden)
@@ -100,7 +101,7 @@ def _recording(model: nn.Module, head: nn.Module) -> Iterator[_Recorder]:
         raise IncompatibleError(f"the output head of {type(inner).__name__} is not one of its modules",
                                 remedy="set masked_head: false")
     parent, _, name = path.rpartition(".")
-    owner, recorder = inner.get_submodule(parent), _Recorder()
+    owner, recorder = inner.get_submodule(parent), _Recorder(head)
     owner._modules[name] = recorder
     try:
         yield recorder

@@ -7,16 +7,10 @@ too small. Sliding-window, recurrent and other kinds of layers are left as Trans
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
-
-from ..errors import IncompatibleError
-
-#: model types that keep the state of their recurrent layers in the layers themselves, or in a cache of their own kind
-OWN_STATE = frozenset({"recurrent_gemma", "rwkv", "xlstm"})
 
 
 class RoomyLayer(DynamicLayer):
@@ -73,16 +67,4 @@ def keep_rows(cache: DynamicCache, rows: Tensor) -> None:
         (layer.reorder_cache if hasattr(layer, "recurrent_states") else layer.batch_select_indices)(rows)
 
 
-def cache_argument(model: nn.Module) -> str:
-    """The name under which the model's forward takes a cache. Raises IncompatibleError for models that keep their state elsewhere:
-    rows could not leave a batch, and would remember the batch before."""
-    known = inspect.signature(type(model).forward).parameters
-    name = next((name for name in ("past_key_values", "cache_params") if name in known), None)
-    kind = getattr(model.config, "model_type", "")
-    if name is None or kind in OWN_STATE:
-        raise IncompatibleError(f"a model of type '{kind}' keeps its state outside the cache: its prompts cannot be batched",
-                                remedy="use model.generate of Transformers, one prompt at a time (graftwork.routing names the adapter)")
-    return name
-
-
-__all__ = ["OWN_STATE", "RoomyLayer", "cache_argument", "keep_rows", "roomy_cache"]
+__all__ = ["RoomyLayer", "keep_rows", "roomy_cache"]

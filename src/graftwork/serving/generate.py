@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, GraftworkError, UsageError
+from ..errors import DataError, GraftworkError, IncompatibleError, UsageError
+from ..modeling.caches import cache_argument
 from ..modeling.state import state_of
-from .cache import cache_argument, keep_rows, roomy_cache
+from .cache import keep_rows, roomy_cache
 from .prefill import can_share, padded, positions_of, shared_prefixes
 
 Prompt = str | list[dict[str, Any]] | list[int]
@@ -237,6 +238,10 @@ def _steps(model: nn.Module, tokenizer: Any, rows: list[_Row], settings: _Settin
     device, pad = model.get_input_embeddings().weight.device, pad_token_of(tokenizer)
     prompts, names, new = [row.prompt for row in rows], [row.adapter for row in rows], max(row.limit for row in rows)
     known, cache_name = inspect.signature(type(model).forward).parameters, cache_argument(model)
+    if cache_name is None:
+        raise IncompatibleError(f"a model of type '{model.config.model_type}' keeps its state outside the cache: its prompts cannot be "
+                                "batched", remedy="use model.generate of Transformers, one prompt at a time (graftwork.routing names the "
+                                "adapter)")
     cache = roomy_cache(model.config, 2 * max(map(len, prompts)) + new)
 
     def forward(ids: Tensor, mask: Tensor, positions: Tensor, names: list[str | None]) -> Tensor:
