@@ -263,7 +263,6 @@ REFUSED = {
     "PiSSA's own base": (dict(init_lora_weights="pissa"), "init_lora_weights='pissa'"),
     "OLoRA's own base": (dict(init_lora_weights="olora"), "olora"),
     "all biases": (dict(bias="all"), "bias='all'"),
-    "trained tokens": (dict(trainable_token_indices=[3]), "trainable_token_indices"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Attaching a new graft to a model, in place: sites, the adapter of each, its start, whole modules beside it."""
+"""Attaching a new graft to a model, in place: sites, the adapter of each, its start, whole modules and tokens beside it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .base import Adapter, pattern_value
 from .graft import NAME, Graft, on_device, site_generator
 from .saved_module import SavedModule
 from .slot import Slot, graft_point
+from .trainable_tokens import attach_tokens, with_token_ids
 
 
 def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str = "default", initializer: Any = None,
@@ -38,6 +39,7 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
         raise UsageError(f"'{name}' is no name for a graft", remedy="letters, digits, '_', '-', '@', at most 128")
     if name in holder.grafts:
         raise UsageError(f"a graft named '{name}' is attached already", remedy="choose another name, or detach it first")
+    config_object = with_token_ids(model, config_object)
     graft = Graft(model, name, info, config_object, seed)
     graft.loading = loading
     if not holder.grafts:
@@ -49,12 +51,14 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
         try:
             info.cls.attach_to(graft)
             _attach_saved_modules(graft)
+            attach_tokens(graft)
         except BaseException:
             graft.detach()
             raise
         return graft
     sites = find_sites(model, config_object.target_modules, exclude_modules=config_object.exclude_modules,
                        layers=config_object.layers_to_transform)
+    sites = _without_whole(sites, config_object.modules_to_save)
     check_exclusive(graft, sites)
     start = _initializer(initializer)
     statistics = None
@@ -77,6 +81,7 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
                 continue
             _attach_site(graft, site, (ranks or {}).get(site.name), start, statistics, loading)
         _attach_saved_modules(graft)
+        attach_tokens(graft)
     except BaseException:
         graft.detach()
         raise
@@ -163,6 +168,15 @@ def check_exclusive(graft: Graft, sites: list[Site]) -> None:
         if other.merged:
             raise IncompatibleError(f"graft '{other.name}' is merged into the weights",
                                     remedy=f"unmerge or detach '{other.name}' first")
+
+
+def _without_whole(sites: list[Site], whole: list[str]) -> list[Site]:
+    """The sites that are not trained whole: a module has one of the two."""
+    left = [s for s in sites if not any(s.module_name == ending or s.module_name.endswith("." + ending) for ending in whole)]
+    if not left:
+        raise UsageError(f"every module that target_modules matches is trained whole (modules_to_save: {', '.join(whole)})",
+                         remedy="target other modules, or leave them out of modules_to_save")
+    return left
 
 
 def _attach_saved_modules(graft: Graft) -> None:

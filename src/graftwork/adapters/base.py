@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..modeling.arithmetic import linear, product_dtype
@@ -32,14 +33,20 @@ class SiteShape(Protocol):
     role: str
 
 
+SAVED = "whole linear modules (a task head, say) that are trained and saved beside the adapter"
+TOKENS = "ids or strings of tokens whose embedding rows are trained and saved too; {module: tokens} names embedding or head"
+#: tokens by id or string: rows of the input embedding, or {module name: rows of that embedding or output head}
+TokenChoice = list[int | str] | dict[str, list[int | str]]
+
+
 class AdapterConfig(MethodConfig):
     """Options every adapter has (PEFT's meaning)."""
 
     target_modules: str | list[str] = "all-linear"
     exclude_modules: list[str] = []
     layers_to_transform: list[int] | None = None
-    modules_to_save: list[str] = []
-    """Whole linear modules (a task head, say) that are trained and saved beside the adapter."""
+    modules_to_save: list[str] = Field([], description=SAVED)
+    trainable_tokens: TokenChoice = Field([], description=TOKENS)
 
 
 @dataclass

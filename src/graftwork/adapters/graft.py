@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from ..modeling.state import StateHolder, state_of
 from ..registry import MethodConfig, MethodInfo
 from .base import Adapter
 from .slot import GraftPoint, drop_point
+
+if TYPE_CHECKING:
+    from .trainable_tokens import TokenRows
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_@-]{0,127}")
 
@@ -46,6 +49,7 @@ class Graft:
         self.shared: nn.Module | None = None
         self.shared_at: nn.Module = model  # whose child `graft_shared` holds it
         self.saved_modules: dict[str, Adapter] = {}
+        self.trainable_tokens: dict[str, TokenRows] = {}  # by the module whose rows they are
         self.weight, self.merged = 1.0, False
         self.loading = False  # while it is attached: the values come from an artifact
         self.initializer: dict[str, Any] | None = None
@@ -68,6 +72,8 @@ class Graft:
         yield from self.adapters.items()
         for name, module in self.saved_modules.items():
             yield f"modules_to_save.{name}", module
+        for name, tokens in self.trainable_tokens.items():
+            yield f"trainable_tokens.{name}", tokens
 
     def named_parameters(self, *, trainable: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
         """(key, parameter) in a stable order; only trained ones by default."""
@@ -124,7 +130,8 @@ class Graft:
             self.info.cls.on_detach(self)
         for site in self.sites.values():
             self._restore_storage(site)
-        for module_name in {s.module_name for s in self.sites.values()} | set(self.saved_modules):
+        using = {name for tokens in self.trainable_tokens.values() for name in tokens.modules_using}
+        for module_name in {s.module_name for s in self.sites.values()} | set(self.saved_modules) | using:
             module = self.model.get_submodule(module_name)
             point = module._modules["graft"]
             for key, slot in list(point.named_children()):

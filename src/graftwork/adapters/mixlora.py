@@ -48,6 +48,7 @@ from ..modeling.sites import GROUPS, Site, all_sites
 from ..modeling.state import StateHolder
 from ..registry import MethodConfig, register
 from .attach import check_exclusive, place
+from .base import SAVED, TOKENS, TokenChoice
 from .block_scope import BlockAdapter, Copies, FeedForward
 from .graft import Graft, site_generator
 from .lora import LoRA, LoRAAdapter
@@ -66,7 +67,8 @@ class MixLoRA(MethodConfig):
     aux_coefficient: float = Field(1e-3, ge=0.0, description="c, of the load-balancing loss")
     attention: bool = Field(True, description="ordinary LoRA on the attention maps too")
     layers_to_transform: list[int] | None = None
-    modules_to_save: list[str] = []
+    modules_to_save: list[str] = Field([], description=SAVED)
+    trainable_tokens: TokenChoice = Field([], description=TOKENS)
 
     @model_validator(mode="after")
     def _choices(self):

@@ -131,8 +131,9 @@ class Decoder:
         self.encoders: dict[str, Any] = {}  # reference -> encoder, shared by the grafts of this model
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(...,) int64 -> (..., d) as the model embeds its tokens."""
-        return self.embedding(ids)
+        """(...,) int64 -> (..., d) as the bare base embeds its tokens."""
+        with self._no_graft():
+            return self.embedding(ids)
 
     def states(self, prompts: Prompts) -> Tensor:
         """Last hidden states (n, T, h) of the bare base in eval mode, whatever grafts and rows the forward is for."""
@@ -156,25 +157,23 @@ class Decoder:
         for module in training:
             module.training = False
         try:
-            with self.noise.scope(rows=None, expansion=1, token_rows=None, disabled=frozenset(self.noise.grafts)):
+            with self._no_graft():
                 return self.body(**inputs)
         finally:
             for module in training:
                 module.training = True
 
-    def tokenizer(self) -> Any:
-        """The model's tokenizer: `model.graft_tokenizer` where the caller set it, else that of the folder it came from."""
-        from ..modeling.models import load_tokenizer
+    def _no_graft(self):
+        return self.noise.scope(rows=None, expansion=1, token_rows=None, disabled=frozenset(self.noise.grafts))
 
-        found = getattr(self.model, "graft_tokenizer", None)
-        source = getattr(getattr(self.model, "graft_source", None), "ref", None)
-        source = source or getattr(self.model.config, "_name_or_path", "")
-        if found is None and source:
-            found = load_tokenizer(source)
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        from ..modeling.models import tokenizer_of
+
+        found = tokenizer_of(self.model)
         if found is None:
             raise UsageError("the text of a prompt cannot be read back: the model's tokenizer is not known",
                              remedy="set model.graft_tokenizer = tokenizer, or use encoder: base")
-        self.model.graft_tokenizer = found
         return found
 
 
@@ -251,7 +250,7 @@ class PrefixScope:
         self._check(call, past, width)
         place = Place(width, lengths, call, past - width if past else 0)
         if not past:
-            vectors = torch.cat([self._prefix(rows, width, call), self.base.embed(ids)], 1)
+            vectors = torch.cat([self._prefix(rows, width, call), self.base.embedding(ids)], 1)
             call["inputs_embeds"], call["input_ids"] = place.arrange(vectors), None
         call["attention_mask"], call["position_ids"] = place.mask(), place.positions(prefill=not past)
         self.widths.append(0 if past else width)

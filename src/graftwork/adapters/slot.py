@@ -93,8 +93,9 @@ class Slot(nn.Module):
         """True when nothing needs this slot any more."""
         return not self.entries and self.through is None
 
-    def put(self, graft: str, rows: slice | None, part: str, adapter: Adapter) -> None:
-        key = graft if rows is None else f"{graft}[{part}]"
+    def put(self, graft: str, rows: slice | None, part: str, adapter: Adapter, *, beside: bool = False) -> None:
+        """beside: the graft may hold another adapter of the same output rows here."""
+        key = f"{graft}[{part}]" if rows is not None or beside else graft
         self.entries[key] = adapter
         self.owners[key] = (graft, rows)
         self._plan, self._banks = None, {}
@@ -167,7 +168,7 @@ class Slot(nn.Module):
 
         added, replaced = [], []
         for cls, out_rows, keys, position, whole in groups:
-            if whole and index is None:
+            if whole:
                 selected, local = None, where(position)
             elif index is None:
                 selected, local = self._selection(position, x.device)
@@ -219,7 +220,7 @@ class Slot(nn.Module):
 
     def _bank(self, cls: type[Adapter], keys: tuple[str, ...], dtype: torch.dtype):
         adapters = [self.entries[key] for key in keys]
-        if torch.is_grad_enabled() and any(p.requires_grad for a in adapters for p in a.parameters()):
+        if torch.is_grad_enabled() and any(p.requires_grad for a in adapters for p in (*a.parameters(), *a.borrowed())):
             return cls.stack(adapters, dtype)
         version = (dtype, torch.is_inference_mode_enabled(), tuple(map(_version, adapters)))
         kept = self._banks.get(keys)

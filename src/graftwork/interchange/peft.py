@@ -36,7 +36,7 @@ from .peft_methods import EXCHANGES, exchange_of
 __all__ = ["CONFIG", "TEMPLATE", "TENSORS", "attach_peft", "read_config", "write_peft"]
 #: options that change what the tensors mean and that a graft cannot express
 REFUSED = ("alora_invocation_tokens", "arrow_config", "layer_replication", "monteclora_config",
-           "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config", "megatron_config")
+           "use_bdlora", "use_qalora", "velora_config", "megatron_config")
 #: options that say how training started or ran, and leave the saved tensors' meaning alone
 IGNORED = ("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
            "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
@@ -91,7 +91,8 @@ def read_config(folder: str | Path) -> AdapterConfig:
             where = {"target_modules": target, "exclude_modules": excluded,
                      "layers_to_transform": [layers] if isinstance(layers, int) else layers or None}
         return info.config(**exchange.options(document, lambda: _shapes(Path(folder))), **where,
-                           modules_to_save=sorted(document.get("modules_to_save") or []))
+                           modules_to_save=sorted(document.get("modules_to_save") or []),
+                           trainable_tokens=document.get("trainable_token_indices") or [])
     except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, GraftworkError):
             raise
@@ -242,7 +243,17 @@ def _fill(graft: Graft, tensors: dict[str, Tensor], document: dict[str, Any]) ->
         take(f"{name}.weight", module.weight)
         if module.bias is not None:
             take(f"{name}.bias", module.bias)
+    for name, rows in graft.trainable_tokens.items():
+        value = take(f"{name}.token_adapter.trainable_tokens_delta", shape=tuple(rows.rows.shape))
+        if value is not None:
+            rows.rows.copy_(value[_ascending(document["trainable_token_indices"], name)])
     return problems + [f"unexpected tensor {key}{_why(key)}" for key in sorted(tensors)]
+
+
+def _ascending(tokens: list[int] | dict[str, list[int]], module: str) -> list[int]:
+    """The order in which the file's rows of a module go by ascending token; PEFT keeps them as they were named."""
+    ids = next(v for k, v in tokens.items() if module == k or module.endswith("." + k)) if isinstance(tokens, dict) else tokens
+    return sorted(range(len(ids)), key=ids.__getitem__)
 
 
 def _fill_experts(graft: Graft, take) -> None:
@@ -266,5 +277,5 @@ def _fill_experts(graft: Graft, take) -> None:
 
 def _why(key: str) -> str:
     reasons = {"lora_embedding": " (LoRA of an embedding is not read)", "lora_magnitude_vector": " (DoRA, but use_dora is false)",
-               "trainable_tokens": " (trained tokens are not read)", "base_layer.weight": " (a changed base weight)"}
+               "trainable_tokens": " (tokens that the config does not name)", "base_layer.weight": " (a changed base weight)"}
     return next((why for part, why in reasons.items() if part in key), "")

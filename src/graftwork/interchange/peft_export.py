@@ -17,7 +17,7 @@ from ..files import atomic_folder
 from ..modeling.experts import ATTRIBUTES
 from ..modeling.protocols import is_conv1d
 from ..modeling.sites import linear_modules
-from .factors import Factors, base_name, check_exportable, lora_factors
+from .factors import Factors, base_name, check_exportable, lora_factors, token_rows, whole_modules
 from .peft_exchange import TEMPLATE, Exchange, alpha_of, pattern
 from .peft_methods import EXCHANGES
 
@@ -58,17 +58,34 @@ def write_peft(graft: Graft, folder: str | Path, *, style: str = "exact", rank: 
 
 def _modules(graft: Graft, modules: set[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """What every method's folder says of its modules, and the modules that are saved whole."""
-    for name, module in graft.saved_modules.items():
-        tensors[f"{PREFIX}{name}.weight"] = module.weight.detach().cpu()
-        if module.bias is not None:
-            tensors[f"{PREFIX}{name}.bias"] = module.bias.detach().cpu()
+    for name, values in whole_modules(graft).items():
+        tensors.update({f"{PREFIX}{name}.{key}": value.cpu() for key, value in values.items()})
     if graft.saved_modules:
         config["modules_to_save"] = sorted(graft.saved_modules)
+    _tokens(graft, config, tensors)
     config["target_modules"] = target_names(graft.model, modules)
     if "fan_in_fan_out" in config:
         config["fan_in_fan_out"] = any(is_conv1d(graft.model.get_submodule(name)) for name in modules)
     if config["task_type"] == "SEQ_CLS" and not graft.saved_modules:
         config["task_type"] = None  # PEFT would expect a saved head
+
+
+def _tokens(graft: Graft, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Rows of trained tokens. PEFT ties a head to the embedding by itself, and then takes nothing else at the head."""
+    if not graft.trainable_tokens:
+        return
+    if "trainable_token_indices" not in config:
+        raise IncompatibleError(f"PEFT's {config['peft_type']} holds no rows of trained tokens",
+                                remedy="name a rank (--rank 16) to write it as a LoRA, or convert --to merged")
+    using = {name for tokens in graft.trainable_tokens.values() for name in tokens.modules_using}
+    weights = [graft.model.get_submodule(name).weight for name in using]
+    tied = {name for name, module in graft.model.named_modules() if any(module._parameters.get("weight") is w for w in weights)}
+    clash = sorted(tied & {site.module_name for site in graft.sites.values()} | tied & set(graft.saved_modules))
+    if clash:
+        raise IncompatibleError(f"PEFT holds no rows of trained tokens beside another change of '{clash[0]}', which uses them too",
+                                remedy="convert --to merged")
+    config["trainable_token_indices"] = graft.config.trainable_tokens
+    tensors.update({f"{PREFIX}{name}.token_adapter.trainable_tokens_delta": rows for name, rows in token_rows(graft).items()})
 
 
 def _holds(exchange: Exchange, graft: Graft) -> bool:
@@ -81,9 +98,10 @@ def _write_own(exchange: Exchange, graft: Graft, folder: str | Path, *, overwrit
     virtual = graft.info.traits["scope"] == "model"
     if not virtual:
         check_exportable(graft)
-    elif graft.saved_modules:
-        raise IncompatibleError(f"this graft replaces whole modules ({', '.join(graft.saved_modules)}): PEFT's folders of "
-                                f"'{graft.method}' have no place for them that is read here", remedy="serve it with graftwork")
+    elif graft.saved_modules or graft.trainable_tokens:
+        what = f"replaces whole modules ({', '.join(graft.saved_modules)})" if graft.saved_modules else "holds rows of trained tokens"
+        raise IncompatibleError(f"this graft {what}: PEFT's folders of '{graft.method}' have no place for them that is read here",
+                                remedy="serve it with graftwork")
     config = dict(exchange.template, base_model_name_or_path=base_name(graft), task_type=_task(graft))
     config.update(exchange.document(graft, lambda modules: target_names(graft.model, modules)))
     tensors = {f"{PREFIX}{name}.{key}": place.file_value() for name, adapter in graft.adapters.items()
@@ -116,6 +134,10 @@ def _refuse_extras(graft: Graft, factors: Factors) -> None:
         names = ", ".join(graft.saved_modules)
         raise IncompatibleError(f"this graft replaces whole modules ({names}): vLLM and LoRAX refuse that",
                                 remedy="convert --to merged, or --to peft for readers that know modules_to_save")
+    if graft.trainable_tokens:
+        names = ", ".join(graft.trainable_tokens)
+        raise IncompatibleError(f"this graft holds rows of trained tokens ({names}): vLLM and LoRAX refuse that",
+                                remedy="convert --to merged, or --to peft for readers that know trainable_token_indices")
     if any(bool(change.any()) for change in factors.biases.values()):
         raise IncompatibleError("this graft changes biases: vLLM and LoRAX refuse that",
                                 remedy="convert --to merged or --to peft")

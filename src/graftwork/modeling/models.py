@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["PACKAGED", "TASKS", "ModelRef", "empty_model", "load_config", "load_model", "load_tokenizer", "model_folder",
-           "parse_dtype", "resolve"]
+           "parse_dtype", "resolve", "tokenizer_of"]
 TASKS = {"causal_lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification", "encoder": "AutoModel"}
 
 
@@ -101,6 +101,19 @@ def load_tokenizer(ref: str | Path | ModelRef) -> Any:
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer of a loaded model: `model.graft_tokenizer` where the caller set it, else that of the folder it came from (kept
+    there from then on); None where neither is known. Raises ModelError for a folder that is gone."""
+    found = getattr(model, "graft_tokenizer", None)
+    if found is None:
+        source = getattr(getattr(model, "graft_source", None), "ref", None)
+        source = source or getattr(getattr(model, "config", None), "_name_or_path", "")
+        found = load_tokenizer(source) if source else None
+        if found is not None:
+            model.graft_tokenizer = found
+    return found
 
 
 def _auto(task: str) -> Any:

@@ -255,6 +255,8 @@ class _Run:
                 self.model.config.label2id = {str(name): i for i, name in enumerate(labels)}
             if torch.cuda.is_available():
                 self.model.cuda()
+        elif getattr(self.model, "graft_tokenizer", None) is None:
+            self.model.graft_tokenizer = self.tokenizer
         if recipe.data.packing:
             from ..data import assert_packable
 
