@@ -22,6 +22,7 @@ from graftwork.interchange.lora import write_lora
 from graftwork.interchange.merged import write_merged
 from graftwork.interchange.mlx import write_mlx
 from graftwork.interchange.peft import write_peft
+from graftwork.objectives import _head
 from graftwork.objectives.causal_lm import CausalLM, CausalLMObjective
 from graftwork.planning.measure import measure_peak
 from graftwork.planning.simulate import count_parameters, plan
@@ -174,20 +175,28 @@ def test_rows_of_a_batch_see_their_own_tokens(kind):
     close(logits(model), logits(dense(build(), a, b)), 1e-5)  # both on every row: their changes add up
 
 
-def test_gradients_of_a_fleet_are_those_of_its_members():
+def test_gradients_of_a_fleet_are_those_of_its_members(monkeypatch):
+    monkeypatch.setattr(_head, "_module_loss", None)  # tokens alone leave the chunked loss as quick as it is
     model = tiny.llama()
     grafts = {"a": lora(model, [7, 30], "a", 1), "b": lora(model, [99, 4, 7], "b", 2)}
-    objective, batch = CausalLMObjective(CausalLM(chunk_tokens=6)), {"input_ids": TEXT, "labels": TEXT}
-    with graftwork.routing(model, ["a", "b", "b", "a"]):
-        objective.loss(model, batch).loss.backward()
-    mixed = {n: {k: p.grad.clone() for k, p in g.named_parameters()} for n, g in grafts.items()}
-    for name, rows in {"a": [0, 3], "b": [1, 2]}.items():
+    grafts["b"].scale(0.5)
+    batch = {"input_ids": TEXT, "labels": TEXT}
+
+    def gradients(names, rows, **options):
         model.zero_grad()
-        with graftwork.routing(model, [name] * 2):
-            objective.loss(model, {k: v[rows] for k, v in batch.items()}).loss.backward()
-        for key, parameter in grafts[name].named_parameters():
-            close(mixed[name][key], parameter.grad, 1e-4)
-    assert mixed["a"]["trainable_tokens.model.embed_tokens.rows"].abs().sum() > 0
+        with graftwork.routing(model, names):
+            loss = CausalLMObjective(CausalLM(chunk_tokens=6, **options)).loss(model, {k: v[rows] for k, v in batch.items()}).loss
+        loss.backward()
+        return loss.item(), {f"{n}/{k}": p.grad for n, g in grafts.items() for k, p in g.named_parameters() if p.grad is not None}
+
+    loss, mixed = gradients(["a", "b", "b", None], [0, 1, 2, 3])
+    wanted, of_all_logits = gradients(["a", "b", "b", None], [0, 1, 2, 3], masked_head=False)
+    alone = {**gradients(["a"], [0])[1], **gradients(["b"] * 2, [1, 2])[1]}
+    assert abs(loss - wanted) < 1e-3 and mixed.keys() == of_all_logits.keys() == alone.keys()
+    for key, grad in mixed.items():
+        close(grad, of_all_logits[key], 1e-4)
+        close(grad, alone[key], 1e-4)
+    assert mixed["a/trainable_tokens.model.embed_tokens.rows"].abs().sum() > 0
 
 
 def test_adapter_on_the_head_and_tokens_of_a_tied_model_add_up():
@@ -556,6 +565,34 @@ def test_module_trained_whole_has_no_adapter():
     assert set(graft.saved_modules) == {"lm_head"} and "lm_head" not in graft.adapters and len(graft.adapters) == 2
     with pytest.raises(UsageError, match="every module that target_modules matches is trained whole"):
         graftwork.attach(model, "lora", name="b", r=2, target_modules=["lm_head"], modules_to_save=["lm_head"])
+    for name, words in {"lm_heed": "did you mean 'lm_head'", "norm": "not a linear map"}.items():
+        with pytest.raises(UsageError, match=words) as caught:
+            graftwork.attach(model, "lora", name="b", r=2, modules_to_save=[name])
+        assert caught.value.remedy
+
+
+def test_tied_head_trained_whole_leaves_the_tokens_to_the_embedding(tmp_path):
+    plain, model = tiny.llama(), tiny.llama()
+    graft = lora(model, IDS, modules_to_save=["lm_head"])
+    assert graft.trainable_tokens["model.embed_tokens"].modules_using == ("model.embed_tokens",)
+    other = dense(plain, graft)
+    other.lm_head.weight.data = graft.saved_modules["lm_head"].weight.detach().double()
+    close(logits(model), logits(other), 1e-5)
+    write_merged(graft, tmp_path / "m")
+    close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m")), logits(model), 1e-5)
+
+
+def test_encoder_with_a_classifier():
+    model, other = tiny.bert_classifier(), tiny.bert_classifier()
+    base = logits(model)
+    graft = graftwork.attach(model, "lora", r=2, target_modules=["query"], trainable_tokens=IDS, modules_to_save=["classifier"])
+    assert torch.equal(logits(model), base)
+    with torch.no_grad():
+        rows = graft.trainable_tokens["bert.embeddings.word_embeddings"].rows
+        rows += 0.1 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+        other.get_input_embeddings().weight[IDS] = rows
+    close(logits(model), logits(other), 1e-5)
+    assert (logits(model) - base).abs().max() > 1e-3
 
 
 def test_scaled_graft_takes_its_whole_modules_along(tmp_path):

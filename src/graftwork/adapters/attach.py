@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import IncompatibleError, UsageError
+from ..errors import IncompatibleError, UsageError, nearest
 from ..modeling.protocols import product_of
-from ..modeling.sites import Site, find_sites, flat_tokens
+from ..modeling.sites import Site, find_sites, flat_tokens, linear_modules
 from ..modeling.source import pristine_weight
 from ..modeling.state import state_of
 from ..registry import MethodConfig, lookup, make_config
@@ -183,12 +183,15 @@ def _attach_saved_modules(graft: Graft) -> None:
     for ending in graft.config.modules_to_save:
         found = [n for n, _ in graft.model.named_modules() if (n == ending or n.endswith("." + ending)) and ".graft" not in n]
         if not found:
-            raise UsageError(f"modules_to_save: no module is named '{ending}'")
+            linear = [n for n, _, _ in linear_modules(graft.model)]
+            raise UsageError(f"modules_to_save: no module is named '{ending}'{nearest(ending, [n.rpartition('.')[2] for n in linear])}",
+                             remedy="name a linear map, such as lm_head, score or classifier")
         for module_name in found:
             module = graft.model.get_submodule(module_name)
             product = product_of(module)
             if product is None:
-                raise UsageError(f"modules_to_save: '{module_name}' is a {type(module).__name__}, not a linear map")
+                raise UsageError(f"modules_to_save: '{module_name}' is a {type(module).__name__}, not a linear map",
+                                 remedy="name linear maps; for rows of an embedding use trainable_tokens")
             site = Site(module_name, module_name, module, product, "saved", -1, model=graft.model)
             adapter = SavedModule(site, graft.config, shared=None, generator=site_generator(graft.seed, module_name))
             adapter.take(product)

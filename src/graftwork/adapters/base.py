@@ -150,6 +150,10 @@ class Adapter(nn.Module):
         """(B0, A0) of the low-rank part of W that this adapter replaces (W is used as W - B0 A0), or None."""
         return None
 
+    def moved_rows(self) -> tuple[Tensor, Tensor] | None:
+        """(ids (k,) int64, change (k, in) in fp32) where all that the adapter does is to change single rows of W, else None."""
+        return None
+
     # -- applied -----------------------------------------------------------------------------------------------------
     def delta(self, x: Tensor, base: Base) -> Tensor:
         """Change of the output: x (..., in) -> (..., out)."""

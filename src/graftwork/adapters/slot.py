@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import IncompatibleError
 from ..modeling.calls import keep_calls, owner_of, release_calls
 from ..modeling.experts import is_experts, run_expert_by_expert
-from ..modeling.protocols import Base, Product, RowsProduct
+from ..modeling.protocols import Base, MovedRows, Product, RowsProduct
 from ..modeling.state import StateHolder
 from .base import Adapter
 
@@ -122,6 +122,21 @@ class Slot(nn.Module):
             seen = x.detach()
             y.register_hook(lambda grad: [tap(seen, grad) for tap in self.taps] and None)
         return y
+
+    def moved_rows(self) -> MovedRows | None:
+        """What the grafts that the state calls for do, where it is nothing but a change of single rows of W. With named rows, x must
+        be announced by `state.tokens`."""
+        state, grafts = self.holder.current, self.holder.grafts
+        called = {name for name in (grafts if state.rows is None else state.rows) if name is not None and name not in state.disabled}
+        live = [(self.entries[key], name) for key, (name, _) in self.owners.items() if name in called and not grafts[name].merged]
+        parts = [(adapter.moved_rows(), name) for adapter, name in live]
+        if self.taps or not parts or any(part is None for part, _ in parts):
+            return None
+        ids, change = (torch.cat(each) for each in zip(*((ids, change * grafts[name].weight) for (ids, change), name in parts)))
+        if state.rows is None:
+            return MovedRows(ids, change)
+        member = torch.tensor([[row == name for (own, _), name in parts for _ in own] for row in state.rows], device=ids.device)
+        return MovedRows(ids, change, member.index_select(0, state.token_rows))
 
     # -- every graft on every row --------------------------------------------------------------------------------
     def _all(self, x: Tensor, base: Base, state) -> Tensor:

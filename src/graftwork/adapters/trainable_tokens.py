@@ -102,6 +102,9 @@ class TokenHead(Adapter):
     def borrowed(self):
         return self.tokens.rows, self.tokens.origin
 
+    def moved_rows(self):
+        return self.tokens.ids, self.tokens.change()
+
     def _columns(self, x: Tensor) -> Tensor:
         return linear(x, self.tokens.change().to(x.dtype))
 
