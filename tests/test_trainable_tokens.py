@@ -334,15 +334,12 @@ def through_peft(model, path):
         return peft.PeftModel.from_pretrained(model, str(path)).eval()
 
 
-@pytest.mark.parametrize("kind", PEFT)
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("kind, method", [*((kind, "lora") for kind in PEFT), ("tied", "dora"), ("head too", "kasa"), ("tied", "adalora")])
 def test_through_peft(kind, method, tmp_path):
-    if method == "dora" and kind != "tied":
-        return
     build = KINDS.get(kind, (tiny.llama,))[0]
     model = build()
     graft = attach(model, method, target_modules=["q_proj", "c_attn"], trainable_tokens=PEFT[kind])
-    graft.scale(1.0 if method == "dora" else 0.5)
+    graft.scale(0.5 if method == "lora" else 1.0)
     wanted = logits(model)
     write_peft(graft, tmp_path / "x")
     theirs = through_peft(build(), tmp_path / "x")
@@ -425,6 +422,8 @@ def test_readers_write_them_or_say_why_not(tmp_path):
         with pytest.raises(IncompatibleError, match=words) as caught:
             write()
         assert caught.value.remedy and not (tmp_path / "x").exists()
+    with pytest.raises(IncompatibleError, match="'prompt' have no place for them"):
+        write_peft(attach(tiny.llama(), "prompt", trainable_tokens=IDS), tmp_path / "x")
     with pytest.raises(IncompatibleError, match="PEFT's IA3 holds no rows"):
         write_peft(attach(tiny.llama(), "ia3", trainable_tokens=IDS), tmp_path / "x")
     with pytest.raises(IncompatibleError, match="beside another change of 'lm_head'"):
@@ -565,6 +564,8 @@ def test_module_trained_whole_has_no_adapter():
     assert set(graft.saved_modules) == {"lm_head"} and "lm_head" not in graft.adapters and len(graft.adapters) == 2
     with pytest.raises(UsageError, match="every module that target_modules matches is trained whole"):
         graftwork.attach(model, "lora", name="b", r=2, target_modules=["lm_head"], modules_to_save=["lm_head"])
+    with pytest.raises(UsageError, match="has an adapter of 'mixlora' already"):
+        attach(model, "mixlora", name="b", modules_to_save=["down_proj"])
     for name, words in {"lm_heed": "did you mean 'lm_head'", "norm": "not a linear map"}.items():
         with pytest.raises(UsageError, match=words) as caught:
             graftwork.attach(model, "lora", name="b", r=2, modules_to_save=[name])

@@ -186,7 +186,11 @@ def _attach_saved_modules(graft: Graft) -> None:
             linear = [n for n, _, _ in linear_modules(graft.model)]
             raise UsageError(f"modules_to_save: no module is named '{ending}'{nearest(ending, [n.rpartition('.')[2] for n in linear])}",
                              remedy="name a linear map, such as lm_head, score or classifier")
+        own = {site.module_name for site in graft.sites.values()}
         for module_name in found:
+            if module_name in own:
+                raise UsageError(f"modules_to_save: '{module_name}' has an adapter of '{graft.method}' already",
+                                 remedy="leave it out of modules_to_save")
             module = graft.model.get_submodule(module_name)
             product = product_of(module)
             if product is None:

@@ -130,7 +130,7 @@ class Slot(nn.Module):
         called = {name for name in (grafts if state.rows is None else state.rows) if name is not None and name not in state.disabled}
         live = [(self.entries[key], name) for key, (name, _) in self.owners.items() if name in called and not grafts[name].merged]
         parts = [(adapter.moved_rows(), name) for adapter, name in live]
-        if self.taps or not parts or any(part is None for part, _ in parts):
+        if self.taps or self.through is not None or not parts or any(part is None for part, _ in parts):
             return None
         ids, change = (torch.cat(each) for each in zip(*((ids, change * grafts[name].weight) for (ids, change), name in parts)))
         if state.rows is None:
