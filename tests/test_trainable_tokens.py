@@ -102,6 +102,8 @@ def test_logits_are_those_of_the_changed_matrices(kind):
     own = sum(p.numel() for a in graft.adapters.values() for p in a.parameters())
     assert graft.parameter_count() - own == sum(map(len, named.values())) * plain.get_input_embeddings().embedding_dim
     assert all(len(t.modules_using) == 1 + both for t in graft.trainable_tokens.values())
+    decay = {name: group.get("weight_decay") for group in graft.parameter_groups() for name in group["names"]}
+    assert {name for name, value in decay.items() if value == 0.0} == {f"trainable_tokens.{n}.rows" for n in graft.trainable_tokens}
     with graft.disabled():
         assert torch.equal(logits(model), base)
     graft.scale(0.5)

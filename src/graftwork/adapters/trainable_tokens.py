@@ -43,8 +43,8 @@ class TokenBank:
 
 
 class TokenRows(Adapter):
-    """The rows of one embedding or head. `modules`: names of all modules that use them. `ids` and `origin` (the frozen model's own rows)
-    are known from the config and the base, so they are not saved."""
+    """The rows of one embedding or head. `modules_using`: names of all modules that use them. `ids` and `origin` (the frozen
+    model's own rows) are known from the config and the base, so they are not saved."""
 
     method = "trainable_tokens"
 
