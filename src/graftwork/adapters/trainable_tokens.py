@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from ..errors import GraftworkError, IncompatibleError, UsageError, nearest
 from ..modeling.arithmetic import linear
 from ..modeling.protocols import has_values, product_of
-from ..modeling.state import StateHolder
 from .base import Adapter, TokenChoice, as_rows
 from .slot import Slot, graft_point
 
@@ -233,17 +232,17 @@ def attach_tokens(graft: Graft) -> None:
         tokens.modules_using = (place.name, *place.followers)
         graft.trainable_tokens[place.name] = on_device(tokens, weight.device).train(graft.model.training)
         for name, module in {place.name: place.module, **place.followers}.items():
-            _put(graft.holder, graft.name, module, tokens, SimpleNamespace(**{**vars(site), "name": name}))
+            _put(graft, module, tokens, SimpleNamespace(**{**vars(site), "name": name}))
 
 
-def _put(holder: StateHolder, name: str, module: nn.Module, tokens: TokenRows, site: Any) -> None:
-    point = graft_point(module, holder)
+def _put(graft: Graft, module: nn.Module, tokens: TokenRows, site: Any) -> None:
+    point = graft_point(graft.model, site.name, graft.holder)
     slot = point.slot("whole")
     embedding = isinstance(module, nn.Embedding)
     if slot is None:
-        slot = TokenSlot(Lookup(module), holder) if embedding else Slot(product_of(module), holder)
+        slot = TokenSlot(Lookup(module), graft.holder) if embedding else Slot(product_of(module), graft.holder)
         point.add_module("whole", slot)
-    slot.put(name, None, "tokens", tokens if embedding else TokenHead(tokens, site).train(tokens.training), beside=True)
+    slot.put(graft.name, None, "tokens", tokens if embedding else TokenHead(tokens, site).train(tokens.training), beside=True)
 
 
 def _places(graft: Graft) -> list[_Place]:
