@@ -182,10 +182,9 @@ class TokenSlot(Slot):
 
     def _of_rows(self, x: Tensor, y: Tensor, state) -> Tensor:
         index = self.holder.row_index(x)
-        for cls, _, keys, position, _ in self._groups(state):
+        for cls, _, keys, position, _, _ in self._groups(state, x.device):
             bank = self._bank(cls, keys, y.dtype)
-            local = position.to(x.device)
-            local = local if index is None else local.index_select(0, index)
+            local = position if index is None else position.index_select(0, index)
             inside, flat = local.clamp(min=0), x.reshape(x.shape[0], -1)
             place, hit = _find(bank.ids.index_select(0, inside), flat)
             hit = (hit & (local >= 0).unsqueeze(1)).view(x.shape)
