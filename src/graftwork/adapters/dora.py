@@ -20,11 +20,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..modeling.arithmetic import linear, product_dtype
+from ..modeling.arithmetic import linear
 from ..modeling.protocols import Base, Product, StorageProduct, has_values
 from ..registry import register
 from ._weights import check_rank
@@ -135,11 +134,9 @@ class DoRAAdapter(Adapter):
     # -- many rows ---------------------------------------------------------------------------------------------------
     @classmethod
     def stack(cls, adapters, dtype):
-        rank = max(a.r for a in adapters)
-        dtype = product_dtype(dtype, adapters[0].lora_A.device)
-        pair = Bank(torch.stack([F.pad(a.lora_A, (0, 0, 0, rank - a.r)) for a in adapters]).to(dtype),
-                    torch.stack([F.pad((a.lora_B * a.scale).T, (0, 0, 0, rank - a.r)) for a in adapters]).to(dtype),
-                    None, cls.bank_dropout(adapters), adapters[0].site_name)
+        first = adapters[0]
+        pair = Bank.of([(a.lora_B * a.scale, a.lora_A) for a in adapters], (first.out_features, first.in_features), dtype,
+                       dropout=cls.bank_dropout(adapters), key=first.site_name)
         return DirectionBank(pair, list(adapters))
 
     @classmethod

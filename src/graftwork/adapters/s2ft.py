@@ -26,7 +26,6 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -39,7 +38,8 @@ from ..modeling.coupling import Units, units_of
 from ..modeling.protocols import has_values
 from ..registry import register
 from ._weights import weight_of_site
-from .base import Adapter, AdapterConfig, as_rows, pattern_value
+from .base import Adapter, AdapterConfig, pattern_value
+from .batched import Bank
 
 
 class S2FT(AdapterConfig):
@@ -58,21 +58,6 @@ class Choice(nn.Module):
     def __init__(self, lines: dict[str, tuple[str, list[int]]]):
         super().__init__()
         self.lines = lines
-
-
-@dataclass
-class LineBank:
-    """K adapters of one site: lines (K, n) int64, S (K, n, out) of columns or (K, n, in) of rows; ragged ones are padded with
-    line 0 and zeros."""
-
-    axis: str
-    lines: Tensor
-    S: Tensor
-    out_features: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.lines.untyped_storage().nbytes() + self.S.untyped_storage().nbytes()
 
 
 def line_squares(W: Tensor, axis: str) -> Tensor:
@@ -184,26 +169,10 @@ class S2FTAdapter(Adapter):
     # -- many rows ---------------------------------------------------------------------------------------------------
     @classmethod
     def stack(cls, adapters, dtype):
-        axis, most = adapters[0].axis, max(1, *(a.lines.shape[0] for a in adapters))
-        width = adapters[0].out_features if axis == "columns" else adapters[0].in_features
-
-        def lines_first(a: S2FTAdapter) -> Tensor:
-            if a.S is None:
-                return torch.zeros(most, width, device=a.lines.device)
-            S = a.S.T if axis == "columns" else a.S
-            return F.pad(S, (0, 0, 0, most - S.shape[0]))
-
-        return LineBank(axis, torch.stack([F.pad(a.lines.long(), (0, most - a.lines.shape[0])) for a in adapters]),
-                        torch.stack([lines_first(a) for a in adapters]).to(dtype), adapters[0].out_features)
-
-    @classmethod
-    def forward_rows(cls, bank, index, x, base):
-        flat = as_rows(x)
-        lines = bank.lines.index_select(0, index).unsqueeze(1).expand(-1, flat.shape[1], -1)
-        S = bank.S.index_select(0, index)
-        if bank.axis == "columns":
-            change = torch.bmm(flat.gather(-1, lines), S)
-        else:  # added, since padding writes zeros to line 0
-            change = flat.new_zeros(*flat.shape[:-1], bank.out_features)
-            change = change.scatter_add(-1, lines, torch.bmm(flat, S.transpose(1, 2)))
-        return change.reshape(*x.shape[:-1], change.shape[-1])
+        """A Bank one of whose factors is the lines themselves."""
+        first, pairs = adapters[0], []
+        for a in adapters:
+            S = a.S if a.S is not None else torch.zeros((a.out_features, 0) if a.axis == "columns" else (0, a.in_features),
+                                                        device=a.lines.device)
+            pairs.append((S, a.lines) if a.axis == "columns" else (a.lines, S))
+        return Bank.of(pairs, (first.out_features, first.in_features), dtype)

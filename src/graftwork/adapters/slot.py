@@ -18,6 +18,7 @@ from ..modeling.experts import is_experts, run_expert_by_expert
 from ..modeling.protocols import Base, MovedRows, Product, RowsProduct
 from ..modeling.state import StateHolder
 from .base import Adapter
+from .batched import row_index
 
 
 class GraftPoint(nn.Module):
@@ -173,24 +174,18 @@ class Slot(nn.Module):
     # -- one graft per row ------------------------------------------------------------------------------------------
     def _by_row(self, x: Tensor, base: Base, state) -> Tensor:
         index = self.holder.row_index(x, flat=self.flat)
-        groups = self._groups(state)
+        groups = self._groups(state, x.device)
         if not groups:
             return base(x)
-        # position of each entry of x's first dimension in every group's bank (-1: not in it)
-        def where(position: Tensor) -> Tensor:
-            position = position.to(x.device)
-            return position if index is None else position.index_select(0, index)
-
         added, replaced = [], []
-        for cls, out_rows, keys, position, whole in groups:
-            if whole:
-                selected, local = None, where(position)
-            elif index is None:
-                selected, local = self._selection(position, x.device)
-            else:
-                local = where(position)
-                selected = torch.where(local >= 0)[0]
-                local = local.index_select(0, selected)
+        for cls, out_rows, keys, position, selected, local in groups:
+            if index is not None:
+                local = position.index_select(0, index)
+                if selected is not None:
+                    selected = torch.where(local >= 0)[0]
+                    local = local.index_select(0, selected)
+                elif state.token_rows is None:  # every row as often as any other, see `row_index`: known without asking the device
+                    local.numbers = tuple(n for n in position.numbers for _ in range(x.shape[0] // len(state.rows)))
             (replaced if cls.multiplicative else added).append((cls, out_rows, keys, selected, local))
         y = self._replace(x, base, replaced) if replaced else base(x)
         for cls, out_rows, keys, selected, local in added:
@@ -207,9 +202,11 @@ class Slot(nn.Module):
             y = y + change if selected is None else y.index_add(0, selected, change.to(y.dtype))
         return y
 
-    def _groups(self, state) -> list[tuple]:
-        """[(class, output slice, keys, position (rows,) int64 with -1, covers every row)] for the named rows."""
-        token = (state.rows, state.disabled)
+    def _groups(self, state, device: torch.device) -> list[tuple]:
+        """For the named rows: [(class, output slice, keys, position (rows,) in the bank of these keys or -1, the rows that are in
+        it (None: all), their positions)]. Kept while the rows stay the same: what a bank makes of the positions is kept with
+        these very tensors."""
+        token = (state.rows, state.disabled, device, torch.is_inference_mode_enabled())
         if self._plan is not None and self._plan[0] == token:
             return self._plan[1]
         sorted_keys: dict[tuple, list[str]] = {}
@@ -221,17 +218,13 @@ class Slot(nn.Module):
         groups = []
         for (cls, bounds), keys in sorted_keys.items():
             place = {self.owners[key][0]: i for i, key in enumerate(keys)}
-            position = torch.tensor([place.get(name, -1) for name in state.rows])
-            groups.append((cls, None if bounds is None else slice(*bounds), tuple(keys), position,
-                           all(name in place for name in state.rows)))
+            numbers = [place.get(name, -1) for name in state.rows]
+            chosen = [i for i, number in enumerate(numbers) if number >= 0]
+            groups.append((cls, None if bounds is None else slice(*bounds), tuple(keys), row_index(numbers, device),
+                           None if len(chosen) == len(numbers) else torch.tensor(chosen, device=device),
+                           row_index([numbers[i] for i in chosen], device)))
         self._plan = (token, groups)
         return groups
-
-    @staticmethod
-    def _selection(position: Tensor, device) -> tuple[Tensor, Tensor]:
-        chosen = [i for i, p in enumerate(position.tolist()) if p >= 0]
-        selected = torch.tensor(chosen, device=device)
-        return selected, position.to(device).index_select(0, selected)
 
     def _bank(self, cls: type[Adapter], keys: tuple[str, ...], dtype: torch.dtype):
         adapters = [self.entries[key] for key in keys]
