@@ -184,6 +184,8 @@ class Slot(nn.Module):
                 if selected is not None:
                     selected = torch.where(local >= 0)[0]
                     local = local.index_select(0, selected)
+                elif state.token_rows is None:  # every row as often as any other, see `row_index`: known without asking the device
+                    local.numbers = tuple(n for n in position.numbers for _ in range(x.shape[0] // len(state.rows)))
             (replaced if cls.multiplicative else added).append((cls, out_rows, keys, selected, local))
         y = self._replace(x, base, replaced) if replaced else base(x)
         for cls, out_rows, keys, selected, local in added:
