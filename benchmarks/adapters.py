@@ -44,8 +44,8 @@ SEEDS = (0, 1, 2)
 BUDGET = {"r": 4}
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 BEST = 8
-#: methods of causal decoders only: they have no sites on an encoder
-ELSEWHERE = ("lopa", "prompt", "prefix", "mixlora")
+#: methods of causal decoders only
+ELSEWHERE = ("lopa", "prompt", "prefix")
 
 
 def options_of(bench: Bench, method: str) -> dict[str, Any]:
