@@ -105,6 +105,7 @@ def test_gradients_through_every_kernel(name, kind):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KERNELS)
 @torch.no_grad()
 def test_mixed_models_by_every_kernel(name, monkeypatch):

@@ -141,6 +141,7 @@ def test_routed_rows_equal_row_by_row(kind):
 PROMPTS = ["hello there", "x", "the user and one more of these", "th"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CACHED)
 def test_generate_with_a_cache_as_transformers_does(kind):
     model, tokenizer = build(kind), tiny.tokenizer()
@@ -285,6 +286,7 @@ def test_a_prompt_before_a_hybrid_model():
     assert torch.equal(output(model, new[:, :-1], use_cache=False)[:, 6:].argmax(-1), new[:, 7:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mamba", "jamba"])
 def test_a_recipe_trains_and_plans_one(kind, tmp_path):
     tiny.save(build(kind), tmp_path / "model")

@@ -451,6 +451,7 @@ def test_as_lora(method, tmp_path):
 
 
 # -- training ----------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_run_with_tokens_by_name_killed_and_resumed(tmp_path, monkeypatch):
     model, rows = folder(tmp_path), completions(tmp_path / "rows.jsonl", 12)
 
@@ -478,6 +479,7 @@ def test_run_with_tokens_by_name_killed_and_resumed(tmp_path, monkeypatch):
     assert (moved.norm(dim=1) > 1e-3).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [None, "both"])
 def test_planner_counts_them(tokens, tmp_path):
     sizes = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=2, vocab_size=1024)

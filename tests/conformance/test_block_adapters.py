@@ -156,6 +156,7 @@ def test_dropout_follows_the_clock(method):
         assert torch.equal(output(model, IDS), plain), "no dropout without gradients"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", tiny.ALL)
 @pytest.mark.parametrize("method", BLOCK)
 def test_a_step_on_fake_tensors(method, kind):
@@ -170,6 +171,7 @@ def test_a_step_on_fake_tensors(method, kind):
         assert all(p.grad.shape == p.shape for g in grafts for p in g.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind, storage", [("llama", "nf4"), ("gpt2", "nf4"), ("qwen3", "dense"), ("mixtral", "dense"), ("mixtral", "nf4")])
 @pytest.mark.parametrize("method", BLOCK)

@@ -425,6 +425,7 @@ def test_a_saved_graft_answers_its_rows(kind, tmp_path):
         assert len(found.ids) and list(found.ids) == uncached(row, name)[:len(found.ids)]
 
 
+@pytest.mark.slow
 def test_a_run_with_checkpointing_is_the_run_without(tmp_path):
     file, model = completions(tmp_path / "t.jsonl"), folder(tmp_path)
     options = {"method": "mixlora", **OPTIONS, "dropout": 0.1, "aux_coefficient": 0.5}

@@ -150,6 +150,7 @@ def test_entries_have_unit_variance(distribution):
     assert distribution == "uniform" or values.unique().shape == (3,)
 
 
+@pytest.mark.slow
 def test_full_rank_beats_low_rank_on_a_full_rank_target():
     """The change nearest to a random square target, at no more parameters than a LoRA's."""
     graft = graftwork.attach(tiny.llama(), "randlora", r=16, target_modules=["layers.0.self_attn.q_proj"])
@@ -194,6 +195,7 @@ def peak(**options):
     return ledger.peak_bytes, sum(p.numel() * 4 for p in graft.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("r", [2, 8])
 def test_the_peak_does_not_grow_with_the_basis(r):
     """From n = 64 to 512 products only the coefficients, their scaled copies and their gradients grow."""
