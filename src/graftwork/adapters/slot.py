@@ -100,7 +100,12 @@ class Slot(nn.Module):
         """x (..., in) -> (..., out), with whatever grafts the state calls for."""
         state = self.holder.current
         base = Base(self.frozen, self.holder)
-        y = self._all(x, base, state) if state.rows is None else self._by_row(x, base, state)
+        if state.rows is None:
+            y = self._all(x, base, state)
+        elif state.packed and x.dim() == 3:
+            y = self._by_row(x[0], base, state).unsqueeze(0)
+        else:
+            y = self._by_row(x, base, state)
         if self.taps and y.requires_grad:
             seen = x.detach()
             y.register_hook(lambda grad: [tap(seen, grad) for tap in self.taps] and None)

@@ -22,6 +22,7 @@ class ForwardState:
     """rows: one graft name (or None for the bare base) per row of the batch; None: every attached graft acts on every row.
     expansion: how many consecutive rows of the tensor belong to one named row (beams).
     token_rows: for callers that re-indexed tokens, the row (int64, (M,)) of each of the M tokens of a site's input.
+    packed: the batch is one row (1, M, ...) of tokens of all rows, told apart by token_rows (the serving engine).
     disabled: names of grafts that are off. seed, step, micro: the clock from which noise is drawn.
     labels: of the batch (N, T), -100 where nothing is trained; a prefix that depends on the prompt tells it from the answer
     by them. None: all input is prompt.
@@ -30,6 +31,7 @@ class ForwardState:
     rows: tuple[str | None, ...] | None = None
     expansion: int = 1
     token_rows: torch.Tensor | None = None
+    packed: bool = False
     disabled: frozenset[str] = frozenset()
     seed: int = 0
     step: int = 0

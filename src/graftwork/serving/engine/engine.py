@@ -1,0 +1,206 @@
+"""The engine: requests in, tokens out, one packed batch a step over one base and many adapters.
+
+    scheduler.step()  ->  one packed row of all segments  ->  the model, unmodified, on the pool  ->  tokens
+
+A step holds new tokens of every request that runs: one for those that write, a piece of the prompt for those that begin. The
+base multiplies all of them at once; every site adds to each token what its request's adapter adds (`graftwork.routing` by
+token). The engine is single-threaded and keeps no clock of its own: whoever drives it calls `step` as long as it has work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import GraftworkError, UsageError
+from ...modeling.state import state_of
+from ..generate import context_length, end_tokens
+from .adapters import Attached
+from .attention import NAME, Packed, Segment, attention_of, cells_of, layer_shapes
+from .guides import Guides
+from .memory import Memory, Source
+from .policies import make_policy
+from .pool import Pool
+from .request import Request, Status
+from .sampling import choose
+from .scheduler import Limits, Policy, Scheduler, Step
+from .text import Detokenizer
+
+
+class Engine:
+    """model: a causal decoder in evaluation mode, as `graftwork.load` gives it; the engine has it for itself until `close`.
+
+    pool_bytes: of keys, values and adapters together. adapters: where they come from; left out, requests name grafts that are
+    attached to the model. gaps: record the difference of the two highest logits of every step. Raises IncompatibleError for
+    models whose layers are not softmax attention, UsageError for a pool without room."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, pool_bytes: int = 1 << 30, page_tokens: int = 16,
+                 adapters: Source | None = None, limits: Limits | None = None, policy: str | Policy = "fcfs",
+                 prefix_cache: bool = True, gaps: bool = False, clock: Callable[[], float] = time.monotonic):
+        self.model, self.tokenizer, self.gaps, self.clock = model, tokenizer, gaps, clock
+        self.adapters = adapters or Attached(model)
+        weight = model.get_input_embeddings().weight
+        self.device = weight.device
+        shapes = layer_shapes(model)
+        page = page_tokens * sum(s.heads * (s.key_width + s.value_width) for s in shapes) * weight.dtype.itemsize
+        self.pool = Pool(shapes, pool_bytes // page, page_tokens=page_tokens, dtype=weight.dtype, device=self.device)
+        self.memory = Memory(self.pool, self.adapters, prefix_cache=prefix_cache)
+        self.scheduler = Scheduler(self.memory, limits or Limits(), policy if isinstance(policy, Policy) else make_policy(policy), clock)
+        self.ends = end_tokens(model, tokenizer)
+        self.context = context_length(model)
+        self.requests: dict[str, Request] = {}
+        self.texts: dict[str, Detokenizer] = {}
+        self._guides: Guides | None = None
+        self.steps = 0
+        self._open = ExitStack()
+        self._open.enter_context(attention_of(model, NAME))
+        model.eval()
+
+    def close(self) -> None:
+        """Give the model back as it was; requests that run are aborted."""
+        for request in list(self.requests.values()):
+            self._end(request, "abort")
+        self.memory.clear()
+        self._open.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    # -- requests -------------------------------------------------------------------------------------------------------------
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises UsageError for one that can never run: too long for the context or for the pool, an unknown
+        adapter, an id that is taken."""
+        if request.id in self.requests:
+            raise UsageError(f"a request '{request.id}' is there already", remedy="give every request an id of its own")
+        if not request.prompt:
+            raise UsageError("the prompt is empty", remedy="send at least one token")
+        if self.context is not None and len(request.prompt) >= self.context:
+            raise UsageError(f"the prompt has {len(request.prompt)} tokens, the model's context {self.context}",
+                             remedy="shorten the prompt")
+        pages = 0
+        if request.adapter is not None:
+            pages = self.pool.pack(self.adapters.sizes(self.adapters.digest(request.adapter))).pages
+        worst = self.pool.pages_for(min(request.worst, self.context or request.worst))
+        if worst + pages > self.pool.pages:
+            raise UsageError(f"the request may need {worst + pages} pages of memory, the pool has {self.pool.pages}",
+                             remedy="ask for fewer tokens, or give the pool more memory")
+        if request.sampling.guide is not None:
+            if self._guides is None:
+                self._guides = Guides(self.tokenizer, self.model.get_output_embeddings().weight.shape[0], self.ends)
+            request.guide = self._guides.make(request.sampling.guide)
+        self.requests[request.id] = request
+        self.texts[request.id] = Detokenizer(self.tokenizer, request.sampling.stop)
+        self.scheduler.add(request)
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request early; False when there is no such request any more."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._end(request, "abort")
+        return request is not None
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.requests)
+
+    def run(self) -> None:
+        """Step until nothing is left. Raises GraftworkError if requests wait for memory that never comes."""
+        while self.busy:
+            if not self.step() and self.busy:
+                raise GraftworkError("requests wait for memory and nothing runs that could give it back",
+                                     remedy="give the pool more memory")
+
+    # -- a step -----------------------------------------------------------------------------------------------------------------
+    def step(self) -> bool:
+        """Compute one step; False when there was nothing to compute."""
+        step = self.scheduler.step()
+        for request in step.aborted:
+            self._end(request, "abort")
+        for request, error in step.failed:
+            request.error = error
+            self._end(request, "error")
+        if not step.work:
+            return bool(step.aborted or step.failed)
+        self.steps += 1
+        logits, writers = self._forward(step)
+        for request, count in step.work:
+            request.computed += count
+            self.memory.computed(request)
+        if writers:
+            for request, token in zip(writers, choose(logits, writers, self.ends, self.gaps)):
+                self._take(request, token)
+        return True
+
+    @torch.no_grad()
+    def _forward(self, step: Step) -> tuple[torch.Tensor, list[Request]]:
+        """Logits of the requests whose pending tokens are all in this step, and those requests."""
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        new: list[torch.Tensor] = []
+        last: list[int] = []
+        segments, names, writers = [], [], []
+        for number, (request, count) in enumerate(step.work):
+            first, stop = request.computed, request.computed + count
+            cells = cells_of(request.pages, stop, self.pool.page_tokens, self.device)
+            segments.append(Segment(len(ids), len(ids) + count, cells))
+            new.append(torch.arange(cells.stop - count, cells.stop, device=self.device) if isinstance(cells, slice) else cells[-count:])
+            ids += request.tokens[first:stop]
+            positions += range(first, stop)
+            rows += [number] * count
+            names.append(None if request.resident is None else request.resident.route)
+            if stop == request.length:
+                last.append(len(ids) - 1)
+                writers.append(request)
+        packed = Packed(self.pool, torch.cat(new), segments)
+        token_rows = torch.tensor(rows, device=self.device)
+        with state_of(self.model).scope(rows=tuple(names), token_rows=token_rows, packed=True):
+            out = self.model(input_ids=torch.tensor([ids], device=self.device), position_ids=torch.tensor([positions], device=self.device),
+                             use_cache=False, packed=packed, logits_to_keep=torch.tensor(last, dtype=torch.int64, device=self.device))
+        return out.logits[0], writers
+
+    def _take(self, request: Request, token: int) -> None:
+        now, sampling = self.clock(), request.sampling
+        request.output.append(token)
+        if request.first_token is None:
+            request.first_token = now
+        self.scheduler.policy.wrote(request, 1)
+        if request.guide is not None:
+            request.guide.take(token)
+        reason = None
+        ended = token in sampling.stop_token_ids or (token in self.ends and not sampling.ignore_eos)
+        if ended:
+            reason = "stop"
+        else:
+            text = self.texts[request.id]
+            if sampling.stop or request.listen is not None:
+                text.add(request.output)
+            if text.stopped or (request.guide is not None and request.guide.done):
+                reason = "stop"
+            elif len(request.output) >= sampling.max_tokens or request.length >= (self.context or request.length + 1):
+                reason = "length"
+        if reason is not None:
+            self._end(request, reason, ended=ended, told=[token])
+        elif request.listen is not None:
+            request.listen(request, [token])
+
+    def text(self, request: Request) -> Detokenizer:
+        """The request's text; after its end the whole of it."""
+        return self.texts[request.id] if request.id in self.texts else request.text
+
+    def _end(self, request: Request, reason: str, ended: bool = False, told: list[int] | None = None) -> None:
+        self.scheduler.finish(request)
+        self.requests.pop(request.id, None)
+        request.text = self.texts.pop(request.id)
+        request.text.add(request.output[:-1] if ended else request.output, final=True)
+        request.finish_reason, request.ended, request.status = reason, self.clock(), Status.FINISHED
+        if request.listen is not None:
+            request.listen(request, told or [])
