@@ -19,6 +19,7 @@ OPTIONS = {
     "prompt": {"num_virtual_tokens": 3},
     "prefix": {"num_virtual_tokens": 3},
     "bottleneck": {"r": 6, "scaling": 1.5},
+    "mixlora": {"num_experts": 4, "r": 3, "alpha": 6.0, "dropout": 0.0},
     "lora": {"r": 4, "alpha": 6.0},
     "nola": {"r": 3, "alpha": 5.0, "n_basis": 20, "n_basis_b": 11},
     "flora": {"r": 2},
@@ -50,6 +51,7 @@ OPTIONS = {
 }
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
 OTHER = [info.name for info in methods("adapter") if info.traits["scope"] != "site"]
+BLOCK = [info.name for info in methods("adapter") if info.traits["scope"] == "block"]
 
 #: methods that are tested on every kind of model in every run; they share all code that knows of kinds with the others
 EVERYWHERE = ("lora", "nola", "flora", "paca")
@@ -94,6 +96,18 @@ def close(got, wanted, relative: float = 1e-4) -> None:
     """Largest difference relative to the largest wanted value."""
     error = (got.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp_min(1e-12)
     assert error <= relative, f"relative error {error:.2e} > {relative:.0e}"
+
+
+def same_as_twin(model, twin, plain, ids, parameters, *, logits: float = 1e-5, gradients: float = 1e-4) -> None:
+    """The grafted model and another library's twin of it give the same outputs and gradients. plain: the model without either.
+    parameters: [(ours, theirs)] or [(ours, theirs, factor)], where ours = factor * theirs."""
+    ours, theirs = output(model, ids), output(twin, ids)
+    close(ours, theirs, logits)
+    assert (ours - output(plain, ids)).abs().max() > 1e-2
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for mine, other, *factor in parameters:
+        close(mine.grad, other.grad * factor[0] if factor else other.grad, gradients)
 
 
 def pairwise(factors: dict[str, list], seed: int = 0) -> list[tuple]:

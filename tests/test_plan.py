@@ -68,6 +68,7 @@ RECIPES = {
     "checkpointing": {"train": {"gradient_checkpointing": True}},
     "qlora": {"storage": "nf4"},
     "paca": {"adapter": "paca"},
+    "mixlora": {"adapter": "mixlora"},
     "galore": {**FULL, "optimizer": {"method": "galore", "rank": 16, "update_proj_gap": 1}},
     "mezo": {"adapter": None, "estimator": "mezo"},
     "lisa": {**FULL, "selection": [{"method": "lisa", "layers": 1, "interval": 1}]},

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 
+import graftwork
 import tiny
+from graftwork.training import checkpoint as ckpt
 from graftwork.training.run import train_recipe
 from graftwork.training.trainer import TIME_FIELDS
 
@@ -64,6 +67,28 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return {f"{f.name}/{k}": v for f in sorted(path.rglob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def interrupted(document: dict, **options):
+    """Runs a recipe, puts it back to its first checkpoint as if it had been stopped there, and resumes it."""
+    run(document, **options)
+    out = Path(document["output_dir"])
+    shutil.rmtree(out / "graft")
+    for step in ckpt.complete(out)[1:]:
+        shutil.rmtree(step)
+    return run(document, resume=True, **options)
+
+
+def plans_runs_and_resumes(base: Path, *, save_steps: int = 3, **sections):
+    """(plan, finished run) of a recipe on the tiny model, after checking that an interrupted run ends in the same values.
+    Files are written to `base`; the artifact is in base / "a" / "graft"."""
+    model, file = folder(base), completions(base / "d.jsonl")
+    made = graftwork.plan(recipe(model, file, base / "p", **sections), estimate_time=False)
+    whole = run(recipe(model, file, base / "a", **sections))
+    resumed = interrupted(recipe(model, file, base / "b", train={"save_steps": save_steps}, **sections))
+    mine, theirs = dict(whole.grafts[0].named_parameters()), dict(resumed.grafts[0].named_parameters())
+    assert_identical({k: v.detach() for k, v in mine.items()}, {k: v.detach() for k, v in theirs.items()})
+    return made, whole
 
 
 def assert_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

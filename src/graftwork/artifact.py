@@ -4,8 +4,8 @@ graft.json: schema_version, method, config, name, seed, weight, sites {site: [ou
 trained on, base {fingerprint, model, class}, tensors {key: [shape, dtype]}, extra (facts of single sites), provenance
 (recipe, data digest, metrics), versions, and two SHA-256 sums: `sha256` of graft.safetensors, `checksum` of the entries of
 graft.json that decide what the graft computes (all but name, base.model, versions and provenance, which may be edited).
-Keys in graft.safetensors: `<site>.<tensor>`, `shared.<tensor>`, `modules_to_save.<module>.<tensor>`. What a seed
-regenerates is not in the file.
+Keys in graft.safetensors: `<site>.<tensor>`, `shared.<tensor>`, `modules_to_save.<module>.<tensor>`,
+`trainable_tokens.<module>.rows`. What a seed regenerates is not in the file.
 """
 
 from __future__ import annotations
@@ -276,6 +276,8 @@ def _check_sites(graft: Graft, card: dict[str, Any], folder: Path) -> None:
 def changes_nothing(graft: Graft) -> bool:
     """True when the change is exactly zero at every site (methods without a weight change: False)."""
     if not graft.info.traits["mergeable"] or graft.saved_modules:
+        return False
+    if any(bool(tokens.change().any()) for tokens in graft.trainable_tokens.values()):
         return False
     for name, adapter in graft.adapters.items():
         bias = adapter.delta_bias()

@@ -102,5 +102,5 @@ def test_count_and_bounds():
     for name, adapter in graft.adapters.items():
         rank = 2 if name.endswith("q_proj") else 3
         assert sum(p.numel() for p in adapter.parameters()) == rank * (adapter.in_features + adapter.out_features)
-    with pytest.raises(UsageError, match="rank 33.*32 x 64"):
+    with pytest.raises(UsageError, match="r=33.*32 x 64"):
         graftwork.attach(tiny.llama(), "allora", r=33, target_modules=["k_proj"])

@@ -66,5 +66,5 @@ def test_every_option_counts():
     one.detach()
     attach(model, "block_lora", r=3, n_blocks=2, alpha=12.0)
     close(output(model, IDS), alone, 1e-6)  # alpha is over n r
-    with pytest.raises(UsageError, match="rank 33.*32 x 64"):
+    with pytest.raises(UsageError, match="r=33.*32 x 64"):
         graftwork.attach(tiny.llama(), "block_lora", r=33, target_modules=["k_proj"])

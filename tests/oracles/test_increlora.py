@@ -1,6 +1,5 @@
 """IncreLoRA: growth keeps the function and the optimizer's state, totals are exact, sites that matter grow, runs resume."""
 
-import shutil
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from graftwork.errors import UsageError
 from graftwork.recipe import load_recipe
 from graftwork.selection.base import SelectionContext
 from graftwork.selection.increlora import IncreLoRAGrowth, IncreLoRASelection
-from training_support import completions, folder, recipe, run
+from training_support import completions, folder, plans_runs_and_resumes, recipe, run
 
 IDS = tiny.tokens(2, 9)
 
@@ -177,27 +176,17 @@ def test_every_option_is_seen(option):
 
 @pytest.mark.slow
 def test_plans_runs_resumes_and_loads(tmp_path):
-    base, data = folder(tmp_path), completions(tmp_path / "d.jsonl")
-    sections = {"adapter": {"method": "increlora", "alpha": 4.0}, "optimizer": {"method": "adamw", "lr": 1e-2},
-                "selection": [{"method": "increlora", "final_r": 3, "top": 5, "warmup": 0, "interval": 1}]}
-    small = {**sections, "selection": []}
-    plans = [graftwork.plan(recipe(base, data, tmp_path / "p", **s), estimate_time=False) for s in (small, sections)]
-    whole = run(recipe(base, data, tmp_path / "a", **sections))
-    graft = whole.grafts[0]
+    sections = {"adapter": {"method": "increlora", "alpha": 4.0}, "optimizer": {"method": "adamw", "lr": 1e-2}}
+    made, whole = plans_runs_and_resumes(
+        tmp_path, **sections, selection=[{"method": "increlora", "final_r": 3, "top": 5, "warmup": 0, "interval": 1}])
+    graft, base = whole.grafts[0], folder(tmp_path)
+    small = graftwork.plan(recipe(base, tmp_path / "d.jsonl", tmp_path / "p", **sections), estimate_time=False)
     learned = sum(p.nbytes for p in graft.parameters())
-    assert plans[1].categories["optimizer_state"] >= 2 * learned > plans[0].categories["optimizer_state"]
+    assert made.categories["optimizer_state"] >= 2 * learned > small.categories["optimizer_state"]
     assert sum(k for k, _ in shapes(graft).values()) == 3 * len(graft.adapters)
     again = graftwork.load(base, dtype="fp32")[0]
     loaded = graftwork.attach_saved(again, tmp_path / "a" / "graft")
     assert shapes(loaded) == shapes(graft) and torch.equal(output(again, IDS), output(whole.model.eval(), IDS))
-    part = recipe(base, data, tmp_path / "b", train={"save_steps": 3}, **sections)
-    run(part)
-    shutil.rmtree(tmp_path / "b" / "graft")
-    for step in sorted((tmp_path / "b" / "checkpoints").glob("step-*"))[1:]:
-        shutil.rmtree(step)
-    resumed = run(part, resume=True)
-    mine, theirs = dict(graft.named_parameters()), dict(resumed.grafts[0].named_parameters())
-    assert all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
 def test_the_best_weights_come_back_in_their_own_shape(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 import graftwork
 import tiny
-from adapter_support import attach, close, fill, output
+from adapter_support import attach, close, fill, output, same_as_twin
 from graftwork.errors import UsageError
 
 IDS = tiny.tokens(2, 7)
@@ -37,15 +37,9 @@ def test_peft_gives_the_same_logits_and_gradients(kind, targets, r):
     graft = fill(graftwork.attach(model, "loha", r=r, alpha=10.0, rank_pattern={"k_proj": 3}, alpha_pattern={"k_proj": 5.0},
                                   target_modules=targets), size=0.3)
     twin = twin_of(plain, graft, r=r, alpha=10, target_modules=targets, rank_pattern={"k_proj": 3}, alpha_pattern={"k_proj": 5.0})
-    ours, theirs = output(model, IDS), output(twin, IDS)
-    close(ours, theirs, 1e-5)
-    assert (ours - output(plain, IDS)).abs().max() > 1e-2
-    ours.square().sum().backward()
-    theirs.square().sum().backward()
-    for name, adapter in graft.adapters.items():
-        layer = twin.base_model.model.get_submodule(name)
-        for mine, other in NAMES.items():
-            close(getattr(adapter, mine).grad, getattr(layer, other)["default"].grad, 1e-4)
+    same_as_twin(model, twin, plain, IDS, [
+        (getattr(adapter, mine), getattr(twin.base_model.model.get_submodule(name), other)["default"])
+        for name, adapter in graft.adapters.items() for mine, other in NAMES.items()])
 
 
 def test_start_is_pefts():

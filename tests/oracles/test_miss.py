@@ -103,7 +103,7 @@ def test_other_names_and_patterns():
 
 
 def test_shards_that_do_not_fit():
-    with pytest.raises(UsageError, match="r=65.*64 inputs"):
+    with pytest.raises(UsageError, match="r=65.*allows 64"):
         graftwork.attach(tiny.llama(), "miss", r=65, target_modules=["q_proj"])
     with pytest.raises(UsageError, match="mini_r=48"):
         graftwork.attach(tiny.llama(), "miss", r=8, mini_r=48, target_modules=["q_proj"])

@@ -95,6 +95,38 @@ def test_peft_on_permuted_bases():
         close(adapter.randlora_g.grad, layers[name].randlora_gamma["default"].grad, 1e-3)
 
 
+def test_one_saved_basis_for_all_sites(tmp_path, monkeypatch):
+    """Each site's change from the saved numbers by the formula, in PEFT's order of columns; the file is all there is."""
+    model = tiny.llama()
+    graft = attach(model, "randlora", r=10, alpha=7.0, save_projection=True)
+    A, B = graft.shared.A.double(), graft.shared.B.double()
+    assert A.shape == (10, tiny.FFN) and B.shape == (-(-tiny.FFN // 10) * 10, tiny.FFN)
+    assert torch.equal(A, A.bfloat16().double()) and B.var() == pytest.approx(1.0, rel=0.05)
+    for name, change in graft.delta_weights().items():
+        adapter = graft.adapters[name]
+        q, D = sorted((adapter.in_features, adapter.out_features))
+        n, l, g = -(-q // 10), adapter.randlora_l.double(), adapter.randlora_g.double()  # noqa: E741
+        wanted = sum(torch.outer(B[k * n + j, :D], l[j, k] * A[k, :q] * g[j]) for j in range(n) for k in range(10))
+        wanted = wanted * 7.0 / (10 * math.sqrt(n))
+        close(change, wanted if adapter.out_features >= adapter.in_features else wanted.T, 1e-5)
+    wanted = output(model, IDS)
+    graft.save(tmp_path / "saved")
+    assert {"shared.A", "shared.B"} < set(load_file(tmp_path / "saved" / "graft.safetensors"))
+    real = BasisPool.draw
+    monkeypatch.setattr(BasisPool, "draw", lambda self, *a: real(self, *a).flip(-1))
+    twin = tiny.llama()
+    graftwork.attach_saved(twin, tmp_path / "saved")
+    assert torch.equal(output(twin, IDS), wanted)
+
+
+def test_what_one_saved_basis_cannot_be():
+    for options in ({"n_basis": 3}, {"cache_basis": True}):
+        with pytest.raises(UsageError, match="leave n_basis and cache_basis out"):
+            graftwork.attach(tiny.llama(), "randlora", r=10, save_projection=True, **options)
+    with pytest.raises(UsageError, match="r=4.*has r=10"):
+        graftwork.attach(tiny.llama(), "randlora", r=10, save_projection=True, ranks={"model.layers.0.self_attn.q_proj": 4})
+
+
 def test_full_rank_once_the_gammas_differ():
     graft, adapter = one(r=5)
     assert adapter.randlora_g.unique().tolist() == pytest.approx([1 / 64])

@@ -168,3 +168,103 @@ def test_unknown_structure_is_refused_before_anything_is_attached():
         graftwork.attach(tiny.llama(tied=False), "s2ft", target_modules=["lm_head"])
     square = SimpleNamespace(name="square", in_features=100, out_features=7)
     assert S2FTAdapter.parameter_count(square, graftwork.attach(tiny.llama(), "s2ft").config) == 3 * 7
+
+
+# -- chosen units ---------------------------------------------------------------------------------------------------------
+CHOICES = {"weight": {}, "activations": {"method": "s2ft_activations", "batches": 2},
+           "product": {"method": "s2ft_activations", "score": "product", "batches": 2},
+           "label mask": {"method": "s2ft_activations", "label_mask": True, "batches": 2},
+           "gradients": {"method": "s2ft_gradients", "batches": 2}, "one batch": {"method": "s2ft_gradients", "batches": 1}}
+
+
+def data():
+    """Two batches with padding and untrained tokens."""
+    for seed in range(2):
+        ids, mask = tiny.tokens(3, 8, seed=seed + 7), torch.ones(3, 8, dtype=torch.int64)
+        mask[0, 6:] = 0
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, :3] = -100
+        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def line_values(model, name, axis, choice):
+    """The squares of the numbers that score each line of one matrix, in fp64 from their definitions."""
+    module, batches = model.get_submodule(name), list(data())[: CHOICES[choice].get("batches", 0)]
+    W, along = module.weight.detach().double(), 0 if axis == "columns" else 1
+    if choice == "weight":
+        return W.square().sum(along)
+    if CHOICES[choice]["method"] == "s2ft_gradients":
+        total = torch.zeros_like(W)
+        for batch in batches:
+            (grad,) = torch.autograd.grad(model(**batch).loss, module.weight)
+            total += grad.double() / len(batches)
+        return total.square().sum(along)
+    seen = []
+    handle = module.register_forward_hook(lambda m, args, y: seen.append((args[0] if axis == "columns" else y).detach().double()))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    keep = [(b["labels"] != -100) if choice == "label mask" else b["attention_mask"].bool() for b in batches]
+    squares = torch.cat([x[k] for x, k in zip(seen, keep)]).square().mean(0)
+    return squares * W.square().sum(along) if choice == "product" else squares
+
+
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_each_choice_takes_the_units_of_a_float64_reference(choice, small):
+    plain = tiny.llama().requires_grad_(True)
+    options = {"ratio": 0.25, "target_modules": ROLES}
+    if choice == "weight":
+        options["selection"] = "weight_small" if small else "weight_large"
+    else:
+        options |= {"initializer": {**CHOICES[choice], "pick": "small" if small else "large"}, "batches": data()}
+    graft = graftwork.attach(tiny.llama(), "s2ft", **options)
+    for role, width, axis in (("v_proj", 16, "rows"), ("o_proj", 16, "columns"), ("up_proj", 1, "rows"), ("down_proj", 1, "columns")):
+        names = [n for n in graft.adapters if n.endswith(role)]
+        scores = torch.cat([line_values(plain, n, axis, choice).view(-1, width).sum(1) for n in names])
+        best = scores.sort(descending=not small).indices[: int(0.25 * len(scores))].tolist()
+        units = len(scores) // len(names)
+        for i, name in enumerate(names):
+            wanted = sorted(u * width + k for b in best for u in [b - i * units] if 0 <= u < units for k in range(width))
+            assert graft.adapters[name].lines.tolist() == wanted, name
+            S = graft.adapters[name].S
+            assert (S is None) == (not wanted) and (S is None or not S.any())
+
+
+@pytest.mark.parametrize("storage", ["dense", "nf4"])
+def test_chosen_units_are_read_from_the_artifact(storage, tmp_path):
+    """A load trains and serves the saved lines, whatever the weights or the data would choose now."""
+    files = tiny.save(tiny.llama(), tmp_path / "model")
+    first, second = (graftwork.load(files, storage=storage)[0] for _ in range(2))
+    graft = fill(graftwork.attach(first, "s2ft", initializer="s2ft_gradients", batches=data(), target_modules=ROLES, ratio=0.3))
+    weights = fill(graftwork.attach(first, "s2ft", selection="weight_small", name="b", target_modules=ROLES, ratio=0.3))
+    for each in (graft, weights):
+        each.save(tmp_path / each.name)
+        loaded = graftwork.attach_saved(second, tmp_path / each.name)
+        assert all(torch.equal(a.lines, loaded.adapters[n].lines) for n, a in each.adapters.items())
+    assert torch.equal(output(first, IDS), output(second, IDS))
+    assert any(a.lines.tolist() != weights.adapters[n].lines.tolist() for n, a in graft.adapters.items())
+    with pytest.raises(RuntimeError, match="lines outside of 0..95"):
+        adapter = graft.adapters["model.layers.0.mlp.down_proj"]
+        adapter.load_artifact_state({"lines": torch.tensor([96], dtype=torch.int32), "S": torch.zeros(64, 1)})
+
+
+def test_two_choices_are_refused():
+    with pytest.raises(UsageError, match="s2ft_gradients chooses the units, and so does adapter.selection: weight_large"):
+        graftwork.attach(tiny.llama(), "s2ft", selection="weight_large", initializer="s2ft_gradients", batches=data())
+    with pytest.raises(UsageError, match="no token"):
+        graftwork.attach(tiny.llama(), "s2ft", initializer="s2ft_activations", batches=[])
+    with pytest.raises(graftwork.GraftworkError, match="starts s2ft, not lora|starts s2ft, not 'lora'"):
+        graftwork.attach(tiny.llama(), "lora", initializer="s2ft_activations", batches=data())
+
+
+@pytest.mark.slow
+def test_a_recipe_with_chosen_units_plans_runs_and_resumes(tmp_path):
+    from training_support import plans_runs_and_resumes
+
+    made, whole = plans_runs_and_resumes(
+        tmp_path, adapter={"method": "s2ft", "ratio": 0.2, "per_layer": True}, initializer={"method": "s2ft_gradients", "batches": 2})
+    drawn = graftwork.attach(tiny.llama(), "s2ft", ratio=0.2, per_layer=True)
+    assert not made.notes
+    assert any(a.lines.tolist() != drawn.adapters[n].lines.tolist() for n, a in whole.grafts[0].adapters.items())

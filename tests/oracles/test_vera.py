@@ -148,3 +148,36 @@ def test_a_site_may_use_fewer_rows_but_not_more():
     assert graft.adapters["model.layers.0.self_attn.q_proj"].vera_d.shape == (2,)
     with pytest.raises(UsageError, match="rank 9"):
         graftwork.attach(tiny.llama(), "vera", r=6, ranks=dict.fromkeys(sites, 9), target_modules=TARGETS)
+
+
+@torch.no_grad()
+def test_a_pair_in_the_file_needs_no_generator(tmp_path, monkeypatch):
+    model = tiny.llama()
+    graft = attach(model, "vera", save_projection=True)
+    wanted = output(model, IDS)
+    twin = tiny.llama()
+    attach(twin, "vera")
+    assert torch.equal(output(twin, IDS), wanted), "the saved pair starts as the seed's"
+    graft.save(tmp_path / "saved")
+    tensors = load_file(tmp_path / "saved" / "graft.safetensors")
+    assert tensors["shared.A"].shape == (6, tiny.FFN) and tensors["shared.B"].shape == (tiny.FFN, 6)
+    assert len(tensors) == 2 + 2 * len(graft.adapters)
+    assert graft.parameter_count() == sum(6 + a.out_features for a in graft.adapters.values()), "the pair is not trained"
+    real = SharedPair.draw
+    monkeypatch.setattr(SharedPair, "draw", lambda self: tuple(t.flip(-1) for t in real(self)))
+    other = tiny.llama()
+    graftwork.attach_saved(other, tmp_path / "saved")
+    assert torch.equal(output(other, IDS), wanted)
+
+
+@torch.no_grad()
+def test_rows_on_two_saved_pairs_keep_their_own():
+    """Of one seed, but one pair was changed, as a file's may be: no products are shared."""
+    model = tiny.llama()
+    first, second = (attach(model, "vera", name=name, seed=3, save_projection=True) for name in "ab")
+    second.shared.A.mul_(2.0)
+    with graftwork.routing(model, ["b", "a"]):
+        mixed = output(model, IDS)
+    for graft, row in ((first, 0), (second, 1)):
+        with graft.disabled():
+            close(mixed[row], output(model, IDS)[row])

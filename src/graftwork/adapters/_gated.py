@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..errors import UsageError
 from ..modeling.protocols import has_values
 from ._lowrank import frozen_plus_low_rank
+from ._weights import check_rank
 from .base import Adapter, AdapterConfig
 
 
@@ -43,10 +43,7 @@ class GatedAdapter(Adapter):
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         self.r = config.r
-        most = min(site.in_features, site.out_features)
-        if self.r > most:
-            raise UsageError(f"{self.method}: rank {self.r} is larger than '{site.name}' ({site.out_features} x {site.in_features})",
-                             remedy=f"r: {most}, or exclude this module")
+        check_rank(self.method, site, self.r, other="leave this site out with exclude_modules")
         self.scale = (self.r if config.alpha is None else config.alpha) / self.r
         self.dropout = config.dropout
         self.__dict__["shared"] = shared  # not a submodule: the graft owns it

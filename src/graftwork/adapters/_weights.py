@@ -8,13 +8,14 @@ same numbers; one number per tensor is saved, and a load where they differ is re
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, UsageError
 from ..modeling.protocols import Product
+from ..modeling.source import pristine_weight
 from .base import Adapter, SiteShape
 
 #: how far a tensor that was taken again may be from the saved one, relative to its norm
@@ -66,12 +67,19 @@ def weight_of(product: Product, pristine: Callable[[], Tensor]) -> Tensor:
     return weight.to(product.device, torch.float64)
 
 
-def check_rank(method: str, site: SiteShape, r: int, most: int | None = None) -> None:
-    """Raises UsageError where W has no r components of the kind the method takes (most: their number)."""
+def weight_of_site(site: Any) -> Tensor:
+    """`weight_of` a site that `find_sites` gave."""
+    return weight_of(site.product, lambda: pristine_weight(site.model, site))
+
+
+def check_rank(method: str, site: SiteShape, r: int, most: int | None = None, *, other: str = "another r for this site with "
+               "rank_pattern") -> None:
+    """Raises UsageError where W has no r components of the kind the method takes (most: their number; else the rank that W can
+    have). other: what helps beside a smaller r."""
     most = min(site.in_features, site.out_features) if most is None else most
     if r > most:
         raise UsageError(f"{method}: r={r}, but '{site.name}' ({site.out_features} x {site.in_features}) allows {most}",
-                         remedy=f"choose r <= {most}, or another r for this site with rank_pattern")
+                         remedy=f"choose r <= {most}, or {other}")
 
 
 def principal(W: Tensor, r: int, svd: Literal["fast", "exact"], niter: int,

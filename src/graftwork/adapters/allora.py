@@ -26,8 +26,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..errors import UsageError
 from ..registry import register
+from ._weights import check_rank
 from .base import AdapterConfig, pattern_value
 from .lora import LoRA, LoRAAdapter
 
@@ -74,9 +74,7 @@ class _GainOnGradient(torch.autograd.Function):
 class ALLoRAAdapter(LoRAAdapter):
     def __init__(self, site, config, *, shared, generator):
         r = pattern_value(config.rank_pattern, site.name, config.r)
-        if r > min(site.in_features, site.out_features):
-            raise UsageError(f"allora: rank {r} at '{site.name}', a matrix of {site.out_features} x {site.in_features}",
-                             remedy=f"choose r <= {min(site.in_features, site.out_features)}, or another r with rank_pattern")
+        check_rank("allora", site, r)
         super().__init__(site, LoRA(r=r), shared=shared, generator=generator)
         self.eta, self.on_gradient = config.eta, config.gain_on == "gradient"
 

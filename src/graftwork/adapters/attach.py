@@ -1,4 +1,4 @@
-"""Attaching a new graft to a model, in place: sites, the adapter of each, its start, whole modules beside it."""
+"""Attaching a new graft to a model, in place: sites, the adapter of each, its start, whole modules and tokens beside it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import IncompatibleError, UsageError
+from ..errors import IncompatibleError, UsageError, nearest
 from ..modeling.protocols import product_of
-from ..modeling.sites import Site, find_sites
+from ..modeling.sites import Site, find_sites, flat_tokens, linear_modules
 from ..modeling.source import pristine_weight
-from ..modeling.state import StateHolder, state_of
-from ..registry import MethodConfig, MethodInfo, lookup, make_config
-from .base import pattern_value
+from ..modeling.state import state_of
+from ..registry import MethodConfig, lookup, make_config
+from .base import Adapter, pattern_value
 from .graft import NAME, Graft, on_device, site_generator
 from .saved_module import SavedModule
 from .slot import Slot, graft_point
+from .trainable_tokens import attach_tokens, with_token_ids
 
 
 def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str = "default", initializer: Any = None,
@@ -38,24 +39,27 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
         raise UsageError(f"'{name}' is no name for a graft", remedy="letters, digits, '_', '-', '@', at most 128")
     if name in holder.grafts:
         raise UsageError(f"a graft named '{name}' is attached already", remedy="choose another name, or detach it first")
+    config_object = with_token_ids(model, config_object)
     graft = Graft(model, name, info, config_object, seed)
     graft.loading = loading
     if not holder.grafts:
         model.requires_grad_(False)
-    if info.traits["scope"] == "model":
+    if info.traits["scope"] != "site":
         if _initializer(initializer) is not None:
             raise IncompatibleError(f"'{info.name}' has no sites that an initializer could start", remedy="initializer: default")
         holder.grafts[name] = graft
         try:
             info.cls.attach_to(graft)
             _attach_saved_modules(graft)
+            attach_tokens(graft)
         except BaseException:
             graft.detach()
             raise
         return graft
     sites = find_sites(model, config_object.target_modules, exclude_modules=config_object.exclude_modules,
                        layers=config_object.layers_to_transform)
-    _check_exclusive(holder, info, sites)
+    sites = _without_whole(sites, config_object.modules_to_save)
+    check_exclusive(graft, sites)
     start = _initializer(initializer)
     statistics = None
     if start is not None:
@@ -66,9 +70,10 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
         graft.initializer = {"method": start.method, **start.config.model_dump()}
     graft.shared = info.cls.make_shared(sites, config_object, seed)
     if graft.shared is not None:
-        if "graft_shared" not in model._modules:
-            model.add_module("graft_shared", nn.ModuleDict())
-        model._modules["graft_shared"][name] = on_device(graft.shared, sites[0].product.device).train(model.training)
+        graft.shared_at = _host_of_pools(model, sites[0])
+        if "graft_shared" not in graft.shared_at._modules:
+            graft.shared_at.add_module("graft_shared", nn.ModuleDict())
+        graft.shared_at._modules["graft_shared"][name] = on_device(graft.shared, sites[0].product.device).train(model.training)
     holder.grafts[name] = graft
     try:
         for site in sites:
@@ -76,10 +81,17 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
                 continue
             _attach_site(graft, site, (ranks or {}).get(site.name), start, statistics, loading)
         _attach_saved_modules(graft)
+        attach_tokens(graft)
     except BaseException:
         graft.detach()
         raise
     return graft
+
+
+def _host_of_pools(model: nn.Module, first: Site) -> nn.Module:
+    """The module that gets what the sites share as a child: the model, or its first site where the children of the model are
+    what it runs or counts."""
+    return first.module if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) else model
 
 
 def _initializer(choice: Any):
@@ -104,15 +116,25 @@ def _attach_site(graft: Graft, site: Site, rank: int | None, start: Any, statist
         edited = start.build(site, site.product, adapter, statistics, generator)
         if edited is not None:
             graft.edit_storage(site.name, edited, site)
+    place(graft, site, adapter)
+
+
+def place(graft: Graft, site: Site, adapter: Adapter) -> None:
+    """Make a finished adapter the graft's at this site."""
     on_device(adapter, site.product.device).train(site.module.training)
-    point = graft_point(site.module, graft.holder)
+    slot_of(graft.model, site).put(graft.name, site.rows, site.role, adapter)
+    graft.sites[site.name], graft.adapters[site.name] = site, adapter
+
+
+def slot_of(model: nn.Module, site: Site) -> Slot:
+    """The slot of a site; made on first use."""
+    holder = state_of(model)
+    point = graft_point(model, site.module_name, holder)
     slot = point.slot(site.slot_name)
     if slot is None:
-        whole = site.product.whole if site.rows is not None else site.product
-        slot = Slot(whole, graft.holder)
+        slot = Slot(site.product.whole if site.rows is not None else site.product, holder, flat=flat_tokens(site.name))
         point.add_module(site.slot_name, slot)
-    slot.put(graft.name, site.rows, site.role, adapter)
-    graft.sites[site.name], graft.adapters[site.name] = site, adapter
+    return slot
 
 
 def with_rank(config: MethodConfig, site: str, rank: int) -> MethodConfig:
@@ -131,11 +153,14 @@ def with_rank(config: MethodConfig, site: str, rank: int) -> MethodConfig:
     return config.model_copy(update=update)
 
 
-def _check_exclusive(holder: StateHolder, info: MethodInfo, sites: list[Site]) -> None:
+def check_exclusive(graft: Graft, sites: list[Site]) -> None:
+    """Raises IncompatibleError when another graft owns the stored weights of these sites, or is merged."""
     names = {s.name for s in sites}
-    for other in holder.grafts.values():
+    for other in graft.holder.grafts.values():
+        if other is graft:
+            continue
         overlap = names & set(other.sites)
-        positions = {info.traits["position"], other.info.traits["position"]}
+        positions = {graft.info.traits["position"], other.info.traits["position"]}
         if overlap and (other.edited_storage or positions != {"outside"}):
             raise IncompatibleError(
                 f"graft '{other.name}' ({other.method}) owns the stored weight of {len(overlap)} of these sites",
@@ -145,23 +170,35 @@ def _check_exclusive(holder: StateHolder, info: MethodInfo, sites: list[Site]) -
                                     remedy=f"unmerge or detach '{other.name}' first")
 
 
+def _without_whole(sites: list[Site], whole: list[str]) -> list[Site]:
+    """The sites that are not trained whole: a module has one of the two."""
+    left = [s for s in sites if not any(s.module_name == ending or s.module_name.endswith("." + ending) for ending in whole)]
+    if not left:
+        raise UsageError(f"every module that target_modules matches is trained whole (modules_to_save: {', '.join(whole)})",
+                         remedy="target other modules, or leave them out of modules_to_save")
+    return left
+
+
 def _attach_saved_modules(graft: Graft) -> None:
     for ending in graft.config.modules_to_save:
         found = [n for n, _ in graft.model.named_modules() if (n == ending or n.endswith("." + ending)) and ".graft" not in n]
         if not found:
-            raise UsageError(f"modules_to_save: no module is named '{ending}'")
+            linear = [n for n, _, _ in linear_modules(graft.model)]
+            raise UsageError(f"modules_to_save: no module is named '{ending}'{nearest(ending, [n.rpartition('.')[2] for n in linear])}",
+                             remedy="name a linear map, such as lm_head, score or classifier")
+        own = {site.module_name for site in graft.sites.values()}
         for module_name in found:
+            if module_name in own:
+                raise UsageError(f"modules_to_save: '{module_name}' has an adapter of '{graft.method}' already",
+                                 remedy="leave it out of modules_to_save")
             module = graft.model.get_submodule(module_name)
             product = product_of(module)
             if product is None:
-                raise UsageError(f"modules_to_save: '{module_name}' is a {type(module).__name__}, not a linear map")
-            site = Site(module_name, module_name, module, product, "saved", -1)
+                raise UsageError(f"modules_to_save: '{module_name}' is a {type(module).__name__}, not a linear map",
+                                 remedy="name linear maps; for rows of an embedding use trainable_tokens")
+            site = Site(module_name, module_name, module, product, "saved", -1, model=graft.model)
             adapter = SavedModule(site, graft.config, shared=None, generator=site_generator(graft.seed, module_name))
             adapter.take(product)
-            point = graft_point(module, graft.holder)
-            slot = point.slot("whole")
-            if slot is None:
-                slot = Slot(product, graft.holder)
-                point.add_module("whole", slot)
-            slot.put(graft.name, None, "saved", on_device(adapter, product.device).train(module.training))
+            on_device(adapter, product.device).train(module.training)
+            slot_of(graft.model, site).put(graft.name, None, "saved", adapter)
             graft.saved_modules[module_name] = adapter

@@ -10,16 +10,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from ..modeling.arithmetic import linear, product_dtype
+from ..modeling.arithmetic import linear
 from ..modeling.protocols import Base, Product
 from ..registry import MethodConfig
+from .batched import Bank, change_of_rows
 
 
 class SiteShape(Protocol):
@@ -32,40 +32,20 @@ class SiteShape(Protocol):
     role: str
 
 
+SAVED = "whole linear modules (a task head, say) that are trained and saved beside the adapter"
+TOKENS = "ids or strings of tokens whose embedding rows are trained and saved too; {module: tokens} names embedding or head"
+#: tokens by id or string: rows of the input embedding, or {module name: rows of that embedding or output head}
+TokenChoice = list[int | str] | dict[str, list[int | str]]
+
+
 class AdapterConfig(MethodConfig):
     """Options every adapter has (PEFT's meaning)."""
 
     target_modules: str | list[str] = "all-linear"
     exclude_modules: list[str] = []
     layers_to_transform: list[int] | None = None
-    modules_to_save: list[str] = []
-    """Whole linear modules (a task head, say) that are trained and saved beside the adapter."""
-
-
-@dataclass
-class Bank:
-    """Adapters of one class at one site, stacked: factors A (K, r, in) and B (K, r, out), ranks padded with zeros."""
-
-    A: Tensor
-    B: Tensor
-    bias: Tensor | None = None  # (K, out)
-    dropout: Tensor | None = None  # (K,), only while training
-    key: str = ""
-    _gathered: tuple[Tensor, Tensor, Tensor] | None = None  # (index, A, B) of the last rows; a decode repeats them
-
-    def gathered(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(A (N, in, r), B (N, r, out)) of each row. Kept for the next call with the very same index tensor, outside
-        training only."""
-        if self._gathered is not None and self._gathered[0] is index:
-            return self._gathered[1:]
-        A, B = self.A.index_select(0, index).transpose(1, 2), self.B.index_select(0, index)
-        if not (A.requires_grad or B.requires_grad):
-            self._gathered = (index, A, B)
-        return A, B
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for t in (self.A, self.B, self.bias) if t is not None)
+    modules_to_save: list[str] = Field([], description=SAVED)
+    trainable_tokens: TokenChoice = Field([], description=TOKENS)
 
 
 class Adapter(nn.Module):
@@ -107,7 +87,7 @@ class Adapter(nn.Module):
     # -- once per graft --------------------------------------------------------------------------------------------
     @classmethod
     def make_shared(cls, sites: Sequence[SiteShape], config: AdapterConfig, seed: int) -> nn.Module | None:
-        """Pools and bases that all sites share; registered once at the model root."""
+        """Pools and bases that all sites share; registered once, as a child of the model."""
         return None
 
     @classmethod
@@ -143,6 +123,10 @@ class Adapter(nn.Module):
         """(B0, A0) of the low-rank part of W that this adapter replaces (W is used as W - B0 A0), or None."""
         return None
 
+    def moved_rows(self) -> tuple[Tensor, Tensor] | None:
+        """(ids (k,) int64, change (k, in) in fp32) where all that the adapter does is to change single rows of W, else None."""
+        return None
+
     # -- applied -----------------------------------------------------------------------------------------------------
     def delta(self, x: Tensor, base: Base) -> Tensor:
         """Change of the output: x (..., in) -> (..., out)."""
@@ -158,19 +142,14 @@ class Adapter(nn.Module):
     # -- many rows, many adapters -------------------------------------------------------------------------------------
     @classmethod
     def stack(cls, adapters: Sequence[Adapter], dtype: torch.dtype) -> Any:
-        """A Bank of these adapters in the compute dtype; ragged ranks are padded. Differentiable: one Parameter per
-        adapter stays, so an adapter that is absent from the batch gets no gradient."""
-        pairs = [a.factors(None) for a in adapters]
-        rank = max(A.shape[0] for _, A in pairs)
-        biases = [a.delta_bias() for a in adapters]
+        """A Bank of these adapters in the dtype of the product. Differentiable: one Parameter per adapter stays, so an adapter
+        that is absent from the batch gets no gradient."""
+        first, pairs, biases = adapters[0], [a.factors(None) for a in adapters], [a.delta_bias() for a in adapters]
         bias = None
         if any(b is not None for b in biases):
             bias = torch.stack([pairs[0][0].new_zeros(a.out_features) if b is None else b for a, b in zip(adapters, biases)])
-        # in the dtype of the product, so that no step converts it again
-        dtype = product_dtype(dtype, pairs[0][1].device)
-        return Bank(torch.stack([F.pad(A, (0, 0, 0, rank - A.shape[0])) for _, A in pairs]).to(dtype),
-                    torch.stack([F.pad(B.T, (0, 0, 0, rank - B.shape[1])) for B, _ in pairs]).to(dtype),
-                    None if bias is None else bias.to(dtype), cls.bank_dropout(adapters), adapters[0].site_name)
+        return Bank.of(pairs, (first.out_features, first.in_features), dtype, bias=bias, dropout=cls.bank_dropout(adapters),
+                       key=first.site_name)
 
     @staticmethod
     def bank_dropout(adapters: Sequence[Adapter]) -> Tensor | None:
@@ -185,15 +164,7 @@ class Adapter(nn.Module):
         shape = x.shape
         if bank.dropout is not None:
             x = base.noise.dropout(x, bank.dropout.to(x.device)[index].reshape(-1, *[1] * (x.dim() - 1)), bank.key)
-        flat = as_rows(x).to(bank.A.dtype)
-        if bank.A.shape[0] == 1:  # all rows share one adapter: two plain products
-            change = (flat.reshape(-1, flat.shape[-1]) @ bank.A[0].T @ bank.B[0]).reshape(*flat.shape[:-1], bank.B.shape[-1])
-            change = change if bank.bias is None else change + bank.bias[0]
-        else:
-            A, B = bank.gathered(index)
-            hidden = torch.bmm(flat, A)
-            change = torch.bmm(hidden, B) if bank.bias is None else torch.baddbmm(bank.bias[index].unsqueeze(1), hidden, B)
-        change = change.to(x.dtype)
+        change = change_of_rows(as_rows(x).to(bank.dtype), index, bank).to(x.dtype)
         return change.reshape(*shape[:-1], change.shape[-1])
 
     @classmethod

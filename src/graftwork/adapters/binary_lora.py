@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from ..errors import UsageError
 from ..registry import register
 from ._binary import BinaryWeights, small_normal
+from ._weights import check_rank
 from .base import Adapter, AdapterConfig, pattern_value
 from .binary_adapter import BIBTEX, TITLE
 
@@ -43,10 +43,7 @@ class BinaryLoRAAdapter(BinaryWeights, Adapter):
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         self.r, self.scale = pattern_value(config.rank_pattern, site.name, config.r), config.scaling
-        room = min(site.in_features, site.out_features)
-        if self.r > room:
-            raise UsageError(f"binary_lora: r={self.r} is no low rank, '{site.name}' is {site.out_features} x {site.in_features}",
-                             remedy=f"choose r <= {room}, or another r for this site with rank_pattern")
+        check_rank("binary_lora", site, self.r)
         bound = 1.0 / math.sqrt(site.in_features)
         self.keep(config.bits, A=torch.empty(self.r, site.in_features).uniform_(-bound, bound, generator=generator),
                   B=small_normal(site.out_features, self.r, generator=generator))

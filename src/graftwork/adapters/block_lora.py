@@ -19,8 +19,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ..errors import UsageError
 from ..registry import register
+from ._weights import check_rank
 from .base import AdapterConfig, pattern_value
 from .lora import LoRA, LoRAAdapter
 
@@ -44,9 +44,7 @@ class BlockLoRA(AdapterConfig):
 class BlockLoRAAdapter(LoRAAdapter):
     def __init__(self, site, config, *, shared, generator):
         r, n = pattern_value(config.rank_pattern, site.name, config.r), config.n_blocks
-        if r > min(site.in_features, site.out_features):
-            raise UsageError(f"block_lora: rank {r} at '{site.name}', a matrix of {site.out_features} x {site.in_features}",
-                             remedy=f"choose r <= {min(site.in_features, site.out_features)}, or another r with rank_pattern")
+        check_rank("block_lora", site, r)
         alpha = None if config.alpha is None else config.alpha / n
         super().__init__(site, LoRA(r=r, alpha=alpha, dropout=config.dropout, loraplus_lr_ratio=float(n)), shared=shared,
                          generator=generator)

@@ -20,14 +20,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..errors import UsageError
-from ..modeling.arithmetic import linear, product_dtype
+from ..modeling.arithmetic import linear
 from ..modeling.protocols import Base, Product, StorageProduct, has_values
 from ..registry import register
+from ._weights import check_rank
 from .base import Adapter, AdapterConfig, Bank, pattern_value
 
 #: elements of the weight that are widened at once for the norm
@@ -83,10 +82,7 @@ class DoRAAdapter(Adapter):
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         self.r = pattern_value(config.rank_pattern, site.name, config.r)
-        if self.r > min(site.in_features, site.out_features):
-            raise UsageError(f"dora: r={self.r}, but '{site.name}' is {site.out_features} x {site.in_features}",
-                             remedy=f"choose r <= {min(site.in_features, site.out_features)}, or another r for this site with "
-                                    "rank_pattern")
+        check_rank("dora", site, self.r)
         alpha = pattern_value(config.alpha_pattern, site.name, self.r if config.alpha is None else config.alpha)
         self.scale = alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
         self.dropout = config.dropout
@@ -138,11 +134,9 @@ class DoRAAdapter(Adapter):
     # -- many rows ---------------------------------------------------------------------------------------------------
     @classmethod
     def stack(cls, adapters, dtype):
-        rank = max(a.r for a in adapters)
-        dtype = product_dtype(dtype, adapters[0].lora_A.device)
-        pair = Bank(torch.stack([F.pad(a.lora_A, (0, 0, 0, rank - a.r)) for a in adapters]).to(dtype),
-                    torch.stack([F.pad((a.lora_B * a.scale).T, (0, 0, 0, rank - a.r)) for a in adapters]).to(dtype),
-                    None, cls.bank_dropout(adapters), adapters[0].site_name)
+        first = adapters[0]
+        pair = Bank.of([(a.lora_B * a.scale, a.lora_A) for a in adapters], (first.out_features, first.in_features), dtype,
+                       dropout=cls.bank_dropout(adapters), key=first.site_name)
         return DirectionBank(pair, list(adapters))
 
     @classmethod

@@ -19,12 +19,15 @@ has no scale and cannot be added to other grafts at one site; rows of one batch 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from ..registry import register
-from .base import Adapter, AdapterConfig, Bank
+from .base import Adapter, AdapterConfig
+from .batched import KeepsRows, numbers_of
 
 #: standard deviation of b_2..b_r at the start
 SPREAD = 0.1
@@ -38,14 +41,45 @@ class FLoRA(AdapterConfig):
 
 def spread(x: Tensor, B: Tensor) -> Tensor:
     """The inputs b_j * x of all components: x (..., in), B (r, ..., in) broadcasting to x -> (r, ..., in)."""
-    first = torch.addcmul(x, x, B[0]).unsqueeze(0)
-    return first if B.shape[0] == 1 else torch.cat([first, x.unsqueeze(0) * B[1:]])
+    if B.shape[0] == 1:
+        return torch.addcmul(x, x, B[0]).unsqueeze(0)
+    if torch.is_grad_enabled() and (x.requires_grad or B.requires_grad):
+        return torch.cat([torch.addcmul(x, x, B[0]).unsqueeze(0), x.unsqueeze(0) * B[1:]])
+    inputs = x.new_empty(B.shape[0], *x.shape)  # written in place: up to twice as fast for many tokens
+    torch.addcmul(x, x, B[0], out=inputs[0])
+    torch.mul(x, B[1:], out=inputs[1:])
+    return inputs
 
 
 def gather(z: Tensor, A: Tensor, bias: Tensor | None = None) -> Tensor:
     """sum_j a_j * z_j (+ bias): z (r, ..., out), A (r, ..., out) broadcasting to z -> (..., out)."""
-    y = torch.addcmul(z[0], z[0], A[0]) if A.shape[0] == 1 else z[0] + (z * A).sum(0)
+    y = torch.addcmul(z[0], z[0], A[0])
+    for part, factor in zip(z[1:], A[1:]):  # one pass each and no (r, ..., out) between: two to three times as fast as a sum
+        y.addcmul_(part, factor)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+@dataclass
+class MaskBank(KeepsRows):
+    """K adapters of one site: A (K, r, out) and B (K, r, in), r the largest of `ranks`, padded with zeros, which add nothing."""
+
+    A: Tensor
+    B: Tensor
+    ranks: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.A.untyped_storage().nbytes() + self.B.untyped_storage().nbytes()
+
+
+def _ragged(bank: MaskBank, index: Tensor) -> list[Tensor] | None:
+    """The rows that have each component, where not all have all: a padded one would cost a product. None where they do (and for
+    an index without values)."""
+    numbers = bank.made_of(index, numbers_of)
+    ranks = [bank.ranks[k] for k in numbers or ()]
+    if not ranks or min(ranks) == max(bank.ranks):
+        return None
+    return [torch.tensor([n for n, r in enumerate(ranks) if r > j], device=index.device) for j in range(max(ranks))]
 
 
 @register("adapter", "flora", config=FLoRA, title="FLoRA: Batched Low-Rank Adaptation of Foundation Models", paper="2312.05677",
@@ -86,14 +120,13 @@ class FLoRAAdapter(Adapter):
     # -- many rows ---------------------------------------------------------------------------------------------------
     @classmethod
     def stack(cls, adapters, dtype):
-        """Bank with A (K, r, out) and B (K, r, in); ranks padded with zeros, which add nothing."""
         rank = max(a.r for a in adapters)
 
         def padded(factor: Tensor) -> Tensor:
             return torch.nn.functional.pad(factor, (0, 0, 0, rank - factor.shape[0]))
 
-        return Bank(torch.stack([padded(a.flora_A) for a in adapters]).to(dtype),
-                    torch.stack([padded(a.flora_B) for a in adapters]).to(dtype), key=adapters[0].site_name)
+        return MaskBank(torch.stack([padded(a.flora_A) for a in adapters]).to(dtype),
+                        torch.stack([padded(a.flora_B) for a in adapters]).to(dtype), tuple(a.r for a in adapters))
 
     @staticmethod
     def _by_row(bank: Tensor, index: Tensor, dims: int) -> Tensor:
@@ -103,12 +136,25 @@ class FLoRAAdapter(Adapter):
 
     @classmethod
     def rows_inputs(cls, bank, index, x):
-        return spread(x, cls._by_row(bank.B, index, x.dim())).flatten(0, 1)
+        parts = bank.made_of(index, _ragged)
+        if parts is None:
+            return spread(x, cls._by_row(bank.B, index, x.dim())).flatten(0, 1)
+        inputs = [spread(x, cls._by_row(bank.B[:, :1], index, x.dim()))[0]]
+        for j, rows in enumerate(parts[1:], 1):
+            inputs.append(x.index_select(0, rows) * cls._by_row(bank.B[:, j: j + 1], index.index_select(0, rows), x.dim())[0])
+        return torch.cat(inputs)
 
     @classmethod
     def rows_combine(cls, bank, index, z, x, base):
-        A = cls._by_row(bank.A, index, z.dim())
-        return gather(z.unflatten(0, A.shape[:2]), A)
+        parts = bank.made_of(index, _ragged)
+        if parts is None:
+            A = cls._by_row(bank.A, index, z.dim())
+            return gather(z.unflatten(0, A.shape[:2]), A)
+        first, *others = z.split([rows.shape[0] for rows in parts])
+        y = gather(first.unsqueeze(0), cls._by_row(bank.A[:, :1], index, z.dim()))
+        for j, (rows, own) in enumerate(zip(parts[1:], others), 1):
+            y.index_add_(0, rows, own * cls._by_row(bank.A[:, j: j + 1], index.index_select(0, rows), z.dim())[0])
+        return y
 
     @classmethod
     def forward_rows(cls, bank, index, x, base):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from ..modeling.state import StateHolder, state_of
 from ..registry import MethodConfig, MethodInfo
 from .base import Adapter
 from .slot import GraftPoint, drop_point
+
+if TYPE_CHECKING:
+    from .trainable_tokens import TokenRows
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_@-]{0,127}")
 
@@ -44,7 +47,9 @@ class Graft:
         self.sites: dict[str, Site] = {}
         self.adapters: dict[str, Adapter] = {}
         self.shared: nn.Module | None = None
+        self.shared_at: nn.Module = model  # whose child `graft_shared` holds it
         self.saved_modules: dict[str, Adapter] = {}
+        self.trainable_tokens: dict[str, TokenRows] = {}  # by the module whose rows they are
         self.weight, self.merged = 1.0, False
         self.loading = False  # while it is attached: the values come from an artifact
         self.initializer: dict[str, Any] | None = None
@@ -67,6 +72,8 @@ class Graft:
         yield from self.adapters.items()
         for name, module in self.saved_modules.items():
             yield f"modules_to_save.{name}", module
+        for name, tokens in self.trainable_tokens.items():
+            yield f"trainable_tokens.{name}", tokens
 
     def named_parameters(self, *, trainable: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
         """(key, parameter) in a stable order; only trained ones by default."""
@@ -111,7 +118,7 @@ class Graft:
         """Factor of this graft's change, in sums, per row and when merged. Only for additive methods."""
         if self.merged:
             raise UsageError(f"graft '{self.name}' is merged: its weight is fixed", remedy="graft.unmerge() first")
-        if (self.info.traits["multiplicative"] or self.info.traits["scope"] == "model") and weight != 1.0:
+        if (self.info.traits["multiplicative"] or self.info.traits["scope"] != "site") and weight != 1.0:
             raise IncompatibleError(f"'{self.method}' adds nothing to an output: its change has no scale")
         self.weight = float(weight)
 
@@ -119,23 +126,24 @@ class Graft:
         """Remove the graft; the base is bit for bit what it was."""
         if self.merged:
             self.unmerge()
+        if hasattr(self.info.cls, "on_detach"):
+            self.info.cls.on_detach(self)
         for site in self.sites.values():
             self._restore_storage(site)
-        for module_name in {s.module_name for s in self.sites.values()} | set(self.saved_modules):
+        using = {name for tokens in self.trainable_tokens.values() for name in tokens.modules_using}
+        for module_name in {s.module_name for s in self.sites.values()} | set(self.saved_modules) | using:
             module = self.model.get_submodule(module_name)
             point = module._modules["graft"]
             for key, slot in list(point.named_children()):
                 slot.drop(self.name)
-                if not slot.entries:
+                if slot.idle:
                     del point._modules[key]
-            drop_point(module)
-        pools = self.model._modules.get("graft_shared")
+            drop_point(self.model, module_name)
+        pools = self.shared_at._modules.get("graft_shared")
         if pools is not None and self.name in pools:
             del pools[self.name]
             if not len(pools):
-                del self.model._modules["graft_shared"]
-        if hasattr(self.info.cls, "on_detach"):
-            self.info.cls.on_detach(self)
+                del self.shared_at._modules["graft_shared"]
         del self.holder.grafts[self.name]
 
     def remove(self, name: str) -> None:
@@ -147,14 +155,17 @@ class Graft:
         point = site.module._modules["graft"]
         slot = point.slot(site.slot_name)
         slot.take(next(key for key, entry in slot.entries.items() if entry is adapter))
-        if not slot.entries:
+        if slot.idle:
             del point._modules[site.slot_name]
-        drop_point(site.module)
+        drop_point(self.model, site.module_name)
 
     # -- exact change ------------------------------------------------------------------------------------------------
     def _check_weights(self) -> None:
         if self.info.traits["scope"] == "model":
             raise UsageError(f"'{self.method}' changes what the model reads and no weight: it cannot become a LoRA",
+                             remedy="serve it beside the base")
+        if self.info.traits["scope"] == "block":
+            raise UsageError(f"'{self.method}' has no weight change and cannot become a LoRA: what it adds depends on the input",
                              remedy="serve it beside the base")
 
     def base_of(self, site: Site) -> Base:

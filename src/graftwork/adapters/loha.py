@@ -20,9 +20,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from ..errors import UsageError
 from ..modeling.arithmetic import linear
 from ..registry import register
+from ._weights import check_rank
 from .base import Adapter, AdapterConfig, pattern_value
 
 
@@ -44,10 +44,7 @@ class LoHaAdapter(Adapter):
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         self.r = pattern_value(config.rank_pattern, site.name, config.r)
-        if self.r > min(site.in_features, site.out_features):
-            raise UsageError(f"loha: r={self.r}, but '{site.name}' is {site.out_features} x {site.in_features}",
-                             remedy=f"choose r <= {min(site.in_features, site.out_features)}, or another r for this site with "
-                                    "rank_pattern")
+        check_rank("loha", site, self.r)
         self.scale = pattern_value(config.alpha_pattern, site.name, self.r if config.alpha is None else config.alpha) / self.r
 
         def uniform(*shape: int) -> nn.Parameter:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError
 from ..registry import MethodConfig, register
+from .base import SAVED, TOKENS, TokenChoice
 from .model_scope import Decoder, PrefixAdapter, Prompts
 from .text_encoder import TextEncoder, masked_mean
 
@@ -43,7 +44,8 @@ class LoPA(MethodConfig):
     r: int = Field(4, ge=1, description="rank of the gate")
     encoder: str = Field("base", min_length=1, description="base, embeddings, or an encoder model by name or folder")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="of the instance vector, in training")
-    modules_to_save: list[str] = []
+    modules_to_save: list[str] = Field([], description=SAVED)
+    trainable_tokens: TokenChoice = Field([], description=TOKENS)
 
 
 @register("adapter", "lopa", config=LoPA, title="LoPA: Prompt Tuning Strikes Back, Low-Rank Prompt Adaptation",

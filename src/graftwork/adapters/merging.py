@@ -26,6 +26,7 @@ def merge_sites(graft: Graft, *, requantize: bool, force: bool) -> MergeReport:
     from .graft import MergeReport
 
     _refuse_tied(graft)
+    _refuse_part_of_tied_rows(graft)
     stored = any(isinstance(s.module, StoredWeight) for s in graft.sites.values())
     report = MergeReport("requantized" if stored and requantize else "dense")
     planned: list[tuple[Site, Tensor, Tensor | None]] = []
@@ -55,11 +56,25 @@ def merge_sites(graft: Graft, *, requantize: bool, force: bool) -> MergeReport:
     for site, new, bias in planned:
         originals[site.name] = _write(site, new, bias, requantize, graft)
     graft.__dict__["_originals"] = originals
+    graft.__dict__["_original_rows"] = [_write_rows(graft, name, report) for name in graft.trainable_tokens]
     return report
+
+
+def _write_rows(graft: Graft, name: str, report: MergeReport) -> tuple[nn.Parameter, Tensor, Tensor]:
+    """Write the rows of tokens into their matrix, after everything else; returns (matrix, ids, its rows from before)."""
+    tokens, weight = graft.trainable_tokens[name], graft.model.get_submodule(name).weight
+    before = weight.data.index_select(0, tokens.ids)
+    exact = tokens.moved(before, graft.weight)
+    weight.data.index_copy_(0, tokens.ids, exact.to(weight.dtype))
+    size = (exact - before.float()).norm().item()
+    report.errors[f"{name} (tokens)"] = ((exact.to(weight.dtype).float() - exact).norm().item() / size) if size else 0.0
+    return weight, tokens.ids, before
 
 
 def unmerge_sites(graft: Graft) -> None:
     """Put every site's pristine weight back."""
+    for weight, ids, before in reversed(graft.__dict__.pop("_original_rows")):
+        weight.data.index_copy_(0, ids, before)
     originals = graft.__dict__.pop("_originals")
     for name, kept in reversed(originals.items()):  # slices of one module were written on top of each other
         site = graft.sites.get(name) or _saved_site(graft, name)
@@ -146,6 +161,15 @@ def _refuse_tied(graft: Graft) -> None:
         if isinstance(weight, nn.Parameter) and first is not None and not first.startswith(site.module_name + "."):
             raise IncompatibleError(f"'{site.module_name}' shares its weight with '{first}': merging would change both",
                                     remedy="untie the model first (config.tie_word_embeddings=False and a cloned head weight)")
+
+
+def _refuse_part_of_tied_rows(graft: Graft) -> None:
+    for name, tokens in graft.trainable_tokens.items():
+        weight = graft.model.get_submodule(name).weight
+        others = [n for n, m in graft.model.named_modules() if n not in tokens.modules_using and m._parameters.get("weight") is weight]
+        if others:
+            raise IncompatibleError(f"'{name}' shares its weight with '{others[0]}', which has other tokens: merging would change both",
+                                    remedy="export a merged copy (graft merge), in which the two are untied")
 
 
 def _replacement(stored: nn.Module, module: nn.Module) -> StorageProduct:

@@ -23,9 +23,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..modeling.arithmetic import linear, product_dtype
+from ..modeling.arithmetic import linear
 from ..registry import register
+from ._weights import check_rank
 from .base import Adapter, AdapterConfig, as_rows, pattern_value
+from .batched import Bank, change_of_rows
 
 
 class MiSS(AdapterConfig):
@@ -46,15 +48,15 @@ def shard_sum(x: Tensor, r: int) -> Tensor:
 
 @dataclass
 class ShardBank:
-    """K adapters of one site and one r: D (K, r, out)."""
+    """K adapters of one site and one r: their D's are the second factors of a bank that reads the r sums as they are."""
 
-    D: Tensor
+    shards: Bank
     dropout: Tensor | None
     key: str
 
     @property
     def nbytes(self) -> int:
-        return self.D.untyped_storage().nbytes()
+        return self.shards.B.untyped_storage().nbytes()
 
 
 @register("adapter", "miss", config=MiSS, title="MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure",
@@ -69,9 +71,7 @@ class MiSSAdapter(Adapter):
         super().__init__(site, config, shared=shared, generator=generator)
         self.r, self.dropout = pattern_value(config.rank_pattern, site.name, config.r), config.dropout
         columns = config.mini_r or site.out_features
-        if self.r > site.in_features:
-            raise UsageError(f"miss: shards of r={self.r} values, but '{site.name}' has {site.in_features} inputs",
-                             remedy=f"choose r <= {site.in_features}, or another r for this site with rank_pattern")
+        check_rank("miss", site, self.r, site.in_features)  # shards of r inputs
         if site.out_features % columns:
             raise UsageError(f"miss: mini_r={columns} does not divide the {site.out_features} outputs of '{site.name}'",
                              remedy="choose a divisor of all output sizes, or leave mini_r out")
@@ -100,8 +100,10 @@ class MiSSAdapter(Adapter):
         """A ShardBank where all have one r, else the plain Bank of their factors."""
         if len({a.r for a in adapters}) > 1:
             return super().stack(adapters, dtype)
-        dtype = product_dtype(dtype, adapters[0].miss_D.device)
-        return ShardBank(torch.stack([a.shard() for a in adapters]).to(dtype), cls.bank_dropout(adapters), adapters[0].site_name)
+        first = adapters[0]
+        every = torch.arange(first.r, device=first.miss_D.device)
+        shards = Bank.of([(a.shard().T, every) for a in adapters], (first.out_features, first.r), dtype)
+        return ShardBank(shards, cls.bank_dropout(adapters), first.site_name)
 
     @classmethod
     def forward_rows(cls, bank, index, x, base):
@@ -110,6 +112,6 @@ class MiSSAdapter(Adapter):
         rows = x
         if bank.dropout is not None:
             rows = base.noise.dropout(x, bank.dropout.to(x.device)[index].reshape(-1, *[1] * (x.dim() - 1)), bank.key)
-        sums = shard_sum(as_rows(rows), bank.D.shape[1]).to(bank.D.dtype)
-        change = torch.bmm(sums, bank.D.index_select(0, index))
-        return change.to(x.dtype).reshape(*x.shape[:-1], change.shape[-1])
+        sums = shard_sum(as_rows(rows), bank.shards.in_features).to(bank.shards.dtype)
+        change = change_of_rows(sums, index, bank.shards).to(x.dtype)
+        return change.reshape(*x.shape[:-1], change.shape[-1])

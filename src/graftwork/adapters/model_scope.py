@@ -13,10 +13,7 @@ filled, its prefix is in it, and the cache is marked with the width; later calls
 only. The instance of a row is its *prompt*: in training the tokens before the first trained one, known from the labels
 (of the forward state, or given to the model's forward); without labels the whole input of the call that fills the cache.
 
-A method may also set the keys and values of its virtual tokens in every layer (`keys_values`). Then the m tokens are run as
-placeholders, and where an attention stores keys and values (after position encoding and norms), theirs are replaced: a hook
-on each attention hands it a cache that does so. The replacement travels in the call's keywords, so a layer that
-activation checkpointing repeats sees it again, with or without a cache.
+A method may also set the keys and values of its virtual tokens in every layer (`keys_values`, see _prefix_fill.py).
 
 Two uses of Transformers' `generate` differ from this: with use_cache=False it reads the growing text as a new instance at
 every step, and it cannot continue a cache of an earlier call, because it counts the prefix in there as text.
@@ -26,7 +23,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -37,12 +33,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache
 
 from ..errors import IncompatibleError, UsageError
+from ..modeling.caches import cache_argument
 from ..modeling.state import state_of
+from ._prefix_fill import FILL, Fill, fill_attention, rooms
 from .base import Adapter
 from .graft import on_device, site_generator
 
 ROOT = "graft_prefix"  # the model's child that holds the adapters, and the mark on a cache
-FILL = "graft_prefix_fill"  # keyword of a forward, down to its attentions
 REFUSED = ("token_type_ids", "cache_position", "cu_seq_lens_q", "block_sequence_ids")
 
 
@@ -121,6 +118,9 @@ class Decoder:
                 getattr(module, "is_causal", True) is False for module in body.modules()):
             raise IncompatibleError(f"{type(model).__name__} is no causal decoder: there is no prompt to put a prefix before",
                                     remedy="choose a causal model, or adapter: lora")
+        if cache_argument(model) != "past_key_values":
+            raise IncompatibleError(f"{type(model).__name__} keeps its state in no key/value cache: a prefix would be put before every new "
+                                    "token", remedy="choose adapter: lora")
         self.model, self.body, self.noise = model, body, state_of(model)
         self.embedding = body.get_input_embeddings()
         self.width, self.hidden_size = self.embedding.weight.shape[1], config.hidden_size
@@ -131,8 +131,9 @@ class Decoder:
         self.encoders: dict[str, Any] = {}  # reference -> encoder, shared by the grafts of this model
 
     def embed(self, ids: Tensor) -> Tensor:
-        """(...,) int64 -> (..., d) as the model embeds its tokens."""
-        return self.embedding(ids)
+        """(...,) int64 -> (..., d) as the bare base embeds its tokens."""
+        with self._no_graft():
+            return self.embedding(ids)
 
     def states(self, prompts: Prompts) -> Tensor:
         """Last hidden states (n, T, h) of the bare base in eval mode, whatever grafts and rows the forward is for."""
@@ -156,25 +157,23 @@ class Decoder:
         for module in training:
             module.training = False
         try:
-            with self.noise.scope(rows=None, expansion=1, token_rows=None, disabled=frozenset(self.noise.grafts)):
+            with self._no_graft():
                 return self.body(**inputs)
         finally:
             for module in training:
                 module.training = True
 
-    def tokenizer(self) -> Any:
-        """The model's tokenizer: `model.graft_tokenizer` where the caller set it, else that of the folder it came from."""
-        from ..modeling.models import load_tokenizer
+    def _no_graft(self):
+        return self.noise.scope(rows=None, expansion=1, token_rows=None, disabled=frozenset(self.noise.grafts))
 
-        found = getattr(self.model, "graft_tokenizer", None)
-        source = getattr(getattr(self.model, "graft_source", None), "ref", None)
-        source = source or getattr(self.model.config, "_name_or_path", "")
-        if found is None and source:
-            found = load_tokenizer(source)
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        from ..modeling.models import tokenizer_of
+
+        found = tokenizer_of(self.model)
         if found is None:
             raise UsageError("the text of a prompt cannot be read back: the model's tokenizer is not known",
                              remedy="set model.graft_tokenizer = tokenizer, or use encoder: base")
-        self.model.graft_tokenizer = found
         return found
 
 
@@ -192,7 +191,7 @@ class PrefixScope:
         self.widths: list[int] = []  # of the forwards that are running
         self.labels: list[Tensor | None] = []
         self.warned = False
-        self.fills: list[_Fill | None] = []  # beside `widths`
+        self.fills: list[Fill | None] = []  # beside `widths`
         self.fills_attentions = False  # the attentions are hooked, from the first graft that sets keys and values
         body = self.base.body
         self.handles = [body.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -213,7 +212,7 @@ class PrefixScope:
         if not self.fills_attentions and type(adapter).keys_values is not PrefixAdapter.keys_values:
             found = [m for m in self.base.body.modules() if isinstance(getattr(m, "layer_idx", None), int)
                      and "Attention" in type(m).__name__ and "past_key_values" in inspect.signature(type(m).forward).parameters]
-            self.handles += [m.register_forward_pre_hook(_fill_attention, with_kwargs=True) for m in found]
+            self.handles += [m.register_forward_pre_hook(fill_attention, with_kwargs=True) for m in found]
             self.fills_attentions = True
 
     def drop(self, name: str) -> None:
@@ -249,13 +248,13 @@ class PrefixScope:
             self.widths.append(0), self.fills.append(None)
             return None
         self._check(call, past, width)
-        place = _Place(width, lengths, call, past - width if past else 0)
+        place = Place(width, lengths, call, past - width if past else 0)
         if not past:
-            vectors = torch.cat([self._prefix(rows, width, call), self.base.embed(ids)], 1)
+            vectors = torch.cat([self._prefix(rows, width, call), self.base.embedding(ids)], 1)
             call["inputs_embeds"], call["input_ids"] = place.arrange(vectors), None
         call["attention_mask"], call["position_ids"] = place.mask(), place.positions(prefill=not past)
         self.widths.append(0 if past else width)
-        self.fills.append(None if past else self._fill(rows, width, place))
+        self.fills.append(None if past else Fill.of(rows, width, place))
         if self.fills[-1] is not None:
             call[FILL] = self.fills[-1]
         return (), call
@@ -299,13 +298,7 @@ class PrefixScope:
         labels = self._labels_for(ids) if any(a is not None and a.reads_prompt for a in rows) else None
         prompts = Prompts(ids, prompt_mask(ids, mask, labels), None if positions is None else positions.expand(ids.shape[0], -1))
         dtype = self.base.embedding.weight.dtype
-        return _rooms(rows, width, lambda a, index: a.prefix(prompts.rows(index), self.base).to(dtype), ids.device)
-
-    def _fill(self, rows: list[PrefixAdapter | None], width: int, place: _Place) -> _Fill | None:
-        """What replaces keys and values in this forward, or None."""
-        found = {adapter: adapter.keys_values() for adapter in dict.fromkeys(a for a in rows if a is not None)}
-        tables = {adapter: table for adapter, table in found.items() if table is not None}
-        return _Fill([a if a in tables else None for a in rows], tables, width, place) if tables else None
+        return rooms(rows, width, lambda a, index: a.prefix(prompts.rows(index), self.base).to(dtype), ids.device)
 
     def _labels_for(self, ids: Tensor) -> Tensor | None:
         labels = next((given for given in (*self.labels[-1:], self.holder.current.labels) if given is not None), None)
@@ -343,82 +336,7 @@ class PrefixScope:
         return output
 
 
-def _rooms(rows: list[PrefixAdapter | None], width: int, make: Callable[[PrefixAdapter, Tensor | None], Tensor],
-           device: torch.device) -> Tensor:
-    """(N, width, ...): what `make(adapter, its rows or None for all)` gives, (n, m, ...), at the right end of each row's room."""
-    out = None
-    for adapter in dict.fromkeys(a for a in rows if a is not None):
-        own = [i for i, a in enumerate(rows) if a is adapter]
-        index = None if len(own) == len(rows) else torch.tensor(own, device=device)
-        made = make(adapter, index)
-        made = nn.functional.pad(made, (*[0, 0] * (made.dim() - 2), width - adapter.length, 0))
-        if index is None:
-            return made
-        out = made.new_zeros(len(rows), *made.shape[1:]) if out is None else out
-        out = out.index_copy(0, index, made)
-    return out
-
-
-class _Fill:
-    """Keys and values of virtual tokens for one forward of the body: rows without such an adapter keep their own."""
-
-    def __init__(self, rows: list[PrefixAdapter | None], tables: dict[PrefixAdapter, Tensor], width: int, place: _Place):
-        self.rows, self.tables, self.width = rows, tables, width
-        self.layers = len(next(iter(tables.values())))
-        self.seen: set[int] = set()
-        self.whole = place.plain and len(tables) == 1 and all(a is not None for a in rows)
-        if not self.whole:
-            used = torch.tensor([a is not None for a in rows], device=place.device)[:, None]
-            inside = used & (place.source >= place.empty) & (place.source < width)
-            self.inside = inside[:, None, :, None]
-            self.slot = place.source.clamp(max=width - 1)[:, :, None]
-
-    def put(self, states: Tensor, layer: int, which: int) -> Tensor:
-        """states (N, heads, L, head size) of the lengthened rows, those of the virtual tokens replaced. which: 0 keys, 1 values."""
-        n, heads, _, size = states.shape
-        if any(table.shape[-1] != heads * size for table in self.tables.values()) or layer >= self.layers:
-            raise IncompatibleError(f"layer {layer} keeps {heads * size} numbers a token, the prefix has others",
-                                    remedy="choose adapter: prompt or lora")
-        self.seen.add(layer)
-        if self.whole:
-            ((_, table),) = self.tables.items()
-            own = table[layer, which].to(states).unflatten(-1, (heads, size)).transpose(0, 1)
-            return torch.cat([own.expand(n, -1, -1, -1), states[:, :, self.width:]], 2)
-        room = _rooms(self.rows, self.width, lambda adapter, index: self.tables[adapter][layer, which].expand(
-            n if index is None else index.shape[0], -1, -1), states.device).to(states)
-        own = room.gather(1, self.slot.expand(-1, -1, room.shape[-1])).unflatten(-1, (heads, size)).transpose(1, 2)
-        return torch.where(self.inside, own, states)
-
-    def check(self, model: nn.Module) -> None:
-        """Raises IncompatibleError when a layer computed its attention without the prefix."""
-        if len(self.seen) != self.layers:
-            raise IncompatibleError(f"{type(model).__name__} does not hand keys and values of every layer to a cache: "
-                                    f"{len(self.seen)} of {self.layers} layers saw the prefix",
-                                    remedy="choose adapter: prompt or lora")
-
-
-class _FillingCache:
-    """The cache of one call of an attention (or none), with the keys and values of virtual tokens replaced on their way in."""
-
-    def __init__(self, fill: _Fill, inner: Any):
-        self.fill, self.inner = fill, inner
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys, values = self.fill.put(keys, layer_idx, 0), self.fill.put(values, layer_idx, 1)
-        return (keys, values) if self.inner is None else self.inner.update(keys, values, layer_idx, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-
-def _fill_attention(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    fill = kwargs.pop(FILL, None)
-    if fill is not None:
-        kwargs["past_key_values"] = _FillingCache(fill, kwargs.get("past_key_values"))
-    return args, kwargs
-
-
-class _Place:
+class Place:
     """Where what stands in the lengthened rows: entry e of row i is entry `source[i, e]` of [prefix room; text]. `held`: text
     positions in the cache."""
 

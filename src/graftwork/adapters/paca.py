@@ -15,16 +15,15 @@ stored (int32, r a site), since a selection may choose other columns than the se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import UsageError
 from ..registry import register
-from .base import Adapter, AdapterConfig, as_rows, pattern_value
+from ._weights import check_rank
+from .base import Adapter, AdapterConfig, pattern_value
+from .batched import Bank
 
 
 class PaCA(AdapterConfig):
@@ -33,19 +32,6 @@ class PaCA(AdapterConfig):
     r: int = Field(16, ge=1, description="trained columns")
     alpha: float | None = Field(None, description="scale numerator; default r, so s = 1")
     rank_pattern: dict[str, int] = {}
-
-
-@dataclass
-class ColumnBank:
-    """K adapters of one site: columns (K, r) int64, S (K, out, r) with the scale folded in; ragged ranks are padded with
-    column 0 and zeros."""
-
-    columns: Tensor
-    S: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.columns.untyped_storage().nbytes() + self.S.untyped_storage().nbytes()
 
 
 @register("adapter", "paca", config=PaCA, title="PaCA: Partial Connection Adaptation for Efficient Fine-Tuning",
@@ -57,9 +43,7 @@ class PaCAAdapter(Adapter):
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         self.r = pattern_value(config.rank_pattern, site.name, config.r)
-        if self.r > site.in_features:
-            raise UsageError(f"paca: r={self.r} columns, but '{site.name}' has {site.in_features} inputs",
-                             remedy=f"choose r <= {site.in_features}, or another r for this site with rank_pattern")
+        check_rank("paca", site, self.r, site.in_features)  # columns
         self.scale = 1.0 if config.alpha is None else config.alpha / self.r
         chosen = torch.randperm(site.in_features, generator=generator)[: self.r].sort().values
         self.columns = nn.Parameter(chosen.to(torch.int32), requires_grad=False)
@@ -84,13 +68,6 @@ class PaCAAdapter(Adapter):
     # -- many rows ---------------------------------------------------------------------------------------------------
     @classmethod
     def stack(cls, adapters, dtype):
-        rank = max(a.r for a in adapters)
-        return ColumnBank(torch.stack([F.pad(a.columns.long(), (0, rank - a.r)) for a in adapters]),
-                          torch.stack([F.pad(a.S * a.scale, (0, rank - a.r)) for a in adapters]).to(dtype))
-
-    @classmethod
-    def forward_rows(cls, bank, index, x, base):
-        flat = as_rows(x)
-        columns = bank.columns.index_select(0, index).unsqueeze(1).expand(-1, flat.shape[1], -1)
-        change = torch.bmm(flat.gather(-1, columns), bank.S.index_select(0, index).transpose(1, 2))
-        return change.reshape(*x.shape[:-1], change.shape[-1])
+        """A Bank whose first factors are the columns themselves."""
+        first = adapters[0]
+        return Bank.of([(a.S * a.scale, a.columns) for a in adapters], (first.out_features, first.in_features), dtype)

@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..registry import MethodConfig, register
+from .base import SAVED, TOKENS, TokenChoice
 from .model_scope import Decoder, PrefixAdapter
 
 STD = 0.02
@@ -38,7 +39,8 @@ class Prefix(MethodConfig):
     num_virtual_tokens: int = Field(20, ge=1, description="m, the length of the prefix")
     init: str = Field("vocab", pattern="^(vocab|random)$", description="start: activations of random tokens, or small noise")
     reparametrize: int = Field(0, ge=0, description="h: train the prefix as the output of a network this wide; 0: train it directly")
-    modules_to_save: list[str] = []
+    modules_to_save: list[str] = Field([], description=SAVED)
+    trainable_tokens: TokenChoice = Field([], description=TOKENS)
 
 
 @register("adapter", "prefix", config=Prefix, title="Prefix-Tuning: Optimizing Continuous Prompts for Generation", paper="2101.00190",

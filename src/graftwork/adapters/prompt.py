@@ -21,6 +21,7 @@ from torch import nn
 from ..errors import UsageError
 from ..modeling.protocols import has_values
 from ..registry import MethodConfig, register
+from .base import SAVED, TOKENS, TokenChoice
 from .model_scope import Decoder, PrefixAdapter
 
 
@@ -30,7 +31,8 @@ class Prompt(MethodConfig):
     num_virtual_tokens: int = Field(20, ge=1, description="m, the length of the prompt")
     init: str = Field("vocab", pattern="^(vocab|text|random)$", description="start: rows of the embedding, a text, or random")
     init_text: str | None = Field(None, description="the text of init: text")
-    modules_to_save: list[str] = []
+    modules_to_save: list[str] = Field([], description=SAVED)
+    trainable_tokens: TokenChoice = Field([], description=TOKENS)
 
     @model_validator(mode="after")
     def _text(self):

@@ -19,19 +19,22 @@ Differs from the paper's code: it pairs the columns of B with the rows of A in a
 distribution; here it is the formula. An entry is one byte v, read as (v + 1/2) / 128 sqrt(3): 256 levels of the uniform
 distribution of unit variance, instead of a bf16 draw divided by its sample deviation. Sparse bases have v < m as -1 and
 v >= 256 - m as +1, m the integer next to 256 p / 2, times 16 / sqrt(2 m): probabilities in steps of 1 / 256. One pair sliced to
-all sites is replaced by one pair per shape. alpha is 2 r by default, as in the paper's language models; PEFT's
-scale has no sqrt(n) and an alpha of 20 r.
+all sites is replaced by one pair per shape. With `save_projection` it is not: the pair of the largest sizes is drawn, rounded to bf16,
+kept and saved (in fp32), and each site cuts its own from it in PEFT's order; such a graft can be written for PEFT, and one that was
+read from PEFT is of this form. alpha is 2 r by default, as in the paper's language models; PEFT's scale has no sqrt(n) and an
+alpha of 20 r.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -39,7 +42,8 @@ from ..errors import ArtifactError, UsageError
 from ..modeling.arithmetic import linear, product_dtype
 from ..registry import register
 from ._row_loop import RowLoop
-from .base import AdapterConfig
+from ._weights import check_rank
+from .base import AdapterConfig, SiteShape
 
 #: columns of [B_1 .. B_n] drawn at once; part of the definition of the basis, since each block has a generator of its own
 BLOCK = 128
@@ -55,15 +59,30 @@ class RandLoRA(AdapterConfig):
     distribution: Literal["uniform", "sparse", "very_sparse"] = Field(
         "uniform", description="entries: uniform; -1, 0, 1 with two thirds zeros; or with all but 1 / sqrt(min(in, out)) zeros")
     cache_basis: bool = Field(False, description="keep the drawn bytes: no redrawing, memory grows with n_basis")
+    save_projection: bool = Field(False, description="one basis for all sites, kept and saved, as PEFT has it")
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if self.save_projection and (self.cache_basis or self.n_basis is not None):
+            raise ValueError("save_projection keeps one basis of ceil(min(in, out) / r) products: leave n_basis and cache_basis out")
+        return self
 
 
 class BasisPool(nn.Module):
-    """What all sites share: the seed, the first site's name, and the kept bytes where the config asks for them."""
+    """What all sites share: the seed, the first site's name, the kept bytes where the config asks for them; with save_projection the
+    basis itself, as frozen parameters A (r, q) and B (n r, D), the columns of PEFT's flattened B as rows."""
 
-    def __init__(self, seed: int, config: RandLoRA, first_site: str):
+    def __init__(self, seed: int, config: RandLoRA, sites: Sequence[SiteShape]):
         super().__init__()
-        self.seed, self.cache, self.distribution, self.first_site = seed, config.cache_basis, config.distribution, first_site
+        self.seed, self.cache, self.distribution, self.first_site = seed, config.cache_basis, config.distribution, sites[0].name
         self.kept: dict[tuple, Tensor] = {}
+        self.r, self.stored = config.r, config.save_projection
+        self.register_parameter("A", None), self.register_parameter("B", None)
+        if self.stored:
+            q, D = sorted((max(s.in_features for s in sites), max(s.out_features for s in sites)))
+            for name, rows, size in (("A", self.r, q), ("B", -(-q // self.r) * self.r, D)):
+                drawn = self.entries(self.draw(f"stored/{name}", rows, size), q, torch.float32)
+                setattr(self, name, nn.Parameter(drawn.bfloat16().float(), requires_grad=False))  # PEFT keeps them in bf16
 
     def draw(self, key: str, rows: int, size: int) -> Tensor:
         """Seeded bytes, int8 (rows, size), on the CPU."""
@@ -81,11 +100,15 @@ class BasisPool(nn.Module):
                 codes = self.draw(key, rows, size).to(like.device)
             if self.cache:
                 self.kept[place] = codes
+        return self.entries(codes, q, like.dtype)
+
+    def entries(self, codes: Tensor, q: int, dtype: torch.dtype) -> Tensor:
+        """The entries of unit variance that bytes stand for."""
         if self.distribution == "uniform":
-            return codes.to(like.dtype).add_(0.5).mul_(math.sqrt(3.0) / 128.0)
+            return codes.to(dtype).add_(0.5).mul_(math.sqrt(3.0) / 128.0)
         zeros_in = 3.0 if self.distribution == "sparse" else math.sqrt(q)
         m = max(1, round(128.0 / zeros_in))
-        signs = (codes >= 128 - m).to(like.dtype) - (codes < m - 128).to(like.dtype)
+        signs = (codes >= 128 - m).to(dtype) - (codes < m - 128).to(dtype)
         return signs.mul_(16.0 / math.sqrt(2.0 * m))
 
 
@@ -100,14 +123,20 @@ class Basis:
     D: int
 
     def A(self, like: Tensor) -> Tensor:
+        if self.pool.stored:
+            return self.pool.A[:, : self.q].to(like.dtype)
         return self.pool.values(f"A/{self.r}", self.r, self.q, self.q, like)
 
     def blocks(self, like: Tensor):
         """(product j (c,), row of A k (c,), columns of B as rows (c, D)) of up to 128 columns at a time."""
         for number, start in enumerate(range(0, self.n * self.r, BLOCK)):
             column = torch.arange(start, min(start + BLOCK, self.n * self.r), device=like.device)
-            columns = self.pool.values(f"B/{self.q}/{number}", BLOCK, self.D, self.q, like)[: column.shape[0]]
-            yield column // self.r, column % self.r, columns
+            j, k = column // self.r, column % self.r
+            if self.pool.stored:
+                columns = self.pool.B[k * self.n + j, : self.D].to(like.dtype)
+            else:
+                columns = self.pool.values(f"B/{self.q}/{number}", BLOCK, self.D, self.q, like)[: column.shape[0]]
+            yield j, k, columns
             del columns  # the next block is drawn before the loop variable lets go of this one
 
 
@@ -163,9 +192,10 @@ class RandLoRAAdapter(RowLoop):
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         q, D = sorted((site.in_features, site.out_features))
-        if config.r > q:
-            raise UsageError(f"randlora: r={config.r}, but '{site.name}' is {site.out_features} x {site.in_features}",
-                             remedy=f"choose r <= {q}")
+        check_rank("randlora", site, config.r, other="leave this site out with exclude_modules")
+        if shared.stored and config.r != shared.r:
+            raise UsageError(f"randlora: r={config.r} at '{site.name}', but the saved basis that all sites share has r={shared.r}",
+                             remedy="give all sites one r, or leave save_projection out")
         self.r, self.dropout, self.tall = config.r, config.dropout, site.out_features >= site.in_features
         n = config.n_basis or math.ceil(q / config.r)
         self.scale = (2.0 * config.r if config.alpha is None else config.alpha) / (config.r * math.sqrt(n))
@@ -175,7 +205,7 @@ class RandLoRAAdapter(RowLoop):
 
     @classmethod
     def make_shared(cls, sites, config, seed):
-        return BasisPool(seed, config, sites[0].name)
+        return BasisPool(seed, config, sites)
 
     @classmethod
     def parameter_count(cls, site, config):
@@ -193,8 +223,10 @@ class RandLoRAAdapter(RowLoop):
 
     # -- artifact ----------------------------------------------------------------------------------------------------
     def stored_extra(self):
-        """Checksum of the generator: the first ten bytes of the first site's A."""
-        return {"first_basis_values": self._first_values()} if self.site_name == self.basis.pool.first_site else None
+        """Checksum of the generator: the first ten bytes of the first site's A. A saved basis needs none."""
+        if self.basis.pool.stored or self.site_name != self.basis.pool.first_site:
+            return None
+        return {"first_basis_values": self._first_values()}
 
     def check_extra(self, extra):
         if extra["first_basis_values"] != self._first_values():

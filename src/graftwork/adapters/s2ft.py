@@ -4,8 +4,10 @@
     q, k, v, gate, up, fc1 (units are rows):   y = W x + b, y[I] += S x,    S (n, in) trained
     I (n,): the lines of the chosen units; S = 0 at the start. Parameters n out (columns) or n in (rows).
 
-Units are chosen at random (S2FT-R): of all units that the sites of a role have in the whole model, int(ratio * units), so that
-their number differs between layers; with per_layer the same number int(ratio * units) in each site (one at least). A unit is a
+Of all units that the sites of a role have in the whole model int(ratio * units) are chosen, so that their number differs between
+layers; with per_layer the same number int(ratio * units) in each site (one at least). They are drawn at random (S2FT-R), or are
+those whose lines of W have the largest or the smallest norm (S2FT-W); the choices that look at data, by activations, products or
+gradients (S2FT-A, -S, -G), are the initializers `s2ft_activations` and `s2ft_gradients`. A unit is a
 query head (q, o), a key/value head (k, v), a key/value head with its query heads (a fused qkv), or a channel (two rows where
 gate and up are one map), see modeling/coupling.py; `ratio_pattern` gives sites other ratios, the first match wins. By default
 3 % of the channels of down are trained, as in the paper. A site of which nothing was drawn trains nothing.
@@ -14,16 +16,17 @@ For columns the backward pass keeps x[I] only, n values a token. Lines of a site
 converts exactly, and grafts with disjoint units add up without touching each other's lines.
 
 Differs from the paper: weights are never permuted. The paper moves chosen units to the front, so that each trained slice is
-contiguous; the function is the same, but a permuted base is of no use to other grafts. Selection by weights, activations or
-gradients, variants of the paper, are not offered. Its code mixes query and key/value heads up under grouped attention.
-The stored lines (int32) are those of the original model.
+contiguous; the function is the same, but a permuted base is of no use to other grafts. Its code mixes query and key/value heads
+up under grouped attention. The stored lines (int32) are those of the original model, so a load chooses nothing anew. Norms are
+Euclidean, over all lines of a unit: the card of the paper does not say which it takes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +35,11 @@ from torch import Tensor, nn
 
 from ..modeling.arithmetic import linear
 from ..modeling.coupling import Units, units_of
+from ..modeling.protocols import has_values
 from ..registry import register
-from .base import Adapter, AdapterConfig, as_rows, pattern_value
+from ._weights import weight_of_site
+from .base import Adapter, AdapterConfig, pattern_value
+from .batched import Bank
 
 
 class S2FT(AdapterConfig):
@@ -43,6 +49,7 @@ class S2FT(AdapterConfig):
     ratio: float = Field(0.03, gt=0.0, le=1.0, description="share of the units that is trained")
     ratio_pattern: dict[str, float] = {}
     per_layer: bool = Field(False, description="the same number of units in every layer, instead of a draw over all layers")
+    selection: Literal["random", "weight_large", "weight_small"] = "random"
 
 
 class Choice(nn.Module):
@@ -53,19 +60,9 @@ class Choice(nn.Module):
         self.lines = lines
 
 
-@dataclass
-class LineBank:
-    """K adapters of one site: lines (K, n) int64, S (K, n, out) of columns or (K, n, in) of rows; ragged ones are padded with
-    line 0 and zeros."""
-
-    axis: str
-    lines: Tensor
-    S: Tensor
-    out_features: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.lines.untyped_storage().nbytes() + self.S.untyped_storage().nbytes()
+def line_squares(W: Tensor, axis: str) -> Tensor:
+    """Squared norms of the columns or rows of W (out, in), in fp64."""
+    return W.double().square().sum(0 if axis == "columns" else 1)
 
 
 @register("adapter", "s2ft", config=S2FT, paper="2412.06289",
@@ -75,15 +72,44 @@ class LineBank:
                  "Sparsity}, author={Yang, Xinyu and Leng, Jixuan and Guo, Geyang and Zhao, Jiawei and Nakada, Ryumei and Zhang, "
                  "Linjun and Yao, Huaxiu and Chen, Beidi}, booktitle={NeurIPS}, year={2024}}")
 class S2FTAdapter(Adapter):
+    moves = ("lines",)  # data may have chosen them
+
     def __init__(self, site, config, *, shared, generator):
         super().__init__(site, config, shared=shared, generator=generator)
         self.axis, lines = shared.lines[site.name]
-        self.lines = nn.Parameter(torch.tensor(lines, dtype=torch.int32), requires_grad=False)
-        shape = (site.out_features, len(lines)) if self.axis == "columns" else (len(lines), site.in_features)
-        self.register_parameter("S", nn.Parameter(torch.zeros(shape)) if lines else None)
+        self.take(lines, torch.device("cpu"))
+
+    def take(self, lines: list[int], device: torch.device) -> None:
+        """Train these lines, from zero."""
+        self.lines = nn.Parameter(torch.tensor(lines, dtype=torch.int32, device=device), requires_grad=False)
+        shape = (self.out_features, len(lines)) if self.axis == "columns" else (len(lines), self.in_features)
+        self.register_parameter("S", nn.Parameter(torch.zeros(shape, device=device)) if lines else None)
+
+    def load_artifact_state(self, state):
+        kept, size = state.get("lines"), self.in_features if self.axis == "columns" else self.out_features
+        if kept is not None and kept.dim() == 1 and kept.dtype == torch.int32:
+            if kept.numel() and not (0 <= int(kept.min()) and int(kept.max()) < size):
+                raise RuntimeError(f"lines outside of 0..{size - 1}")
+            self.take(kept.tolist(), self.lines.device)
+        super().load_artifact_state(state)
 
     @classmethod
     def make_shared(cls, sites, config, seed):
+        scores = None
+        if config.selection != "random" and has_values(next(sites[0].module.parameters())):
+            scores = {site.name: cls.unit_scores(site, line_squares(weight_of_site(site), units_of(site).axis)) for site in sites}
+        return Choice(cls.choose(sites, config, seed, scores, small=config.selection == "weight_small"))
+
+    @staticmethod
+    def unit_scores(site: Any, squares: Tensor) -> Tensor:
+        """Root of the sums over each unit's lines; squares: one number a line of the site (of its axis)."""
+        return squares.double().cpu()[units_of(site).index].sum(1).sqrt()
+
+    @classmethod
+    def choose(cls, sites: Sequence[Any], config: S2FT, seed: int, scores: dict[str, Tensor] | None = None, *,
+               small: bool = False) -> dict[str, tuple[str, list[int]]]:
+        """{site: (axis, lines)}: of each role's units those of the largest (smallest) scores {site: (units,)}; a draw without
+        scores, and while a run is planned."""
         pools: dict[tuple, list] = {}
         for site in sites:  # roles are drawn independently of each other
             ratio = pattern_value(config.ratio_pattern, site.name, config.ratio)
@@ -92,14 +118,19 @@ class S2FTAdapter(Adapter):
         drawn = {}
         for key, members in pools.items():
             total = sum(units.count for _, units in members)
-            name = f"{seed}/s2ft/{'/'.join(map(str, key))}".encode()
-            generator = random.Random(hashlib.blake2b(name, digest_size=8).digest())
-            chosen, first = set(generator.sample(range(total), max(1, int(key[2] * total)))), 0
+            wanted, first = max(1, int(key[2] * total)), 0
+            if scores is None:
+                name = f"{seed}/s2ft/{'/'.join(map(str, key))}".encode()
+                generator = random.Random(hashlib.blake2b(name, digest_size=8).digest())
+                chosen = set(generator.sample(range(total), wanted))
+            else:
+                pooled = torch.cat([scores[site.name] for site, _ in members])
+                chosen = set(pooled.sort(descending=not small, stable=True).indices[:wanted].tolist())
             for site, units in members:
                 own = [u for u in range(units.count) if first + u in chosen]
                 drawn[site.name] = (units.axis, sorted(units.lines(own)))
                 first += units.count
-        return Choice(drawn)
+        return drawn
 
     @classmethod
     def parameter_count(cls, site, config):
@@ -138,26 +169,10 @@ class S2FTAdapter(Adapter):
     # -- many rows ---------------------------------------------------------------------------------------------------
     @classmethod
     def stack(cls, adapters, dtype):
-        axis, most = adapters[0].axis, max(1, *(a.lines.shape[0] for a in adapters))
-        width = adapters[0].out_features if axis == "columns" else adapters[0].in_features
-
-        def lines_first(a: S2FTAdapter) -> Tensor:
-            if a.S is None:
-                return torch.zeros(most, width, device=a.lines.device)
-            S = a.S.T if axis == "columns" else a.S
-            return F.pad(S, (0, 0, 0, most - S.shape[0]))
-
-        return LineBank(axis, torch.stack([F.pad(a.lines.long(), (0, most - a.lines.shape[0])) for a in adapters]),
-                        torch.stack([lines_first(a) for a in adapters]).to(dtype), adapters[0].out_features)
-
-    @classmethod
-    def forward_rows(cls, bank, index, x, base):
-        flat = as_rows(x)
-        lines = bank.lines.index_select(0, index).unsqueeze(1).expand(-1, flat.shape[1], -1)
-        S = bank.S.index_select(0, index)
-        if bank.axis == "columns":
-            change = torch.bmm(flat.gather(-1, lines), S)
-        else:  # added, since padding writes zeros to line 0
-            change = flat.new_zeros(*flat.shape[:-1], bank.out_features)
-            change = change.scatter_add(-1, lines, torch.bmm(flat, S.transpose(1, 2)))
-        return change.reshape(*x.shape[:-1], change.shape[-1])
+        """A Bank one of whose factors is the lines themselves."""
+        first, pairs = adapters[0], []
+        for a in adapters:
+            S = a.S if a.S is not None else torch.zeros((a.out_features, 0) if a.axis == "columns" else (0, a.in_features),
+                                                        device=a.lines.device)
+            pairs.append((S, a.lines) if a.axis == "columns" else (a.lines, S))
+        return Bank.of(pairs, (first.out_features, first.in_features), dtype)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import Adapter, as_rows
+from .base import Adapter
 
 
 class SavedModule(Adapter):
@@ -39,13 +39,13 @@ class SavedModule(Adapter):
 
     @classmethod
     def stack(cls, adapters, dtype):
-        bias = None if adapters[0].bias is None else torch.stack([a.bias for a in adapters]).to(dtype)
-        return torch.stack([a.weight for a in adapters]).to(dtype), bias
+        return [(a.weight.to(dtype), None if a.bias is None else a.bias.to(dtype)) for a in adapters]
 
     @classmethod
     def forward_rows(cls, bank, index, x, base):
-        weight, bias = bank
-        shape = x.shape
-        y = torch.bmm(as_rows(x), weight[index].transpose(1, 2))
-        y = y if bias is None else y + bias[index].unsqueeze(1)
-        return y.reshape(*shape[:-1], y.shape[-1]) - base(x)
+        """One product of all rows per module: a copy of the module for each row, as low-rank factors have it, would be too large."""
+        y, place = None, index.view(-1, *[1] * (x.dim() - 1))
+        for k, (weight, bias) in enumerate(bank):
+            own = F.linear(x, weight, bias)
+            y = own if y is None else torch.where(place == k, own, y)
+        return y - base(x)

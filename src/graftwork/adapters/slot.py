@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IncompatibleError
+from ..modeling.calls import keep_calls, owner_of, release_calls
 from ..modeling.experts import is_experts, run_expert_by_expert
-from ..modeling.protocols import Base, Product, RowsProduct
+from ..modeling.protocols import Base, MovedRows, Product, RowsProduct
 from ..modeling.state import StateHolder
 from .base import Adapter
+from .batched import row_index
 
 
 class GraftPoint(nn.Module):
@@ -42,10 +44,12 @@ class GraftedSite:
 _GRAFTED: dict[type, type] = {}
 
 
-def graft_point(module: nn.Module, holder: StateHolder) -> GraftPoint:
-    """The module's GraftPoint; made, and the module's class changed in place, on first use."""
+def graft_point(model: nn.Module, name: str, holder: StateHolder) -> GraftPoint:
+    """The GraftPoint of the module called `name`; made, and the module's class changed in place, on first use."""
+    module = model.get_submodule(name)
     point = module._modules.get("graft")
     if point is None:
+        keep_calls(owner_of(model, name), name.rpartition(".")[2])
         plain = type(module)
         if is_experts(module):
             run_expert_by_expert(module)
@@ -58,31 +62,41 @@ def graft_point(module: nn.Module, holder: StateHolder) -> GraftPoint:
     return point
 
 
-def drop_point(module: nn.Module) -> None:
+def drop_point(model: nn.Module, name: str) -> None:
     """Remove an empty GraftPoint and give the module its own class back."""
+    module = model.get_submodule(name)
     point = module._modules.get("graft")
-    if point is not None and not any(len(slot.entries) for slot in point.children()):
+    if point is not None and all(slot.idle for slot in point.children()):
         del module._modules["graft"]
         keeps_loop = any(isinstance(getattr(module, a, None), nn.ModuleList) for a in ("gate_up_proj", "down_proj"))
         if hasattr(type(module), "plain_class") and not keeps_loop:
             module.__class__ = type(module).plain_class
+        release_calls(owner_of(model, name))
 
 
 class Slot(nn.Module):
     """Adapters at one linear map. `entries` maps a key (graft name, or `name[q]` for a slice of a fused map) to an
     adapter; `owners` maps the key to (graft name, output slice or None)."""
 
-    def __init__(self, frozen: Product, holder: StateHolder):
+    def __init__(self, frozen: Product, holder: StateHolder, *, flat: bool = False):
         super().__init__()
         self.frozen, self.holder = frozen, holder
+        self.flat = flat  # tokens come as (N*T, in) in the order of the batch, see `flat_tokens`
         self.entries = nn.ModuleDict()
         self.owners: dict[str, tuple[str, slice | None]] = {}
         self.taps: list[Callable[[Tensor, Tensor], None]] = []
+        self.through: Callable[[Slot, Tensor], Tensor] | None = None  # set by a block that runs this map its own way
         self._plan: tuple | None = None
         self._banks: dict = {}
 
-    def put(self, graft: str, rows: slice | None, part: str, adapter: Adapter) -> None:
-        key = graft if rows is None else f"{graft}[{part}]"
+    @property
+    def idle(self) -> bool:
+        """True when nothing needs this slot any more."""
+        return not self.entries and self.through is None
+
+    def put(self, graft: str, rows: slice | None, part: str, adapter: Adapter, *, beside: bool = False) -> None:
+        """beside: the graft may hold another adapter of the same output rows here."""
+        key = f"{graft}[{part}]" if rows is not None or beside else graft
         self.entries[key] = adapter
         self.owners[key] = (graft, rows)
         self._plan, self._banks = None, {}
@@ -98,6 +112,10 @@ class Slot(nn.Module):
 
     def run(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), with whatever grafts the state calls for."""
+        return self.plain(x) if self.through is None else self.through(self, x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """The same with the adapters of this map alone."""
         state = self.holder.current
         base = Base(self.frozen, self.holder)
         if state.rows is None:
@@ -110,6 +128,21 @@ class Slot(nn.Module):
             seen = x.detach()
             y.register_hook(lambda grad: [tap(seen, grad) for tap in self.taps] and None)
         return y
+
+    def moved_rows(self) -> MovedRows | None:
+        """What the grafts that the state calls for do, where it is nothing but a change of single rows of W. With named rows, x must
+        be announced by `state.tokens`."""
+        state, grafts = self.holder.current, self.holder.grafts
+        called = {name for name in (grafts if state.rows is None else state.rows) if name is not None and name not in state.disabled}
+        live = [(self.entries[key], name) for key, (name, _) in self.owners.items() if name in called and not grafts[name].merged]
+        parts = [(adapter.moved_rows(), name) for adapter, name in live]
+        if self.taps or self.through is not None or not parts or any(part is None for part, _ in parts):
+            return None
+        ids, change = (torch.cat(each) for each in zip(*((ids, change * grafts[name].weight) for (ids, change), name in parts)))
+        if state.rows is None:
+            return MovedRows(ids, change)
+        member = torch.tensor([[row == name for (own, _), name in parts for _ in own] for row in state.rows], device=ids.device)
+        return MovedRows(ids, change, member.index_select(0, state.token_rows))
 
     # -- every graft on every row --------------------------------------------------------------------------------
     def _all(self, x: Tensor, base: Base, state) -> Tensor:
@@ -145,25 +178,19 @@ class Slot(nn.Module):
 
     # -- one graft per row ------------------------------------------------------------------------------------------
     def _by_row(self, x: Tensor, base: Base, state) -> Tensor:
-        index = self.holder.row_index(x)
-        groups = self._groups(state)
+        index = self.holder.row_index(x, flat=self.flat)
+        groups = self._groups(state, x.device)
         if not groups:
             return base(x)
-        # position of each entry of x's first dimension in every group's bank (-1: not in it)
-        def where(position: Tensor) -> Tensor:
-            position = position.to(x.device)
-            return position if index is None else position.index_select(0, index)
-
         added, replaced = [], []
-        for cls, out_rows, keys, position, whole in groups:
-            if whole and index is None:
-                selected, local = None, where(position)
-            elif index is None:
-                selected, local = self._selection(position, x.device)
-            else:
-                local = where(position)
-                selected = torch.where(local >= 0)[0]
-                local = local.index_select(0, selected)
+        for cls, out_rows, keys, position, selected, local in groups:
+            if index is not None:
+                local = position.index_select(0, index)
+                if selected is not None:
+                    selected = torch.where(local >= 0)[0]
+                    local = local.index_select(0, selected)
+                elif state.token_rows is None:  # every row as often as any other, see `row_index`: known without asking the device
+                    local.numbers = tuple(n for n in position.numbers for _ in range(x.shape[0] // len(state.rows)))
             (replaced if cls.multiplicative else added).append((cls, out_rows, keys, selected, local))
         y = self._replace(x, base, replaced) if replaced else base(x)
         for cls, out_rows, keys, selected, local in added:
@@ -180,9 +207,11 @@ class Slot(nn.Module):
             y = y + change if selected is None else y.index_add(0, selected, change.to(y.dtype))
         return y
 
-    def _groups(self, state) -> list[tuple]:
-        """[(class, output slice, keys, position (rows,) int64 with -1, covers every row)] for the named rows."""
-        token = (state.rows, state.disabled)
+    def _groups(self, state, device: torch.device) -> list[tuple]:
+        """For the named rows: [(class, output slice, keys, position (rows,) in the bank of these keys or -1, the rows that are in
+        it (None: all), their positions)]. Kept while the rows stay the same: what a bank makes of the positions is kept with
+        these very tensors."""
+        token = (state.rows, state.disabled, device, torch.is_inference_mode_enabled())
         if self._plan is not None and self._plan[0] == token:
             return self._plan[1]
         sorted_keys: dict[tuple, list[str]] = {}
@@ -194,21 +223,17 @@ class Slot(nn.Module):
         groups = []
         for (cls, bounds), keys in sorted_keys.items():
             place = {self.owners[key][0]: i for i, key in enumerate(keys)}
-            position = torch.tensor([place.get(name, -1) for name in state.rows])
-            groups.append((cls, None if bounds is None else slice(*bounds), tuple(keys), position,
-                           all(name in place for name in state.rows)))
+            numbers = [place.get(name, -1) for name in state.rows]
+            chosen = [i for i, number in enumerate(numbers) if number >= 0]
+            groups.append((cls, None if bounds is None else slice(*bounds), tuple(keys), row_index(numbers, device),
+                           None if len(chosen) == len(numbers) else torch.tensor(chosen, device=device),
+                           row_index([numbers[i] for i in chosen], device)))
         self._plan = (token, groups)
         return groups
 
-    @staticmethod
-    def _selection(position: Tensor, device) -> tuple[Tensor, Tensor]:
-        chosen = [i for i, p in enumerate(position.tolist()) if p >= 0]
-        selected = torch.tensor(chosen, device=device)
-        return selected, position.to(device).index_select(0, selected)
-
     def _bank(self, cls: type[Adapter], keys: tuple[str, ...], dtype: torch.dtype):
         adapters = [self.entries[key] for key in keys]
-        if torch.is_grad_enabled() and any(p.requires_grad for a in adapters for p in a.parameters()):
+        if torch.is_grad_enabled() and any(p.requires_grad for a in adapters for p in (*a.parameters(), *a.borrowed())):
             return cls.stack(adapters, dtype)
         version = (dtype, torch.is_inference_mode_enabled(), tuple(map(_version, adapters)))
         kept = self._banks.get(keys)

@@ -10,8 +10,9 @@ holds d and b only; the pair, r (in_max + out_max) fp32 values, is drawn once pe
 2 r values a token and no input, since A is frozen. Rows of adapters that were drawn from one seed share the two products.
 
 Differs from the paper: nothing in the equations. The draw is PEFT's (Kaiming uniform, private CPU generator), so a graft of
-seed k has the pair of PEFT's `projection_prng_key=k`. PEFT may save the pair; here its first ten values are saved instead, so that
-another generator is noticed when an artifact is loaded. The pair depends on the largest site: it is redrawn for another choice of
+seed k has the pair of PEFT's `projection_prng_key=k`. PEFT saves the pair by default; here its first ten values are saved instead, so
+that another generator is noticed when an artifact is loaded. With `save_projection` the pair itself is kept and saved, and need not be
+what a seed gives: so is a graft that was read from PEFT. The pair depends on the largest site: it is redrawn for another choice of
 target modules.
 """
 
@@ -36,15 +37,24 @@ class VeRA(AdapterConfig):
     r: int = Field(256, ge=1)
     d_initial: float = Field(0.1, description="start of d; zero would leave both vectors without a gradient", gt=0.0)
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    save_projection: bool = Field(False, description="save the random pair too, instead of drawing it again from the seed")
 
 
 class SharedPair(nn.Module):
-    """The seeded pair A (r, widest in), B (widest out, r); drawn on first use, once per device. No parameter: nothing is saved."""
+    """The pair A (r, widest in), B (widest out, r). From the seed: drawn on first use, once per device, no parameter, nothing is saved.
+    Stored: frozen parameters, which start at the same values and may be replaced by a file's."""
 
-    def __init__(self, seed: int, r: int, in_features: int, out_features: int, first_site: str):
+    def __init__(self, seed: int, r: int, in_features: int, out_features: int, first_site: str, *, stored: bool = False):
         super().__init__()
-        self.key, self.first_site = (seed, r, in_features, out_features), first_site
+        self.key, self.first_site, self.stored = (seed, r, in_features, out_features), first_site, stored
         self.kept: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        for name, drawn in zip("AB", self.draw() if stored else (None, None)):
+            self.register_parameter(name, None if drawn is None else nn.Parameter(drawn, requires_grad=False))
+
+    @property
+    def identity(self) -> object:
+        """Equal for pairs of equal values."""
+        return id(self) if self.stored else self.key
 
     def draw(self) -> tuple[Tensor, Tensor]:
         seed, r, in_features, out_features = self.key
@@ -54,6 +64,8 @@ class SharedPair(nn.Module):
         return A, torch.empty(out_features, r).uniform_(-bound_B, bound_B, generator=generator)
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if self.stored:
+            return self.A, self.B
         if device not in self.kept:
             with torch.inference_mode(False):  # an inference tensor could not be used by a later training step
                 self.kept[device] = tuple(t.to(device) for t in self.draw())
@@ -95,7 +107,8 @@ class VeRAAdapter(Adapter):
 
     @classmethod
     def make_shared(cls, sites, config, seed):
-        return SharedPair(seed, config.r, max(s.in_features for s in sites), max(s.out_features for s in sites), sites[0].name)
+        return SharedPair(seed, config.r, max(s.in_features for s in sites), max(s.out_features for s in sites), sites[0].name,
+                          stored=config.save_projection)
 
     @classmethod
     def parameter_count(cls, site, config):
@@ -121,7 +134,7 @@ class VeRAAdapter(Adapter):
     @classmethod
     def stack(cls, adapters, dtype):
         """A VectorBank where all adapters use one pair, else the plain Bank of their factors."""
-        if len({(a.pair.key, a.r) for a in adapters}) > 1:
+        if len({(a.pair.identity, a.r) for a in adapters}) > 1:
             return super().stack(adapters, dtype)
         B, A = adapters[0].frozen_pair()
         dtype = product_dtype(dtype, A.device)
@@ -142,8 +155,10 @@ class VeRAAdapter(Adapter):
 
     # -- artifact ----------------------------------------------------------------------------------------------------
     def stored_extra(self):
-        """Checksum of the generator: the first ten values of the shared A."""
-        return {"first_pair_values": self._first_values()} if self.site_name == self.pair.first_site else None
+        """Checksum of the generator: the first ten values of the shared A. A stored pair needs none."""
+        if self.pair.stored or self.site_name != self.pair.first_site:
+            return None
+        return {"first_pair_values": self._first_values()}
 
     def check_extra(self, extra):
         if extra["first_pair_values"] != self._first_values():

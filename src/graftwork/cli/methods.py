@@ -67,9 +67,11 @@ def cost(method) -> dict[str, str]:
         kept = method.cls.state_bytes((size, size), torch.float32, config=method.config())
         return {f"state bytes {where}": f"{kept:,} ({kept / (8 * size * size):.2%} of Adam's)"}
     if method.axis == "adapter":
-        if traits.get("scope") != "site":
-            return {"parameters": "set by its options, not by the matrices"}
         site = type("Square", (), {"in_features": size, "out_features": size, "name": "square"})()
+        if traits.get("scope") == "block":
+            site.maps, where = dict.fromkeys(("gate", "up", "down"), site), f"for one feed-forward net of three matrices {size} x {size}"
+        elif traits.get("scope") != "site":
+            return {"parameters": "set by its options, not by the matrices"}
         return {f"parameters {where}": f"{method.cls.parameter_count(site, method.config()):,}"}
     told = {"initializer": {"before training": f"one pass over the {traits.get('needs') or 'weights'}"},
             "estimator": {"backward pass": "yes" if traits.get("gradients", True) else "none: forward passes only"},

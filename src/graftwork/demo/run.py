@@ -250,7 +250,7 @@ class Demo:
         from ..artifact import attach_saved
         from ..serving.generate import generate
 
-        rows, names, limits = [], [], min(t.max_new_tokens for t in TASKS)
+        rows, names, limits = [], [], max(t.max_new_tokens for t in TASKS)
         for task in TASKS:
             for example in task.eval(EVAL_ROWS)[:2]:
                 rows.append((task, example, task.question(example)))

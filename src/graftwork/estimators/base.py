@@ -86,6 +86,8 @@ def micro_forward(ctx: StepContext, micro: int):
     changes: dict[str, Any] = {"step": ctx.step, "micro": micro, "seed": ctx.seed, "labels": batch.get("labels")}
     if batch.get("rows") is not None:
         changes["rows"] = tuple(batch["rows"])
+    if "segment_ids" in batch:
+        changes["real"] = batch["segment_ids"] > 0
     with ctx.holder.scope(**changes):
         tensors = {k: v for k, v in batch.items() if k != "rows"}
         yield ctx.objective.loss(ctx.model, tensors, ctx.row_scales[micro])

@@ -7,9 +7,9 @@ and ranks move to the sites where they explain most.
     B_i = 0, so y is unchanged;   alpha_i / r_i stays alpha / r
 
 The PCA of a site stops when each component that it needs has cosine >= tau with the one before the last batch; the pass ends
-when all have stopped, or after `max_batches` (the batches are repeated if there are fewer). Sites that read one tensor (q, k, v;
-gate, up) share one PCA. rho = 1 keeps all ranks. Only rows of trained tokens count when label_mask is set (of unpadded ones
-otherwise); a batch with fewer rows than components is skipped.
+when all have stopped, or after `max_batches` (the batches are repeated if there are fewer); so where it ends, and with it the
+start, depends on their order. Sites that read one tensor (q, k, v; gate, up) share one PCA. rho = 1 keeps all ranks. Only rows of
+trained tokens count when label_mask is set (of unpadded ones otherwise); a batch with fewer rows than components is skipped.
 
 Differs from the official code: the PCA's SVD is exact, and shared inputs are recognised by the tensor itself.
 """

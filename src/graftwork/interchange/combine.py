@@ -78,6 +78,9 @@ def combine(grafts: Sequence[Graft], method: str = "linear", *, weights: Sequenc
         if graft.saved_modules:
             raise IncompatibleError(f"graft '{graft.name}' holds whole trained modules: {', '.join(graft.saved_modules)}",
                                     remedy="combine grafts that were trained without modules_to_save")
+        if graft.trainable_tokens:
+            raise IncompatibleError(f"graft '{graft.name}' holds rows of tokens: {', '.join(graft.trainable_tokens)}",
+                                    remedy="combine grafts that were trained without trainable_tokens")
     if method == "linear" and rank is None and weights == [1.0]:
         return grafts[0], 0.0
     exact = method == "linear" and all(graft.info.traits["low_rank"] for graft in grafts)

@@ -60,10 +60,29 @@ class Factors:
 def check_exportable(graft: Graft) -> None:
     """Raises IncompatibleError for a graft that is no change of weights, UsageError for one that is merged."""
     if graft.info.traits["scope"] != "site" or not graft.info.traits["mergeable"]:
-        raise IncompatibleError(f"'{graft.method}' is no change of weights: no other tool's adapter format holds it",
+        raise IncompatibleError(f"'{graft.method}' is no change of weights: this format does not hold it",
                                 remedy="serve it with graftwork")
     if graft.merged:
         raise UsageError(f"graft '{graft.name}' is merged", remedy="graft.unmerge() first")
+
+
+@torch.no_grad()
+def whole_modules(graft: Graft) -> dict[str, dict[str, Tensor]]:
+    """{module: {weight, bias}} of the modules that a graft replaces, as they act: between the base's and the trained ones where the
+    graft has a weight other than 1."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, module in graft.saved_modules.items():
+        product = graft.model.get_submodule(name)._modules["graft"].slot("whole").frozen
+        old = {"weight": product.dense(), "bias": product.bias}
+        values = {key: value.detach() for key, value in module.named_parameters()}
+        found[name] = values if graft.weight == 1.0 else {
+            key: old[key].float() + graft.weight * (value - old[key].float()) for key, value in values.items()}
+    return found
+
+
+def token_rows(graft: Graft) -> dict[str, Tensor]:
+    """{module: rows (k, d)} of the tokens that a graft trains, as they act, on the CPU."""
+    return {name: tokens.effective(graft.weight).detach().cpu() for name, tokens in graft.trainable_tokens.items()}
 
 
 @torch.no_grad()

@@ -118,6 +118,8 @@ def _refuse(graft: Graft, factors: Any) -> None:
         raise IncompatibleError("llama.cpp's adapters hold no change of biases", remedy=advice)
     if graft.saved_modules:
         raise IncompatibleError(f"llama.cpp's adapters hold no whole modules ({', '.join(graft.saved_modules)})", remedy=advice)
+    if graft.trainable_tokens:
+        raise IncompatibleError(f"llama.cpp's adapters hold no rows of trained tokens ({', '.join(graft.trainable_tokens)})", remedy=advice)
     tied = getattr(graft.model, "all_tied_weights_keys", None) or {}
     for name in factors.modules:
         if f"{name}.weight" in {*tied, *tied.values()}:

@@ -7,6 +7,7 @@ method needs (a random generator, another base edit). PiSSA becomes rank 2r on t
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..adapters.lora import LoRA, LoRAAdapter
 from ..artifact import save_graft
 from ..modeling.sites import Site, all_sites
 from ..registry import lookup
-from .factors import Factors, lora_factors
+from .factors import Factors, lora_factors, token_rows, whole_modules
 
 
 def as_lora(graft: Graft, rank: int | None = None) -> tuple[Graft, float]:
@@ -44,8 +45,23 @@ def lora_of(graft: Graft, factors: Factors) -> Graft:
             if adapter.bias_change is not None and name in factors.biases:
                 adapter.bias_change.copy_(factors.biases[name])
         made.sites[name], made.adapters[name] = sites[name], adapter
-    made.saved_modules, made.provenance = graft.saved_modules, {**graft.provenance, "converted_from": graft.method}
+    made.saved_modules, made.trainable_tokens = _scaled_copies(graft)
+    made.provenance = {**graft.provenance, "converted_from": graft.method}
     return made
+
+
+def _scaled_copies(graft: Graft) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(saved modules, rows of tokens) of a graft as they act: the new graft has weight 1."""
+    if graft.weight == 1.0:
+        return graft.saved_modules, graft.trainable_tokens
+    whole, tokens = deepcopy(graft.saved_modules), deepcopy(graft.trainable_tokens)
+    with torch.no_grad():
+        for name, values in whole_modules(graft).items():
+            for key, value in values.items():
+                getattr(whole[name], key).copy_(value)
+        for name, rows in token_rows(graft).items():
+            tokens[name].rows.copy_(rows)
+    return whole, tokens
 
 
 def _config(graft: Graft, factors: Factors, ranks: dict[str, int]) -> LoRA:
@@ -53,7 +69,8 @@ def _config(graft: Graft, factors: Factors, ranks: dict[str, int]) -> LoRA:
     biased = any(bool(change.any()) for change in factors.biases.values())
     return LoRA(r=r, rank_pattern={f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
                 target_modules=sorted(ranks), bias="lora_only" if biased else "none",
-                dropout=getattr(graft.config, "dropout", 0.0), modules_to_save=list(graft.config.modules_to_save))
+                dropout=getattr(graft.config, "dropout", 0.0), modules_to_save=list(graft.config.modules_to_save),
+                trainable_tokens=graft.config.trainable_tokens)
 
 
 def write_lora(graft: Graft, folder: str | Path, *, rank: int | None = None, overwrite: bool = False) -> dict[str, Any]:

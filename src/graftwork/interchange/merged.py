@@ -26,7 +26,7 @@ from ..modeling.models import parse_dtype
 from ..modeling.protocols import Base, Product, StoredWeight, is_conv1d
 from ..modeling.sites import layer_of
 from ..modeling.source import source_of
-from .factors import check_exportable
+from .factors import check_exportable, whole_modules
 
 #: bytes of one weight file; a folder with more is sharded
 SHARD_BYTES = 4 << 30
@@ -64,14 +64,16 @@ class MergedWeights:
             raise ModelError("the pristine weights of this model are not at hand: it has no files", remedy="use base='trained'")
         with torch.device("meta"):
             self.skeleton = type(self.model)._from_config(deepcopy(self.model.config))
+        self.shapes = {name: tuple(value.shape) for name, value in self.skeleton.state_dict().items()}
         self.changes: dict[str, list[tuple[str, Any]]] = {}
         for name, site in graft.sites.items():
             self.changes.setdefault(site.parameter_name, []).append((name, site))
-        self.replaced = {f"{n}.{p}": getattr(m, p) for n, m in graft.saved_modules.items() for p in ("weight", "bias")
-                         if getattr(m, p) is not None}
+        self.replaced = {f"{n}.{p}": value for n, values in whole_modules(graft).items() for p, value in values.items()}
+        self.tokens = {f"{name}.weight": tokens for tokens in graft.trainable_tokens.values() for name in tokens.modules_using}
         self.tied = dict(getattr(self.skeleton, "all_tied_weights_keys", None) or {})
         touched = set(self.changes) | set(self.replaced)
-        self.untied = {target for target, kept in self.tied.items() if {target, kept} & touched}
+        self.untied = {target for target, kept in self.tied.items()
+                       if {target, kept} & touched or self.tokens.get(target) is not self.tokens.get(kept)}
         self.report = MergeReport("requantized" if requantize else "dense")
         self._check_biases()
 
@@ -97,9 +99,8 @@ class MergedWeights:
         module_name, _, attribute = name.rpartition(".")
         module = self.model.get_submodule(module_name)
         if name in self.replaced:
-            value = self.replaced[name]
             live = getattr(module, attribute)
-            return value.detach().cpu().to(self._dtype(live))
+            return self.replaced[name].cpu().to(self._dtype(live))
         value = self._value(name, module, attribute)
         if not value.is_floating_point():
             return value
@@ -108,7 +109,7 @@ class MergedWeights:
             change = self._bias_change(module_name)
             return (value.float() + change).to(out_dtype) if change is not None else value.to(out_dtype)
         if name not in self.changes:
-            return value.to(out_dtype)
+            return self._with_tokens(name, value, out_dtype)
         merged = value.float().clone()
         for site_name, site in self.changes[name]:
             part = merged[site.expert] if site.expert is not None else merged.T if is_conv1d(module) else merged
@@ -123,14 +124,26 @@ class MergedWeights:
             if self.requantize and lost > LOSS_LIMIT and not self.force:
                 raise GraftworkError(f"quantising the merged weights again would lose {lost:.0%} of the change at '{site_name}'",
                                      remedy="merge into dense weights (the default), or force it")
-        return merged.to(out_dtype).contiguous()
+        return self._with_tokens(name, merged, out_dtype).contiguous()
+
+    def _with_tokens(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`, with the rows of trained tokens."""
+        tokens = self.tokens.get(name)
+        if tokens is None:
+            return value.to(dtype)
+        ids, before = tokens.ids.cpu(), value.index_select(0, tokens.ids.cpu()).float()
+        exact = tokens.moved(before.to(tokens.origin.device), self.graft.weight).cpu()
+        size = (exact - before).norm().item()
+        self.report.errors[f"{name.removesuffix('.weight')} (tokens)"] = (
+            ((exact.to(dtype).float() - exact).norm().item() / size) if size else 0.0)
+        return value.to(dtype).index_copy(0, ids, exact.to(dtype))
 
     def _dtype(self, value: Tensor) -> torch.dtype:
         return (self.vectors if value.dim() < 2 else None) or self.dtype or value.dtype
 
     def _value(self, name: str, module: nn.Module, attribute: str) -> Tensor:
         """The unmerged weight in its Transformers shape."""
-        if self.source is not None and name in self.source:
+        if self.source is not None and name in self.source and not self._resized(name):
             return self.source.read(name)
         if isinstance(module, StoredWeight) and attribute == "weight":
             return module.dequantize().detach().cpu()
@@ -138,6 +151,10 @@ class MergedWeights:
         if isinstance(kept, nn.ModuleList):
             return torch.stack([each.dequantize().detach().cpu() for each in kept])
         return kept.detach().cpu()
+
+    def _resized(self, name: str) -> bool:
+        """Whether the model has another number of rows there than its file (tokens were added since)."""
+        return self.source.shape(name) != self.shapes[name]
 
     def _change(self, name: str, site: Any, weight: Tensor) -> Tensor:
         """delta (out, in) in fp32 of one site on `weight`."""

@@ -35,8 +35,10 @@ def write_mlx(graft: Graft, folder: str | Path, *, rank: int | None = None, over
     factors = lora_factors(graft, rank)
     places = {name: _BLOCK.fullmatch(name) for name in factors.modules}
     outside = [name for name, place in places.items() if place is None]
-    if outside or graft.saved_modules or any(bool(change.any()) for change in factors.biases.values()):
-        what = f"a change of '{outside[0]}'" if outside else "whole modules" if graft.saved_modules else "changes of biases"
+    whats = {f"a change of '{(outside or [''])[0]}'": outside, "whole modules": graft.saved_modules, "rows of trained tokens":
+             graft.trainable_tokens, "changes of biases": any(bool(change.any()) for change in factors.biases.values())}
+    what = next((what for what, found in whats.items() if found), None)
+    if what:
         raise IncompatibleError(f"mlx-lm's adapters do not hold {what}", remedy="convert --to merged")
     r, total = factors.rank, graft.model.config.num_hidden_layers
     first = min(int(place[1]) for place in places.values())

@@ -1,5 +1,5 @@
 """PEFT's adapter folders, written and read: adapter_config.json and adapter_model.safetensors as peft 0.21.2 has them. LoRA here, the
-other methods that PEFT has by the table in peft_methods.py.
+other methods that both have by the table in peft_methods.py.
 
 Keys: `base_model.model.` + module + `.lora_A.weight` (r, in), `.lora_B.weight` (out, r); scale of a module = alpha / r, with
 use_rslora alpha / sqrt(r); rank_pattern and alpha_pattern give other values per module. Expert parameters (3-D) come as
@@ -29,13 +29,14 @@ from ..artifact import settle
 from ..errors import ArtifactError, GraftworkError
 from ..modeling.experts import ATTRIBUTES
 from ..registry import lookup
+from .peft_exchange import TEMPLATE, Place
 from .peft_export import CONFIG, PREFIX, TENSORS, write_peft
-from .peft_methods import EXCHANGES, TEMPLATE, exchange_of
+from .peft_methods import EXCHANGES, exchange_of
 
 __all__ = ["CONFIG", "TEMPLATE", "TENSORS", "attach_peft", "read_config", "write_peft"]
 #: options that change what the tensors mean and that a graft cannot express
-REFUSED = ("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config",
-           "trainable_token_indices", "use_bdlora", "use_qalora", "velora_config", "megatron_config")
+REFUSED = ("alora_invocation_tokens", "arrow_config", "layer_replication", "monteclora_config",
+           "use_bdlora", "use_qalora", "velora_config", "megatron_config")
 #: options that say how training started or ran, and leave the saved tensors' meaning alone
 IGNORED = ("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
            "inference_mode", "loftq_config", "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
@@ -84,12 +85,15 @@ def read_config(folder: str | Path) -> AdapterConfig:
                                 remedy="merge it with PEFT (merge_and_unload) and use the merged model")
     layers = document.get("layers_to_transform")
     try:
-        target, excluded = _targets(document, folder)
-        return lookup("adapter", exchange.method).config(
-            **exchange.options(document, lambda: _shapes(Path(folder))), target_modules=target, exclude_modules=excluded,
-            layers_to_transform=[layers] if isinstance(layers, int) else layers or None,
-            modules_to_save=sorted(document.get("modules_to_save") or []))
-    except (ValueError, TypeError) as error:
+        info, where = lookup("adapter", exchange.method), {}
+        if info.traits["scope"] == "site":
+            target, excluded = _targets(document, folder)
+            where = {"target_modules": target, "exclude_modules": excluded,
+                     "layers_to_transform": [layers] if isinstance(layers, int) else layers or None}
+        return info.config(**exchange.options(document, lambda: _shapes(Path(folder))), **where,
+                           modules_to_save=sorted(document.get("modules_to_save") or []),
+                           trainable_tokens=document.get("trainable_token_indices") or [])
+    except (ValueError, TypeError, KeyError) as error:
         if isinstance(error, GraftworkError):
             raise
         raise ArtifactError(f"{folder}/{CONFIG} is damaged: {str(error).splitlines()[0]}",
@@ -127,15 +131,16 @@ def attach_peft(model: nn.Module, folder: str | Path, *, name: str | None = None
     """Attach a PEFT folder as a graft. Every tensor must find its place and every place its tensor.
 
     Raises ArtifactError with what is missing, unexpected, of another shape, not finite or not readable."""
-    config = read_config(folder)
+    config, document = read_config(folder), read_document(folder)
     tensors = _read_tensors(Path(folder))
-    graft = attach(model, config, name=name or "default", loading=True)
+    seed = EXCHANGES[config.method].seed
+    graft = attach(model, config, name=name or "default", loading=True, seed=document.get(seed, 0) if seed else 0)
     try:
         with torch.no_grad():
-            problems = _fill(graft, tensors, read_document(folder))
+            problems = _fill(graft, tensors, document)
         if problems:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-            base = read_document(folder).get("base_model_name_or_path")
+            base = document.get("base_model_name_or_path")
             raise ArtifactError(f"{folder} does not fit this model: {'; '.join(problems[:5])}{more}",
                                 remedy=f"load the model it was trained on: {base}")
         settle(graft, folder, trainable=trainable, allow_zero=allow_zero)
@@ -177,7 +182,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 def _fill(graft: Graft, tensors: dict[str, Tensor], document: dict[str, Any]) -> list[str]:
     """Copy the tensors into the adapters; the problems found."""
     problems: list[str] = []
-    places = EXCHANGES[graft.method].tensors
+    exchange = EXCHANGES[graft.method]
+    places = exchange.tensors
 
     def take(key: str, target: Tensor | None = None, *, needed: bool = True, shape: tuple | None = None) -> Tensor | None:
         value = tensors.pop(key, None)
@@ -193,15 +199,28 @@ def _fill(graft: Graft, tensors: dict[str, Tensor], document: dict[str, Any]) ->
             target.copy_(value)
         return value.float()
 
-    for name, adapter in graft.adapters.items():
-        site = graft.sites[name]
+    def fill(key: str, place: Place) -> None:
+        found = tensors.get(key)
+        if place.leading and found is not None and found.dim() == len(place.file_shape):
+            tensors[key] = found[tuple(slice(0, size) for size in place.file_shape)]
+        value = take(key, shape=place.file_shape)
+        if value is not None:
+            place.put(value)
+
+    for key, place in exchange.shared(graft, document).items() if exchange.shared else ():
+        whole, end = tensors.get(key), key.removeprefix("base_model.")
+        for name in graft.sites:  # PEFT saves a copy for each site of some methods
+            copy = tensors.pop(f"{name}.{end}", None)
+            if copy is not None and (whole is None or not torch.equal(copy, whole)):
+                problems.append(f"{name}.{end} is not the {key} that all sites share")
+        fill(key, place)
+    for name, site in graft.sites.items():
+        adapter = graft.adapters[name]
         if site.expert is not None and not places:
             continue
         if places:
-            for key, place in places(adapter, document).items():
-                value = take(f"{name}.{key}", shape=place.file_shape)
-                if value is not None:
-                    place.put(value)
+            for key, place in places(adapter, document, graft.weight).items():
+                fill(f"{name}.{key}", place)
         else:
             take(f"{name}.lora_A.weight", adapter.lora_A)
             take(f"{name}.lora_B.weight", adapter.lora_B)
@@ -224,7 +243,17 @@ def _fill(graft: Graft, tensors: dict[str, Tensor], document: dict[str, Any]) ->
         take(f"{name}.weight", module.weight)
         if module.bias is not None:
             take(f"{name}.bias", module.bias)
+    for name, rows in graft.trainable_tokens.items():
+        value = take(f"{name}.token_adapter.trainable_tokens_delta", shape=tuple(rows.rows.shape))
+        if value is not None:
+            rows.rows.copy_(value[_ascending(document["trainable_token_indices"], name)])
     return problems + [f"unexpected tensor {key}{_why(key)}" for key in sorted(tensors)]
+
+
+def _ascending(tokens: list[int] | dict[str, list[int]], module: str) -> list[int]:
+    """The order in which the file's rows of a module go by ascending token; PEFT keeps them as they were named."""
+    ids = next(v for k, v in tokens.items() if module == k or module.endswith("." + k)) if isinstance(tokens, dict) else tokens
+    return sorted(range(len(ids)), key=ids.__getitem__)
 
 
 def _fill_experts(graft: Graft, take) -> None:
@@ -248,5 +277,5 @@ def _fill_experts(graft: Graft, take) -> None:
 
 def _why(key: str) -> str:
     reasons = {"lora_embedding": " (LoRA of an embedding is not read)", "lora_magnitude_vector": " (DoRA, but use_dora is false)",
-               "trainable_tokens": " (trained tokens are not read)", "base_layer.weight": " (a changed base weight)"}
+               "trainable_tokens": " (tokens that the config does not name)", "base_layer.weight": " (a changed base weight)"}
     return next((why for part, why in reasons.items() if part in key), "")

@@ -1,4 +1,4 @@
-"""Writing PEFT LoRA folders; the format and its two styles are described in peft.py."""
+"""Writing PEFT's folders; the format and its two styles are described in peft.py."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from ..files import atomic_folder
 from ..modeling.experts import ATTRIBUTES
 from ..modeling.protocols import is_conv1d
 from ..modeling.sites import linear_modules
-from .factors import Factors, base_name, check_exportable, lora_factors
-from .peft_methods import EXCHANGES, TEMPLATE, Exchange, alpha_of, pattern
+from .factors import Factors, base_name, check_exportable, lora_factors, token_rows, whole_modules
+from .peft_exchange import TEMPLATE, Exchange, alpha_of, pattern
+from .peft_methods import EXCHANGES
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -57,12 +58,11 @@ def write_peft(graft: Graft, folder: str | Path, *, style: str = "exact", rank: 
 
 def _modules(graft: Graft, modules: set[str], config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """What every method's folder says of its modules, and the modules that are saved whole."""
-    for name, module in graft.saved_modules.items():
-        tensors[f"{PREFIX}{name}.weight"] = module.weight.detach().cpu()
-        if module.bias is not None:
-            tensors[f"{PREFIX}{name}.bias"] = module.bias.detach().cpu()
+    for name, values in whole_modules(graft).items():
+        tensors.update({f"{PREFIX}{name}.{key}": value.cpu() for key, value in values.items()})
     if graft.saved_modules:
         config["modules_to_save"] = sorted(graft.saved_modules)
+    _tokens(graft, config, tensors)
     config["target_modules"] = target_names(graft.model, modules)
     if "fan_in_fan_out" in config:
         config["fan_in_fan_out"] = any(is_conv1d(graft.model.get_submodule(name)) for name in modules)
@@ -70,21 +70,47 @@ def _modules(graft: Graft, modules: set[str], config: dict[str, Any], tensors: d
         config["task_type"] = None  # PEFT would expect a saved head
 
 
+def _tokens(graft: Graft, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Rows of trained tokens. PEFT ties a head to the embedding by itself, and then takes nothing else at the head."""
+    if not graft.trainable_tokens:
+        return
+    if "trainable_token_indices" not in config:
+        raise IncompatibleError(f"PEFT's {config['peft_type']} holds no rows of trained tokens",
+                                remedy="name a rank (--rank 16) to write it as a LoRA, or convert --to merged")
+    using = {name for tokens in graft.trainable_tokens.values() for name in tokens.modules_using}
+    weights = [graft.model.get_submodule(name).weight for name in using]
+    tied = {name for name, module in graft.model.named_modules() if any(module._parameters.get("weight") is w for w in weights)}
+    clash = sorted(tied & {site.module_name for site in graft.sites.values()} | tied & set(graft.saved_modules))
+    if clash:
+        raise IncompatibleError(f"PEFT holds no rows of trained tokens beside another change of '{clash[0]}', which uses them too",
+                                remedy="convert --to merged")
+    config["trainable_token_indices"] = graft.config.trainable_tokens
+    tensors.update({f"{PREFIX}{name}.token_adapter.trainable_tokens_delta": rows for name, rows in token_rows(graft).items()})
+
+
 def _holds(exchange: Exchange, graft: Graft) -> bool:
     """True where PEFT has this method at every site: no slice of a fused map, no expert, no Conv1D for some methods."""
-    return all(site.rows is None and site.expert is None and (exchange.transposed or not is_conv1d(site.module))
-               for site in graft.sites.values())
+    return exchange.holds(graft) and all(
+        site.rows is None and site.expert is None and (exchange.transposed or not is_conv1d(site.module)) for site in graft.sites.values())
 
 
 def _write_own(exchange: Exchange, graft: Graft, folder: str | Path, *, overwrite: bool) -> dict[str, Any]:
-    check_exportable(graft)
+    virtual = graft.info.traits["scope"] == "model"
+    if not virtual:
+        check_exportable(graft)
+    elif graft.saved_modules or graft.trainable_tokens:
+        what = f"replaces whole modules ({', '.join(graft.saved_modules)})" if graft.saved_modules else "holds rows of trained tokens"
+        raise IncompatibleError(f"this graft {what}: PEFT's folders of '{graft.method}' have no place for them that is read here",
+                                remedy="serve it with graftwork")
     config = dict(exchange.template, base_model_name_or_path=base_name(graft), task_type=_task(graft))
     config.update(exchange.document(graft, lambda modules: target_names(graft.model, modules)))
     tensors = {f"{PREFIX}{name}.{key}": place.file_value() for name, adapter in graft.adapters.items()
-               for key, place in exchange.tensors(adapter, config).items()}
-    _modules(graft, set(graft.adapters), config, tensors)
+               for key, place in exchange.tensors(adapter, config, graft.weight).items()}
+    tensors |= {key: place.file_value() for key, place in (exchange.shared(graft, config) if exchange.shared else {}).items()}
+    if not virtual:
+        _modules(graft, set(graft.adapters), config, tensors)
     write_folder(folder, TENSORS, tensors, CONFIG, config, overwrite=overwrite)
-    return {"error": 0.0, "rank": getattr(graft.config, "r", None), "notes": []}
+    return {"error": 0.0, "rank": getattr(graft.config, "r", None), "notes": list(exchange.notes)}
 
 
 def write_folder(folder: str | Path, tensor_file: str, tensors: dict[str, Tensor], config_file: str, config: dict[str, Any], *,
@@ -108,6 +134,10 @@ def _refuse_extras(graft: Graft, factors: Factors) -> None:
         names = ", ".join(graft.saved_modules)
         raise IncompatibleError(f"this graft replaces whole modules ({names}): vLLM and LoRAX refuse that",
                                 remedy="convert --to merged, or --to peft for readers that know modules_to_save")
+    if graft.trainable_tokens:
+        names = ", ".join(graft.trainable_tokens)
+        raise IncompatibleError(f"this graft holds rows of trained tokens ({names}): vLLM and LoRAX refuse that",
+                                remedy="convert --to merged, or --to peft for readers that know trainable_token_indices")
     if any(bool(change.any()) for change in factors.biases.values()):
         raise IncompatibleError("this graft changes biases: vLLM and LoRAX refuse that",
                                 remedy="convert --to merged or --to peft")

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .protocols import ExpertProduct, Product
+from .protocols import ExpertProduct, Product, has_values
+from .state import ForwardState
 
 ATTRIBUTES = ("gate_up_proj", "down_proj")
 
@@ -57,6 +58,16 @@ def run_expert_by_expert(module: nn.Module) -> None:
         module.__class__ = type(type(module).__name__, (ExpertLoop, type(module)), {"plain_class": type(module)})
 
 
+def _whereabouts(state: ForwardState, token: Tensor, total: int) -> dict[str, Tensor]:
+    """Row (where rows are named) and place of these tokens out of `total`, for the sites of one expert."""
+    found = {"places": token if state.places is None else state.places.index_select(0, token)}
+    if state.rows is not None and state.token_rows is not None:
+        found["token_rows"] = state.token_rows.index_select(0, token)
+    elif state.rows is not None:
+        found["token_rows"] = token // (total // (len(state.rows) * state.expansion)) // state.expansion
+    return found
+
+
 class ExpertLoop:
     """Forward of an experts module as a loop in which each expert's map may be taken over by a graft's slot."""
 
@@ -69,22 +80,24 @@ class ExpertLoop:
         mask = F.one_hot(top_k_index, num_classes=expert_count(self) + 1).sum(1)  # (M, E+1)
         out = torch.zeros_like(hidden_states)
         for expert in range(expert_count(self)):
-            token = torch.where(mask[:, expert] > 0)[0]
+            token = self._tokens(mask[:, expert], top_k_index)
             if token.numel() == 0:
                 continue
             share = (top_k_weights * (top_k_index == expert)).sum(-1)[token, None]
             x = hidden_states.index_select(0, token)
-            if holder is None or holder.current.rows is None:
+            if holder is None:
                 y = self._one(expert, x, slots)
             else:
-                state = holder.current
-                if state.token_rows is None:
-                    rows = len(state.rows) * state.expansion
-                    token = token // (hidden_states.shape[0] // rows) // state.expansion
-                with holder.tokens(token):
+                with holder.scope(**_whereabouts(holder.current, token, hidden_states.shape[0])):
                     y = self._one(expert, x, slots)
-            out.index_add_(0, torch.where(mask[:, expert] > 0)[0], (y * share).to(out.dtype))
+            out.index_add_(0, token, (y * share).to(out.dtype))
         return out
+
+    def _tokens(self, mine: Tensor, top_k_index: Tensor) -> Tensor:
+        """The tokens (M_e,) of the expert to which `mine` (M,) counts them. While planning every expert has as many."""
+        if has_values(mine):
+            return torch.where(mine > 0)[0]
+        return torch.arange(-(-top_k_index.numel() // expert_count(self)), device=mine.device)
 
     def _one(self, expert: int, x: Tensor, slots: nn.Module | None) -> Tensor:
         def linear(attribute: str, value: Tensor) -> Tensor:

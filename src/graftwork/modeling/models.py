@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["PACKAGED", "TASKS", "ModelRef", "empty_model", "load_config", "load_model", "load_tokenizer", "model_folder",
-           "parse_dtype", "resolve"]
+           "parse_dtype", "resolve", "tokenizer_of"]
 TASKS = {"causal_lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification", "encoder": "AutoModel"}
 
 
@@ -103,6 +103,19 @@ def load_tokenizer(ref: str | Path | ModelRef) -> Any:
     return tokenizer
 
 
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer of a loaded model: `model.graft_tokenizer` where the caller set it, else that of the folder it came from (kept
+    there from then on); None where neither is known. Raises ModelError for a folder that is gone."""
+    found = getattr(model, "graft_tokenizer", None)
+    if found is None:
+        source = getattr(getattr(model, "graft_source", None), "ref", None)
+        source = source or getattr(getattr(model, "config", None), "_name_or_path", "")
+        found = load_tokenizer(source) if source else None
+        if found is not None:
+            model.graft_tokenizer = found
+    return found
+
+
 def _auto(task: str) -> Any:
     import transformers
 
@@ -139,7 +152,8 @@ def load_model(ref: str | Path | ModelRef, *, task: str = "causal_lm", dtype: st
     _set_labels(config, num_labels, tokenizer, task)
     with _model_errors(ref.ref, task=task), quiet_transformers(), torch.random.fork_rng(devices=[]):
         model, info = auto.from_pretrained(
-            folder, config=config, dtype=wanted or "auto", attn_implementation=attn_implementation, use_safetensors=True,
+            folder, config=config, dtype=wanted or "auto", attn_implementation=_attention(auto, config, attn_implementation),
+            use_safetensors=True,
             local_files_only=True, trust_remote_code=ref.trust_remote_code, output_loading_info=True)
     new = sorted(info["missing_keys"])
     _check_missing(model, new, task, ref)
@@ -160,8 +174,18 @@ def empty_model(ref: Any, *, task: str = "causal_lm", dtype: str | torch.dtype |
     _set_labels(config, num_labels, None, task)
     with _model_errors(getattr(ref, "ref", "the config"), task=task):
         wanted = parse_dtype(dtype) or parse_dtype(getattr(config, "dtype", None)) or parse_dtype("fp32")
-        model = auto.from_config(config, dtype=wanted, attn_implementation=attn_implementation)
+        model = auto.from_config(config, dtype=wanted, attn_implementation=_attention(auto, config, attn_implementation))
     return model.eval()
+
+
+def _attention(auto: Any, config: Any, wanted: str) -> str:
+    """What is wanted, or eager where the architecture has no other (recurrent models, and some old ones)."""
+    try:
+        known = auto._model_mapping[type(config)]
+    except (AttributeError, KeyError):  # the model brings its own code
+        return wanted
+    kinds = known if isinstance(known, (list, tuple)) else [known]
+    return wanted if all(getattr(kind, f"_supports_{wanted}", True) for kind in kinds) else "eager"
 
 
 def _fake_tensors():

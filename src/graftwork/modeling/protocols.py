@@ -6,6 +6,7 @@ Shapes: x (..., in), y (..., out), W (out, in). Only these classes know how a mo
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -166,6 +167,16 @@ class ExpertProduct(Product):
     def dense(self, leaves=None):
         kept = getattr(self.module, self.attribute)
         return kept[self.expert].dequantize(leaves) if isinstance(kept, nn.ModuleList) else kept[self.expert]
+
+
+@dataclass(frozen=True)
+class MovedRows:
+    """Rows of W that differ: (W x)[ids] += change x. ids (m,) int64, change (m, in) fp32; used (n, m): which of them the n rows of x
+    see (None: all)."""
+
+    ids: Tensor
+    change: Tensor
+    used: Tensor | None = None
 
 
 def product_of(module: nn.Module) -> Product | None:

@@ -1,7 +1,8 @@
 """Sites: the linear maps of a model that may carry a graft, found by PEFT's target rules or by role.
 
 `target_modules` is "all-linear", a list of name suffixes, a regular expression (matched on the full name), or roles and
-groups: q k v o gate up down fc1 fc2 qkv gate_up expert, attention, mlp. The output head is left out unless it is named.
+groups: q k v o gate up down fc1 fc2 qkv gate_up expert, recurrent_in recurrent_x recurrent_out, attention, mlp, recurrent. The
+output head is left out unless it is named. A map that its block never calls is no site (see calls.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import UsageError, nearest
+from .calls import reads
 from .experts import expert_linears
 from .protocols import Product, RowsProduct, product_of
 
@@ -22,10 +24,17 @@ ROLES = {
     "query": "q", "key": "k", "value": "v", "c_attn": "qkv", "qkv_proj": "qkv", "query_key_value": "qkv", "c_fc": "fc1",
     "fc1": "fc1", "fc2": "fc2", "gate_up_proj": "gate_up", "out_proj": "o", "dense_h_to_4h": "fc1", "dense_4h_to_h": "fc2",
     "w1": "gate", "w2": "down", "w3": "up", "lm_head": "head", "score": "head", "classifier": "head", "pooler": "head",
-    "gate": "router",
+    "gate": "router", "shared_expert_gate": "router", "input_linear": "gate_up", "output_linear": "down",
 }
-GROUPS = {"attention": {"q", "k", "v", "o", "qkv"}, "mlp": {"gate", "up", "down", "fc1", "fc2", "gate_up"}}
-_LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
+#: the blocks that mix tokens through a state or a convolution, by the name of the module that holds their maps
+RECURRENT_BLOCKS = {"mamba", "mixer", "linear_attn", "temporal_block", "ssm", "conv"}
+RECURRENT = {"in_proj": "recurrent_in", "in_proj_qkvz": "recurrent_in", "in_proj_ba": "recurrent_in", "in_proj_qkv": "recurrent_in",
+             "in_proj_z": "recurrent_in", "in_proj_b": "recurrent_in", "in_proj_a": "recurrent_in", "linear_x": "recurrent_in",
+             "linear_y": "recurrent_in", "x_proj": "recurrent_x", "dt_proj": "recurrent_x", "out_proj": "recurrent_out",
+             "linear_out": "recurrent_out"}
+GROUPS = {"attention": {"q", "k", "v", "o", "qkv"}, "mlp": {"gate", "up", "down", "fc1", "fc2", "gate_up"},
+          "recurrent": {"recurrent_in", "recurrent_x", "recurrent_out"}}
+LAYER = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
 
 
 @dataclass
@@ -66,6 +75,8 @@ def role_of(name: str) -> str:
     """Role of a module by the end of its dotted name; 'other' when unknown."""
     parts = name.split(".")
     role = ROLES.get(parts[-1], "other")
+    if len(parts) > 1 and parts[-2] in RECURRENT_BLOCKS:
+        role = RECURRENT.get(parts[-1], role)
     if parts[-1] == "c_proj":
         role = "o" if "attn" in name else "fc2"
     elif parts[-1] == "dense":  # BERT: attention.output.dense, intermediate.dense, output.dense, pooler.dense
@@ -74,18 +85,33 @@ def role_of(name: str) -> str:
 
 
 def layer_of(name: str) -> int:
-    match = _LAYER.search(f".{name}.")
+    match = LAYER.search(f".{name}.")
     return int(match.group(1)) if match else -1
 
 
+def flat_tokens(name: str) -> bool:
+    """Whether a map's block hands it all tokens of a batch as rows, in their order: shared experts of a mixture."""
+    return "shared_expert" in name and role_of(name) != "router"
+
+
 def linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Product]]:
-    """(name, module, product) of every linear map of the model, in definition order; adapters' own maps excluded."""
+    """(name, module, product) of every linear map of the model, in definition order; adapters' own maps excluded, and maps
+    that are never called."""
+    for name, module, product, called in _linear_modules(model):
+        if called:
+            yield name, module, product
+
+
+def _linear_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, Product, bool]]:
+    owners: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        owners[name] = module
         if ".graft." in f".{name}." or name.endswith(".graft"):
             continue
         product = product_of(module)
         if product is not None and "ModuleList" not in type(module).__name__ and not _inside_expert_list(model, name):
-            yield name, module, product
+            owner, _, last = name.rpartition(".")
+            yield name, module, product, not name or reads(owners[owner]).get(last) != "always"
 
 
 def _inside_expert_list(model: nn.Module, name: str) -> bool:
@@ -137,6 +163,10 @@ def _select(known: list[Site], target: str | list[str], head: nn.Module | None, 
         if not matched:
             roles = GROUPS.get(word, {word})
             matched = [s for s in known if s.role in roles]
+            silent = [] if matched else [name for name, _, _, called in _linear_modules(model) if not called and _suffix(name, word)]
+            if silent:
+                raise UsageError(f"'{silent[0]}' takes no adapter: its block reads the weight and never calls the map, so the "
+                                 "adapter would have no effect", remedy=f"remove '{word}' from target_modules")
             if "gate_up" in roles or word == "mlp":
                 matched += [s for s in known if s.expert is not None and s not in matched]
             for fused in (s for s in known if s.role == "qkv" and roles & {"q", "k", "v"} and "qkv" not in roles):

@@ -22,21 +22,25 @@ class ForwardState:
     """rows: one graft name (or None for the bare base) per row of the batch; None: every attached graft acts on every row.
     expansion: how many consecutive rows of the tensor belong to one named row (beams).
     token_rows: for callers that re-indexed tokens, the row (int64, (M,)) of each of the M tokens of a site's input.
-    packed: the batch is one row (1, M, ...) of tokens of all rows, told apart by token_rows (the serving engine).
+    places: beside it, where each of these tokens stands in the flat batch (row * T + t), where the caller knows.
+    packed: the batch is one row (1, M, ...) with the tokens of all rows, told apart by token_rows; without, one token a row.
     disabled: names of grafts that are off. seed, step, micro: the clock from which noise is drawn.
     labels: of the batch (N, T), -100 where nothing is trained; a prefix that depends on the prompt tells it from the answer
     by them. None: all input is prompt.
+    real: (N, T) bool, False at padding; None: nothing is known to be padding.
     recomputing: True while activation checkpointing repeats a forward (losses, statistics, counters must not count it)."""
 
     rows: tuple[str | None, ...] | None = None
     expansion: int = 1
     token_rows: torch.Tensor | None = None
+    places: torch.Tensor | None = None
     packed: bool = False
     disabled: frozenset[str] = frozenset()
     seed: int = 0
     step: int = 0
     micro: int = 0
     labels: torch.Tensor | None = None
+    real: torch.Tensor | None = None
     recomputing: bool = False
 
 
@@ -93,8 +97,9 @@ class StateHolder:
         noise = torch.rand(x.shape, generator=self.generator(key, x.device), device=x.device, dtype=torch.float32)
         return torch.where(noise >= p, x / (1.0 - p), 0.0).to(x.dtype)
 
-    def row_index(self, x: torch.Tensor) -> torch.Tensor | None:
+    def row_index(self, x: torch.Tensor, *, flat: bool = False) -> torch.Tensor | None:
         """Row (int64 on x's device) of each entry of x's first dimension, or None when that is simply 0..N-1.
+        flat: x may be (N*T, in), the tokens of all rows one row after the other.
 
         Raises UsageError when x's first dimension fits neither the named rows nor a declared expansion."""
         state = self.current
@@ -106,6 +111,8 @@ class StateHolder:
             return state.token_rows
         if got == named and state.expansion == 1:
             return None
+        if flat and x.dim() == 2 and got and got % (named * state.expansion) == 0:
+            return torch.arange(got, device=x.device) // (got // named)
         if got == named * state.expansion:
             return torch.arange(got, device=x.device) // state.expansion
         raise UsageError(

@@ -14,8 +14,9 @@ few rows, which stay in the cache between the soft maximum and its use.
 Processors without bf16 (or fp16) products run such matrix products element by element, up to forty times slower than in
 fp32; there W is widened to fp32 a few thousand rows at a time, which costs no memory worth naming and rounds less.
 
-A head that is not a plain Linear (quantized, grafted, hooked) is called as a module, chunk by chunk, under activation
-checkpointing: the same bound on memory for one more product.
+Grafts that train rows of tokens (and nothing else at the head) move m of the logits, z_v += (R_v - W_v) h: m more columns of
+the same products, with a gradient of their own. Any other head that is not a plain Linear (quantized, grafted, hooked) is called
+as a module, chunk by chunk, under activation checkpointing: the same bound on memory for one more product.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import IncompatibleError
 from ..modeling.arithmetic import WideLinear, pieces, product_dtype
+from ..modeling.protocols import MovedRows
 from ..modeling.state import state_of
 from . import base
 from .base import unwrap
@@ -81,9 +83,10 @@ def output_head(model: nn.Module) -> nn.Module:
 class _Recorder(nn.Module):
     """Stands in for the head: keeps the hidden states it is given and answers with a few known numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self, head: nn.Module | None = None) -> None:
         super().__init__()
         self.seen: list[Tensor] = []
+        self.__dict__["weight"] = getattr(head, "weight", None)  # for models that ask it for its dtype; no child of the recorder
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.seen.append(hidden)
@@ -100,7 +103,7 @@ def _recording(model: nn.Module, head: nn.Module) -> Iterator[_Recorder]:
         raise IncompatibleError(f"the output head of {type(inner).__name__} is not one of its modules",
                                 remedy="set masked_head: false")
     parent, _, name = path.rpartition(".")
-    owner, recorder = inner.get_submodule(parent), _Recorder()
+    owner, recorder = inner.get_submodule(parent), _Recorder(head)
     owner._modules[name] = recorder
     try:
         yield recorder
@@ -134,17 +137,23 @@ def head_loss(model: nn.Module, hidden: Tensor, targets: Tensor, scale: Tensor, 
 
     hidden (n, d): states of the trained positions; targets (n,) int64; scale (n,) fp32; row (n,) int64: batch rows."""
     head = output_head(model)
-    if _is_plain(head):
+    plain, moved = _is_plain(head), None
+    if not plain and _is_plain(head, grafted=True):
+        with state_of(unwrap(model)).tokens(row):
+            moved = head._modules["graft"].slot("whole").moved_rows()
+    if plain or moved is not None:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.weight.dtype
-        call = _Call(rule, chunk, smoothing, count, dtype, torch.is_grad_enabled())
-        return _ChunkedLoss.apply(hidden, head.weight, head.bias, targets, scale, call)
+        call = _Call(rule, chunk, smoothing, count, dtype, torch.is_grad_enabled(), moved)
+        return _ChunkedLoss.apply(hidden, head.weight, head.bias, targets, scale, call, None if moved is None else moved.change)
     return _module_loss(model, head, hidden, targets, scale, row, rule, chunk, smoothing, count)
 
 
-def _is_plain(head: nn.Module) -> bool:
+def _is_plain(head: nn.Module, *, grafted: bool = False) -> bool:
+    """Whether the head is nothing but W h + b; grafted: beside what grafts do there."""
     hooked = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or "forward" in head.__dict__
-    plain = getattr(type(head), "forward", None) in (nn.Linear.forward, WideLinear.forward)
+    kind = getattr(type(head), "plain_class", None) if grafted else type(head)
+    plain = getattr(kind, "forward", None) in (nn.Linear.forward, WideLinear.forward)
     return plain and type(head.weight) in (nn.Parameter, FakeTensor) and not hooked  # a plan runs what the run will run
 
 
@@ -156,20 +165,22 @@ class _Call:
     count: bool
     dtype: torch.dtype
     grad: bool
+    moved: MovedRows | None = None
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The equations of this module's head. Differentiable once, in hidden, weight and bias."""
+    """The equations of this module's head. Differentiable once, in hidden, weight, bias and the change of moved rows."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor, call: _Call):
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor, call: _Call,
+                change: Tensor | None = None):
         with torch.autocast(hidden.device.type, enabled=False):
-            return _ChunkedLoss._run(ctx, hidden, weight, bias, targets, scale, call)
+            return _ChunkedLoss._run(ctx, hidden, weight, bias, targets, scale, call, change)
 
     @staticmethod
-    def _run(ctx, hidden, weight, bias, targets, scale, call):
+    def _run(ctx, hidden, weight, bias, targets, scale, call, change):
         (n, d), vocabulary = hidden.shape, weight.shape[0]
-        wants = [call.grad and wanted for wanted in ctx.needs_input_grad[:3]]
+        wants = [call.grad and wanted for wanted in (*ctx.needs_input_grad[:3], change is not None and ctx.needs_input_grad[6])]
         dtype, size = product_dtype(call.dtype, hidden.device), _PIECE.get(hidden.device.type, _WIDE)
         terms = torch.empty(n, dtype=torch.float32, device=hidden.device)
         correct = torch.zeros(n, dtype=torch.bool, device=hidden.device)
@@ -177,7 +188,9 @@ class _ChunkedLoss(torch.autograd.Function):
         # sums over chunks are kept in fp32: adding in bf16 would lose more than one large product does
         grads = [torch.empty_like(hidden) if wants[0] else None,
                  torch.zeros(vocabulary, d, dtype=torch.float32, device=hidden.device) if wants[1] else None,
-                 torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device) if wants[2] else None]
+                 torch.zeros(vocabulary, dtype=torch.float32, device=hidden.device) if wants[2] else None,
+                 torch.zeros(change.shape, dtype=torch.float32, device=hidden.device) if wants[3] else None]
+        moved, D = call.moved, None if change is None else change.to(dtype)
         with base.logits_scope():
             logits = torch.empty(min(call.chunk, n), vocabulary, dtype=dtype, device=hidden.device)
             for start in range(0, n, call.chunk):
@@ -187,9 +200,16 @@ class _ChunkedLoss(torch.autograd.Function):
                     torch.mm(h, w.t(), out=z[:, rows])
                 if bias is not None:
                     z += bias.to(dtype)
+                used = None if moved is None or moved.used is None else moved.used[part]
+                if moved is not None:
+                    columns = h @ D.t()
+                    z.index_add_(1, moved.ids, columns if used is None else columns * used)
                 _to_gradient(z, targets[part], terms[part], correct[part], call, any(wants))
+                if moved is not None and any(wants):
+                    columns = z.index_select(1, moved.ids)
+                    columns = columns if used is None else columns * used
                 if grads[0] is not None:
-                    product = None
+                    product = None if moved is None else columns @ D
                     for rows, w in pieces(weight, dtype, size):
                         product = torch.mm(z[:, rows], w) if product is None else product.addmm_(z[:, rows], w)
                     grads[0][part] = product * factors[part]
@@ -201,7 +221,9 @@ class _ChunkedLoss(torch.autograd.Function):
                         grads[1] += torch.mm(z.t(), scaled)
                 if grads[2] is not None:
                     grads[2] += torch.mv(z.t(), factors[part, 0].to(dtype))
-        ctx.grads, ctx.dtypes = grads, (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+                if grads[3] is not None:
+                    grads[3] += columns.t() @ (h * factors[part]).to(dtype)
+        ctx.grads, ctx.dtypes = grads, tuple(None if t is None else t.dtype for t in (hidden, weight, bias, change))
         ctx.mark_non_differentiable(terms, correct)
         return (terms * scale).sum(), terms, correct
 
@@ -211,7 +233,8 @@ class _ChunkedLoss(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("the chunked loss keeps its gradient for one backward; call loss() again for another")
         grads, ctx.grads = ctx.grads, None
-        return (*(None if g is None else g.mul_(grad_loss).to(dtype) for g, dtype in zip(grads, ctx.dtypes)), None, None, None)
+        *first, change = (None if g is None else g.mul_(grad_loss).to(dtype) for g, dtype in zip(grads, ctx.dtypes))
+        return (*first, None, None, None, change)
 
 
 def _to_gradient(z: Tensor, targets: Tensor, terms: Tensor, correct: Tensor, call: _Call, grad: bool) -> None:

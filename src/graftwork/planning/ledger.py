@@ -40,10 +40,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import UsageError, nearest
 from .accumulation import adds_in_place, last_reference
+from .blocks import Block, Snapshot, device_of, tensors_in
 
 CATEGORIES = ("weights", "adapters", "gradients", "optimizer_state", "activations", "logits", "kv", "other")
 _INDEX = {name: i for i, name in enumerate(CATEGORIES)}
@@ -59,48 +60,6 @@ def _index(category: str) -> int:
         raise UsageError(f"unknown memory category {category!r}{nearest(category, CATEGORIES)}",
                          remedy=f"use one of: {', '.join(CATEGORIES)}")
     return _INDEX[category]
-
-
-class _Block(weakref.ref):
-    """One live storage. Its callback is the ledger's `_died`; `born` is the number of the operation that made it."""
-
-    __slots__ = ("key", "nbytes", "category", "born")
-
-    def __new__(cls, storage, died, *_):
-        return super().__new__(cls, storage, died)
-
-    def __init__(self, storage, died, key: int, nbytes: int, category: int, born: int):
-        super().__init__(storage, died)
-        self.key, self.nbytes, self.category, self.born = key, nbytes, category, born
-
-
-class _Snapshot:
-    __slots__ = ("event", "phase", "total", "bytes", "pools", "blocks")
-
-    def __init__(self, event: int, phase: str, total: int, by_category: list[int], pools: list[int], blocks: int):
-        self.event, self.phase, self.total = event, phase, total
-        self.bytes, self.pools, self.blocks = by_category.copy(), pools.copy(), blocks
-
-
-def _device(tensor: Tensor) -> torch.device:
-    """`tensor.device`; of a FakeTensor without the dispatch that the attribute costs it."""
-    return getattr(tensor, "fake_device", None) or tensor.device
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """Tensors of nested lists, tuples and dicts; wrapper subclasses yield what they wrap."""
-    if isinstance(tree, Tensor):
-        if is_traceable_wrapper_subclass(tree):
-            for name in tree.__tensor_flatten__()[0]:
-                yield from _tensors(getattr(tree, name))
-        elif tree.layout == torch.sparse_coo:
-            yield tree._indices()
-            yield tree._values()
-        else:
-            yield tree
-    elif isinstance(tree, (list, tuple, dict)):
-        for item in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(item)
 
 
 class Ledger(TorchDispatchMode):
@@ -121,7 +80,7 @@ class Ledger(TorchDispatchMode):
         self.events = 0
         self.on_operation: Callable[[Any, tuple, dict[str, Any], Any], None] | None = None  # another mode would disturb the count
         self.live_bytes = 0
-        self._blocks: dict[int, _Block] = {}
+        self._blocks: dict[int, Block] = {}
         self._by_category = [0] * len(CATEGORIES)
         self._pools = [0, 0, 0]
         self._forced: list[int] = []
@@ -134,7 +93,7 @@ class Ledger(TorchDispatchMode):
         self._hooked: dict[int, int] = {}  # id of a parameter -> id of its hook; no weak reference, `.to()` refuses those
         self._handles: list = []
         self._inside = False
-        self._points: list[_Snapshot] = []
+        self._points: list[Snapshot] = []
         self._stride = 1
         self._peak = self._snapshot()
 
@@ -162,7 +121,7 @@ class Ledger(TorchDispatchMode):
                 raise UsageError("tensors need a category", remedy=f"one of: {', '.join(CATEGORIES)}")
             index = _index(category)
             tree = what if isinstance(what, (Tensor, list, tuple, dict)) else list(what)
-            for tensor in _tensors(tree):
+            for tensor in tensors_in(tree):
                 self._mark(tensor, index)
         self._sample()
 
@@ -207,13 +166,13 @@ class Ledger(TorchDispatchMode):
             block.category = index
 
     def _mark_unowned(self, tree: Any, index: int) -> None:
-        for tensor in _tensors(tree):
+        for tensor in tensors_in(tree):
             block = self._see(tensor, index)
             if block is not None and block.category not in _OWNED:
                 self._mark(tensor, index)
 
     def _mark_module(self, module: nn.Module, index: int) -> None:
-        for tensor in _tensors([*module.parameters(), *module.buffers()]):
+        for tensor in tensors_in([*module.parameters(), *module.buffers()]):
             self._mark(tensor, index)
         for parameter in module.parameters():
             if parameter.grad is not None:
@@ -262,7 +221,7 @@ class Ledger(TorchDispatchMode):
     # Totals change by `list[i] += int`, which neither a finalizer nor another thread can split under the interpreter
     # lock; so deaths reported in the middle of an operation need no lock.
 
-    def _count(self, block: _Block, sign: int) -> None:
+    def _count(self, block: Block, sign: int) -> None:
         nbytes = block.nbytes
         self.live_bytes += sign * nbytes
         self._by_category[block.category] += sign * nbytes
@@ -270,14 +229,14 @@ class Ledger(TorchDispatchMode):
         self._pools[0 if rounded <= _MIB else 1 if rounded < 10 * _MIB else 2] += sign * (
             rounded if rounded < 10 * _MIB else -(-nbytes // (2 * _MIB)) * 2 * _MIB)
 
-    def _died(self, block: _Block) -> None:
+    def _died(self, block: Block) -> None:
         if self._blocks.get(block.key) is block:
             del self._blocks[block.key]
             self._count(block, -1)
 
-    def _see(self, tensor: Tensor, category: int) -> _Block | None:
+    def _see(self, tensor: Tensor, category: int) -> Block | None:
         """The block of a tensor's storage; counted under `category` if it was unknown, corrected if it was resized."""
-        if self.device is not None and _device(tensor).type != self.device:
+        if self.device is not None and device_of(tensor).type != self.device:
             return None
         try:
             storage = tensor.untyped_storage()
@@ -286,7 +245,7 @@ class Ledger(TorchDispatchMode):
         key, nbytes = storage._cdata, storage.nbytes()
         block = self._blocks.get(key)
         if block is None:
-            block = self._blocks[key] = _Block(storage, self._died, key, nbytes, category, self.events)
+            block = self._blocks[key] = Block(storage, self._died, key, nbytes, category, self.events)
             self._count(block, +1)
         elif block.nbytes != nbytes:
             self._count(block, -1)
@@ -307,7 +266,7 @@ class Ledger(TorchDispatchMode):
                 return NotImplemented  # the wrapper runs first; its inner operations come back here
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:  # a FakeTensor asked for its device: not an operation of the program
-            return _device(args[0])
+            return device_of(args[0])
         task = torch._C._current_graph_task_id()
         if task != self._graph_task:
             self._graph_task = task
@@ -315,7 +274,7 @@ class Ledger(TorchDispatchMode):
                 self._hook_gradients()
         in_place = task != -1 and adds_in_place(func, args, self._last_reference)  # first: the loops below hold references
         self.events += 1
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             self._see(tensor, _OTHER)
         out = func(*args, **kwargs)
         if self.on_operation:
@@ -324,7 +283,7 @@ class Ledger(TorchDispatchMode):
             block = self._blocks.pop(args[0].untyped_storage()._cdata, None)
             if block is not None:
                 self._count(block, -1)
-        for tensor in _tensors(out):
+        for tensor in tensors_in(out):
             self._see(tensor, self._category_of_new(tensor))
         self._sample()
         return out
@@ -352,9 +311,9 @@ class Ledger(TorchDispatchMode):
 
     # ---- peak and timeline -----------------------------------------------------------------------------------
 
-    def _snapshot(self) -> _Snapshot:
+    def _snapshot(self) -> Snapshot:
         phase = self._phase or ("optimizer" if self._stepping else "backward" if self._graph_task != -1 else "forward")
-        return _Snapshot(self.events, phase, self.live_bytes, self._by_category, self._pools, len(self._blocks))
+        return Snapshot(self.events, phase, self.live_bytes, self._by_category, self._pools, len(self._blocks))
 
     def _sample(self) -> None:
         if self.live_bytes > self._peak.total:
@@ -367,7 +326,7 @@ class Ledger(TorchDispatchMode):
         points.append(self._snapshot())
         while len(points) > self.timeline_points:  # longer stretches; each keeps its highest moment
             self._stride *= 2
-            stretches: dict[int, _Snapshot] = {}
+            stretches: dict[int, Snapshot] = {}
             for point in points:
                 kept = stretches.get(point.event // self._stride)
                 if kept is None or point.total > kept.total:

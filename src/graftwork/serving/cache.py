@@ -2,7 +2,7 @@
 
 Transformers' `DynamicLayer` concatenates at every step, so a step of 32 rows copies the whole cache once more. Here a
 layer keeps a buffer (N, heads, room, head size) and hands out views of its filled part; it doubles when the room was
-too small. Sliding-window and other kinds of layers are left as Transformers makes them.
+too small. Sliding-window, recurrent and other kinds of layers are left as Transformers makes them.
 """
 
 from __future__ import annotations
@@ -60,4 +60,11 @@ def roomy_cache(config: Any, room: int) -> DynamicCache:
     return cache
 
 
-__all__ = ["RoomyLayer", "roomy_cache"]
+def keep_rows(cache: DynamicCache, rows: Tensor) -> None:
+    """Keep these rows of the batch only, in this order; a row may be named several times."""
+    for layer in cache.layers:
+        # a recurrent layer can reorder rows but not select them, and one with attention beside it would select there only
+        (layer.reorder_cache if hasattr(layer, "recurrent_states") else layer.batch_select_indices)(rows)
+
+
+__all__ = ["RoomyLayer", "keep_rows", "roomy_cache"]

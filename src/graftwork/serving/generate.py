@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, GraftworkError, UsageError
+from ..errors import DataError, GraftworkError, IncompatibleError, UsageError
+from ..modeling.caches import cache_argument
 from ..modeling.state import state_of
-from .cache import roomy_cache
+from .cache import keep_rows, roomy_cache
 from .prefill import can_share, padded, positions_of, shared_prefixes
 
 Prompt = str | list[dict[str, Any]] | list[int]
@@ -236,13 +237,23 @@ def _steps(model: nn.Module, tokenizer: Any, rows: list[_Row], settings: _Settin
 
     device, pad = model.get_input_embeddings().weight.device, pad_token_of(tokenizer)
     prompts, names, new = [row.prompt for row in rows], [row.adapter for row in rows], max(row.limit for row in rows)
-    last_only = _last_only(model)
+    known, cache_name = inspect.signature(type(model).forward).parameters, cache_argument(model)
+    if cache_name is None:
+        raise IncompatibleError(f"a model of type '{model.config.model_type}' keeps its state outside the cache: its prompts cannot be "
+                                "batched", remedy="use model.generate of Transformers, one prompt at a time (graftwork.routing names the "
+                                "adapter)")
     cache = roomy_cache(model.config, 2 * max(map(len, prompts)) + new)
 
     def forward(ids: Tensor, mask: Tensor, positions: Tensor, names: list[str | None]) -> Tensor:
+        call = {"input_ids": ids, "attention_mask": mask, cache_name: cache, "use_cache": True}
+        if "position_ids" in known:
+            call["position_ids"] = positions
+        elif ids.shape[1] < mask.shape[1]:  # without positions nothing looks back: the state has seen what was masked
+            del call["attention_mask"]
+        if "logits_to_keep" in known:
+            call["logits_to_keep"] = 1
         with routing(model, names) if routed else nullcontext():
-            return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                         **last_only).logits[:, -1]
+            return model(**call).logits[:, -1]
 
     shared = shared_prefixes(prompts, names) if can_share(model, cache) else None
     if shared is not None:
@@ -251,7 +262,7 @@ def _steps(model: nn.Module, tokenizer: Any, rows: list[_Row], settings: _Settin
         ids, seen = padded([prompts[i][:lengths[i]] for i in leaders], pad, device)
         forward(ids, seen, positions_of(seen), [names[i] for i in leaders])
         group = torch.tensor([leaders.index(leader) for leader, _ in shared], device=device)
-        cache.batch_select_indices(group)
+        keep_rows(cache, group)
         ids, own = padded([prompt[length:] for prompt, (_, length) in zip(prompts, shared)], pad, device)
         mask = torch.cat([seen.index_select(0, group), own], dim=1)
     else:
@@ -273,16 +284,10 @@ def _steps(model: nn.Module, tokenizer: Any, rows: list[_Row], settings: _Settin
         positions = positions[:, -1:] + 1
         if 2 * len(going) <= len(rows):  # rows leave in bulk, since each time the whole cache is copied
             keep = torch.tensor(going, device=device)
-            cache.batch_select_indices(keep)
+            keep_rows(cache, keep)
             mask, positions = mask.index_select(0, keep), positions.index_select(0, keep)
             rows, tokens = [rows[i] for i in going], [tokens[i] for i in going]
         ids, width = torch.tensor(tokens, device=device)[:, None], width + 1
-
-
-def _last_only(model: nn.Module) -> dict[str, int]:
-    """The argument that keeps the head to the last position, where the model has it."""
-    known = inspect.signature(type(model).forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
 
 
 def _choose(logits: Tensor, rows: list[_Row], settings: _Settings) -> list[int]:

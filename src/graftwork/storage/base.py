@@ -178,6 +178,7 @@ def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None) -> n
 
     Works site by site: one dense weight is alive beside the storages at any time. on_site(name) is called per site
     for progress. Dense storage leaves nn.Linear as it is: a plain module is the dense format."""
+    from ..modeling.calls import keep_calls
     from ..modeling.experts import expert_linears, replace_expert
     from ..modeling.protocols import is_conv1d
     from ..modeling.sites import linear_modules
@@ -194,6 +195,7 @@ def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None) -> n
         stored.transposed_source = is_conv1d(module)  # its weight in the model's file is (in, out)
         parent = model.get_submodule(name.rpartition(".")[0])
         setattr(parent, name.rpartition(".")[2], stored.to(dense.device))
+        keep_calls(parent, name.rpartition(".")[2])  # a fused kernel would be handed the weight, which is codes now
         if on_site:
             on_site(name)
     for name, module, attribute, expert, product in list(expert_linears(model)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -62,11 +62,13 @@ class StepBatches:
 
 class FleetBatches:
     """Item t: mixed micro-batches of a fleet. Each member takes the very rows that it would take alone at its step t, so
-    its micro-batches, its loss scale and its learning rate are those of training it alone; a member that is done is absent."""
+    its micro-batches, its loss scale and its learning rate are those of training it alone; a member that is done, or named in
+    `stopped`, is absent. Empty when no member is left."""
 
     def __init__(self, members: dict[str, StepBatches], collate: Callable[[list[dict]], Batch]):
         self.members, self.collate = members, collate
         self.total_steps = max(m.total_steps for m in members.values())
+        self.stopped: Mapping[str, str] = {}
 
     def __len__(self) -> int:
         return self.total_steps
@@ -75,9 +77,9 @@ class FleetBatches:
         if not 0 <= step < self.total_steps:
             raise IndexError(step)
         parts = [[[{**row, "adapter": name} for row in rows] for rows in member.micro(step)]
-                 for name, member in self.members.items() if step < member.total_steps]
+                 for name, member in self.members.items() if step < member.total_steps and name not in self.stopped]
         return [self.collate([row for part in parts if k < len(part) for row in part[k]])
-                for k in range(max(len(part) for part in parts))]
+                for k in range(max((len(part) for part in parts), default=0))]
 
 
 def total_steps(rows: int, *, epochs: float, max_steps: int, batch_size: int, accumulation: int) -> int:

@@ -56,6 +56,8 @@ def build_model(recipe: Recipe, *, num_labels: int | None = None, fake: bool = F
     model, tokenizer = load_model(recipe.model, task=task_of(recipe, num_labels), num_labels=num_labels, fake=fake,
                                   dtype=DTYPES[recipe.train.precision], trust_remote_code=recipe.trust_remote_code,
                                   seed=recipe.train.seed)
+    if tokenizer is not None:
+        model.graft_tokenizer = tokenizer
     apply_storage(model, recipe.storage, on_site=progress)
     widen(model)
     if recipe.train.gradient_checkpointing:

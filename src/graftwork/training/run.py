@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
@@ -106,7 +108,7 @@ def recipe_differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def _clear(folder: Path) -> None:
-    for name in ("graft", "model", "checkpoints", "tensorboard"):
+    for name in ("graft", "diverged", "model", "checkpoints", "tensorboard"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.jsonl", "report.html", "config.yaml", "run.json"):
         (folder / name).unlink(missing_ok=True)
@@ -126,12 +128,15 @@ class _Run:
                    for name, m in self.members.items()}
         only = next(iter(factors.values()))
         step = build_step(self.recipe, self.model, self.grafts, len(self.batches))
+        self.stopped = step.stopped
+        if self.recipe.is_fleet:
+            self.batches.stopped = step.stopped
         trainer = GraftTrainer(
             step, self.batches, self.folder, factor=lambda group, s: factors.get(group.get("graft"), only)(s),
             save_steps=train.save_steps, save_total_limit=train.save_total_limit, eval_steps=train.eval_steps,
             logging_steps=train.logging_steps, early_stopping=train.early_stopping, restore_best=train.restore_best,
             evaluate_with=self._evaluate if any(e is not None for _, e in self.data.values()) else None,
-            tensorboard="tensorboard" in train.report_to, seed=train.seed, describe_batch=self._describe)
+            tensorboard="tensorboard" in train.report_to, seed=train.seed, describe_batch=self._describe, on_stopped=self._stopped)
         interrupt = Interrupt(self.say)
         peak = self._peak_meter()
         progress = Progress(self.label, trainer, quiet=self.quiet)
@@ -164,6 +169,9 @@ class _Run:
         self.model.eval()
         measured = peak.result.peak_bytes if peak and peak.result else None
         loss = self._final_loss(trainer)
+        self.failed |= {name: f"diverged: {why}" for name, why in self.stopped.items()}
+        if self.stopped and len(self.stopped) == len(self.grafts):
+            raise TrainingError("; ".join(f"'{name}' {why}" for name, why in self.failed.items()), remedy="lower the learning rate")
         target = self._save(metrics, done)
         result = RunResult(done, loss, measured, round(time.monotonic() - start, 3), str(target), metrics, self.failed,
                            self.model, self.tokenizer, self.grafts)
@@ -247,6 +255,8 @@ class _Run:
                 self.model.config.label2id = {str(name): i for i, name in enumerate(labels)}
             if torch.cuda.is_available():
                 self.model.cuda()
+        elif getattr(self.model, "graft_tokenizer", None) is None:
+            self.model.graft_tokenizer = self.tokenizer
         if recipe.data.packing:
             from ..data import assert_packable
 
@@ -288,10 +298,16 @@ class _Run:
             if conflicts:
                 raise UsageError("; ".join(conflicts), remedy="optimizer.fused: false")
 
-    def _describe(self, batches: Any, losses: Any) -> str:
-        """Where the rows with a bad loss come from (all rows of the step, when no single one is to blame)."""
+    def _stopped(self, name: str) -> None:
+        text = f"'{name}' of the fleet has diverged and stops: {self.stopped[name]}; the others go on"
+        warnings.warn(text, stacklevel=2)
+        self.say(f"warning: {text}")
+
+    def _describe(self, batches: Any, losses: Any, member: str | None = None) -> str:
+        """Where the rows with a bad loss come from (all rows of the step, when no single one is to blame; of one member only)."""
         rows = [(name, index, bool(torch.isfinite(loss))) for b, (row_loss, _) in zip(batches, losses)
-                for name, index, loss in zip(b.get("rows") or ["default"] * len(b["index"]), b["index"], row_loss)]
+                for name, index, loss in zip(b.get("rows") or ["default"] * len(b["index"]), b["index"], row_loss)
+                if member in (None, name)]
         bad = [(name, index) for name, index, good in rows if not good] or [(name, index) for name, index, _ in rows]
         places = [place for name, index in bad for place in self.data[name][0].sources(index)]
         return f", rows {', '.join(places[:4])}" + (f" and {len(places) - 4} more" if len(places) > 4 else "")
@@ -306,11 +322,16 @@ class _Run:
         objective = lookup("objective", self.recipe.objective.method).cls(self.recipe.objective)
         results = {}
         for name, (_, data) in self.data.items():
-            if data is not None:
+            if data is not None and name not in self.stopped:
                 results[name] = evaluate_loss(self.model, objective, data, batch_size=self.recipe.train.batch_size,
                                               route=name if self.recipe.is_fleet else None)
         if not self.recipe.is_fleet:
             return results["default"]
+        for name in [name for name, r in results.items() if not math.isfinite(r["loss"])]:
+            self.stopped[name] = f"its eval loss became {results.pop(name)['loss']}"
+            self._stopped(name)
+        if not results:
+            return {"loss": math.nan}
         mean = sum(r["loss"] for r in results.values()) / len(results)
         return {"loss": mean, **{f"loss/{name}": r["loss"] for name, r in results.items()}}
 
@@ -327,8 +348,12 @@ class _Run:
         if self.grafts:
             target = self.folder / "graft"
             for graft, (name, (data, _)) in zip(self.grafts, self.data.items()):
-                own = target / name if recipe.is_fleet else target
-                graft.save(own, provenance={**provenance, "data_digest": data.digest, "labels": data.label_names,
+                own, told = target / name if recipe.is_fleet else target, provenance
+                if name in self.stopped:  # beside the others it would be served with them
+                    own, told = self.folder / "diverged" / name, {**provenance, "diverged": self.stopped[name]}
+                    if not all(bool(torch.isfinite(p).all()) for p in graft.parameters()):
+                        continue  # a fused optimizer had moved it
+                graft.save(own, provenance={**told, "data_digest": data.digest, "labels": data.label_names,
                                             "steps": self.members[name].total_steps if recipe.is_fleet else steps})
             return target
         target = self.folder / "model"

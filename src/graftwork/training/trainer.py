@@ -98,13 +98,14 @@ class GraftTrainer(Trainer):
                  save_steps: int, save_total_limit: int | None, eval_steps: int = 0, logging_steps: int = 1,
                  early_stopping: int = 0, restore_best: bool = False, evaluate_with: Callable[[], dict[str, float]] | None = None,
                  tensorboard: bool = False, callbacks: list[TrainerCallback] | None = None, seed: int = 0,
-                 describe_batch: Callable[[Any, Any], str] | None = None):
+                 describe_batch: Callable[..., str] | None = None, on_stopped: Callable[[str], None] | None = None):
         self.run, self.batches, self.factor, self.folder = step, batches, factor, Path(output_dir)
         self.evaluate_with, self.early_stopping, self.restore_best = evaluate_with, early_stopping, restore_best
         self.keep, self.window, self.every = save_total_limit, [], logging_steps
         self.best: dict[str, Any] = {"loss": None, "step": 0, "waited": 0, "at": -1}
         self.last_loss = math.nan
-        self.describe_batch = describe_batch or (lambda batches, rows: "")
+        self.describe_batch = describe_batch or (lambda batches, rows, member=None: "")
+        self.on_stopped = on_stopped or (lambda text: None)
         self.tensorboard, self.board = tensorboard, None
         if tensorboard:
             _summary_writer()
@@ -148,9 +149,19 @@ class GraftTrainer(Trainer):
         model.train()
         self.run.forward_model = None if model is self.run.model else model
         start = time.perf_counter()
+        if not inputs:  # the members of a fleet that had steps left have diverged
+            return self._nothing_left()
+        before = set(self.run.stopped)
         batches = [{k: v.to(self.args.device) if isinstance(v, torch.Tensor) else v for k, v in b.items()} for b in inputs]
         result = self.run.compute(batches, step, self.lr_scheduler.get_last_lr()[0])
+        for name in [name for name in self.run.stopped if name not in before]:
+            self.run.stopped[name] += self.describe_batch(inputs, result.rows, name)
+            self.on_stopped(name)
+        if self.run.stopped and len(self.run.stopped) == len(self.run.grafts):
+            raise self._not_finite("; ".join(f"'{name}': {why}" for name, why in self.run.stopped.items()))
         loss, numbers = float(result.loss), {k: float(v) for k, v in result.metrics.items()}
+        if self.run.stopped and not any(key.startswith("loss/") for key in numbers):
+            return self._nothing_left()
         bad = [(what, x) for what, x in [("loss", loss), *numbers.items()] if not math.isfinite(x)]
         if bad:
             where = self.describe_batch(inputs, result.rows)
@@ -159,6 +170,10 @@ class GraftTrainer(Trainer):
         self.window.append({"loss": loss, "tokens": sum(b.get("n_tokens", 0) for b in inputs),
                             "seconds": time.perf_counter() - start, "metrics": numbers})
         return result.loss
+
+    def _nothing_left(self) -> torch.Tensor:
+        self.control.should_training_stop = True
+        return torch.zeros((), device=self.args.device)
 
     def _not_finite(self, what: str) -> TrainingError:
         last = ckpt.complete(self.folder)
@@ -229,7 +244,8 @@ class GraftTrainer(Trainer):
             optimizer, header = optimizer_state_tensors(self.run.optimizer, self._names())
         parts: dict[str, torch.Tensor] = {}
         learned = ckpt.learned_tensors(self.run.model, self.run.parameters, self.run.grafts)
-        spoilt = [k for k, t in learned.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+        spoilt = [k for k, t in learned.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())
+                  and k.split(":")[-1].split("/")[0] not in self.run.stopped]
         if spoilt:
             raise self._not_finite(f"{spoilt[0]} is no longer finite at step {self.state.global_step}")
         metrics = self.folder / "metrics.jsonl"
@@ -240,7 +256,8 @@ class GraftTrainer(Trainer):
             "estimator": ckpt.split(self.run.estimator.state_dict(), "estimator", parts),
             "selections": [{"structure": s.structure(), "state": ckpt.split(s.state_dict(), f"selection{i}", parts)}
                            for i, s in enumerate(self.run.selections)],
-            "best": self.best, "window": self.window, "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "best": self.best, "diverged": self.run.stopped, "window": self.window,
+            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
             "stopped": bool(self.early_stopping and self.best["waited"] >= self.early_stopping),
         }
         ckpt.write(folder, learned=learned, optimizer=optimizer, parts=parts,
@@ -268,6 +285,7 @@ class GraftTrainer(Trainer):
 
     def _take(self, progress: dict[str, Any]) -> None:
         self.best, self.window = progress["best"], progress["window"]
+        self.run.stopped.update(progress.get("diverged", {}))
         self._cut_metrics(progress["metrics_bytes"])
 
     def load_finished(self, folder: Path) -> None:

@@ -161,7 +161,8 @@ class Engine:
                 last.append(len(ids) - 1)
                 writers.append(request)
         packed = Packed(self.pool, torch.cat(new), segments)
-        token_rows = torch.tensor(rows, device=self.device)
+        # a step that only decodes has its rows in order, and what sites make of them is kept from step to step
+        token_rows = None if len(ids) == len(names) else torch.tensor(rows, device=self.device)
         with state_of(self.model).scope(rows=tuple(names), token_rows=token_rows, packed=True):
             out = self.model(input_ids=torch.tensor([ids], device=self.device), position_ids=torch.tensor([positions], device=self.device),
                              use_cache=False, packed=packed, logits_to_keep=torch.tensor(last, dtype=torch.int64, device=self.device))
