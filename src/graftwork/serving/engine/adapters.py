@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ...adapters.graft import NAME, Graft
+from ...adapters.model_scope import PrefixAdapter
 from ...artifact import CARD, TENSORS, attach_read, attach_saved, describe, graft_tensors, read_card, read_tensors, seal
 from ...errors import ArtifactError, UsageError, nearest
 from ...modeling.state import state_of
+from ...registry import lookup
 
 PEFT_CARD, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -44,8 +47,26 @@ class Attached:
     def sizes(self, digest: str) -> list[int]:
         return []
 
+    def virtual(self, digest: str, prompt: Sequence[int]) -> tuple[int, ...]:
+        prefix = prefix_of(self.model, digest.split("/")[0])
+        return () if prefix is None else virtual_tokens(prefix.length, prefix.reads_prompt, prompt)
+
     def load(self, digest: str, place: Callable[[int, Sequence[int], torch.dtype], Tensor]) -> tuple[str, Callable[[], None]]:
         return digest.split("/")[0], lambda: None
+
+
+def prefix_of(model: nn.Module, name: str) -> PrefixAdapter | None:
+    """What a graft puts before the text, or None."""
+    found = state_of(model).grafts[name].adapters.get("prefix")
+    return found if isinstance(found, PrefixAdapter) else None
+
+
+def virtual_tokens(length: int, reads_prompt: bool, prompt: Sequence[int]) -> tuple[int, ...]:
+    """Stand-ins below zero for virtual tokens. The prefix cache tells them apart by prompt where the adapter does."""
+    if not reads_prompt:
+        return (-1,) * length
+    content = struct.pack(f"<{len(prompt)}q", *prompt)
+    return (-2 - int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "little"),) * length
 
 
 @dataclass
@@ -72,6 +93,7 @@ class AdapterFolder:
         self._digests: dict[str, str] = {}
         self._folders: dict[str, Path] = {}
         self._sizes: dict[str, list[int]] = {}
+        self._virtual: dict[str, tuple[int, bool]] = {}
         self.reads = 0
 
     def names(self) -> list[str]:
@@ -115,6 +137,15 @@ class AdapterFolder:
             tensors = self.host(digest).tensors
             found = self._sizes[digest] = [tensors[key].numel() * tensors[key].element_size() for key in sorted(tensors)]
         return found
+
+    def virtual(self, digest: str, prompt: Sequence[int]) -> tuple[int, ...]:
+        found = self._virtual.get(digest)
+        if found is None:
+            card = self.host(digest).card
+            cls = lookup("adapter", card["method"]).cls
+            length = card["config"]["num_virtual_tokens"] if issubclass(cls, PrefixAdapter) else 0
+            found = self._virtual[digest] = (length, length > 0 and cls.reads_prompt)
+        return virtual_tokens(*found, prompt)
 
     def load(self, digest: str, place: Callable[[int, Sequence[int], torch.dtype], Tensor]) -> tuple[str, Callable[[], None]]:
         host, route = self.host(digest), f"d{digest}"

@@ -8,6 +8,10 @@ new keys and values into the request's cells and attends to all of its cells, an
 
 A request whose cells lie in one piece is read in place; others are gathered. Queries that share a key/value head stand as
 rows of one product, so grouped queries repeat nothing.
+
+Virtual tokens of an adapter stand before the text in cells of their own; where the adapter sets their keys and values
+(`Given`), these go into the pool and not what the model made of the placeholders. A forward without a pool, as an adapter runs
+it on the bare decoder to make a prefix from a prompt, is causal attention without padding.
 """
 
 from __future__ import annotations
@@ -61,12 +65,21 @@ class Segment:
 
 
 @dataclass
+class Given:
+    """Keys and values table (layers, 2, n, heads * width) that n cells (int64) hold whatever the model computes for them."""
+
+    cells: Tensor
+    table: Tensor
+
+
+@dataclass
 class Packed:
-    """One step: the pool, the cells of the T new tokens (int64), and the segments in the order of the row."""
+    """One step: the pool, the cells of the T new tokens (int64), the segments in the order of the row, and what is given."""
 
     pool: Pool
     new_cells: Tensor
     segments: Sequence[Segment]
+    given: Sequence[Given] = ()
 
 
 def cells_of(pages: Sequence[int], length: int, page_tokens: int, device: torch.device | str = "cpu") -> slice | Tensor:
@@ -80,18 +93,31 @@ def cells_of(pages: Sequence[int], length: int, page_tokens: int, device: torch.
 
 
 def paged_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-                    packed: Packed, scaling: float | None = None, sliding_window: int | None = None, softcap: float | None = None,
-                    s_aux: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
+                    packed: Packed | None = None, scaling: float | None = None, sliding_window: int | None = None,
+                    softcap: float | None = None, s_aux: Tensor | None = None, **kwargs) -> tuple[Tensor, None]:
     """query (1, H, T, D), key (1, G, T, D), value (1, G, T, E) -> ((1, T, H, E), None). softcap: c tanh(scores / c); s_aux (H,): a
     logit per head that takes part in the softmax and has no value."""
+    if packed is None:
+        whole = [Segment(0, query.shape[2], slice(0, key.shape[2]))]
+        return torch.stack([_attend(q, k.transpose(0, 1), v.transpose(0, 1), whole, scaling, sliding_window, softcap, s_aux)
+                            for q, k, v in zip(query, key, value)]), None
     layer, pool = module.layer_idx, packed.pool
-    keys, values = pool.keys[layer], pool.values[layer]
-    keys.index_copy_(0, packed.new_cells, key[0].transpose(0, 1).to(keys.dtype))
-    values.index_copy_(0, packed.new_cells, value[0].transpose(0, 1).to(values.dtype))
-    heads, groups = query.shape[1], key.shape[1]
+    lanes = pool.keys[layer], pool.values[layer]
+    for which, (lane, new) in enumerate(zip(lanes, (key, value))):
+        lane.index_copy_(0, packed.new_cells, new[0].transpose(0, 1).to(lane.dtype))
+        for given in packed.given:
+            own = given.table[layer, which].to(lane.dtype, copy=True)  # it may itself lie in the pool, and a copy onto itself is refused
+            lane.index_copy_(0, given.cells, own.view(-1, *lane.shape[1:]))
+    return _attend(query[0], *lanes, packed.segments, scaling, sliding_window, softcap, s_aux).unsqueeze(0), None
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment], scaling: float | None,
+            sliding_window: int | None, softcap: float | None, s_aux: Tensor | None) -> Tensor:
+    """query (H, T, D), keys (cells, G, D), values (cells, G, E) -> (T, H, E)."""
+    heads, groups = query.shape[0], keys.shape[1]
     share = heads // groups
-    out = query.new_empty(query.shape[2], heads, value.shape[-1])
-    for segment in packed.segments:
+    out = query.new_empty(query.shape[1], heads, values.shape[-1])
+    for segment in segments:
         cells = segment.cells
         if segment.new == 1 and sliding_window is not None and segment.length > sliding_window:
             cells = slice(cells.stop - sliding_window, cells.stop) if isinstance(cells, slice) else cells[-sliding_window:]
@@ -100,7 +126,7 @@ def paged_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
             mask = segment.mask(sliding_window, share, query.device)
         k, v = (lane[cells] if isinstance(cells, slice) else lane.index_select(0, cells) for lane in (keys, values))
         # (1, G, share * new, D): the queries of a group are rows of one product with its keys
-        q = query[0, :, segment.start: segment.stop].reshape(1, groups, share * segment.new, -1)
+        q = query[:, segment.start: segment.stop].reshape(1, groups, share * segment.new, -1)
         k, v = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
         k, v = k.to(q.dtype), v.to(q.dtype)
         if softcap is None and s_aux is None:
@@ -109,7 +135,7 @@ def paged_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
             sinks = None if s_aux is None else s_aux.view(groups, share, 1).expand(-1, -1, segment.new).reshape(1, groups, -1, 1)
             y = _explicit(q, k, v, mask, scaling, softcap, sinks)
         out[segment.start: segment.stop] = y.view(heads, segment.new, -1).transpose(0, 1)
-    return out.unsqueeze(0), None
+    return out
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None,

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...adapters.model_scope import PrefixScope, Prompts
 from ...errors import GraftworkError, UsageError
 from ...modeling.state import state_of
-from ..generate import context_length, end_tokens
-from .adapters import Attached
-from .attention import NAME, Packed, Segment, attention_of, cells_of, layer_shapes
+from ..generate import end_tokens, positions
+from .adapters import Attached, prefix_of
+from .attention import NAME, Given, Packed, Segment, attention_of, cells_of, layer_shapes
 from .guides import Guides
 from .memory import Memory, Source
 from .policies import make_policy
@@ -52,7 +53,7 @@ class Engine:
         self.memory = Memory(self.pool, self.adapters, prefix_cache=prefix_cache)
         self.scheduler = Scheduler(self.memory, limits or Limits(), policy if isinstance(policy, Policy) else make_policy(policy), clock)
         self.ends = end_tokens(model, tokenizer)
-        self.context = context_length(model)
+        self.context = positions(model)
         self.requests: dict[str, Request] = {}
         self.texts: dict[str, Detokenizer] = {}
         self._guides: Guides | None = None
@@ -82,12 +83,14 @@ class Engine:
             raise UsageError(f"a request '{request.id}' is there already", remedy="give every request an id of its own")
         if not request.prompt:
             raise UsageError("the prompt is empty", remedy="send at least one token")
-        if self.context is not None and len(request.prompt) >= self.context:
-            raise UsageError(f"the prompt has {len(request.prompt)} tokens, the model's context {self.context}",
-                             remedy="shorten the prompt")
         pages = 0
         if request.adapter is not None:
-            pages = self.pool.pack(self.adapters.sizes(self.adapters.digest(request.adapter))).pages
+            digest = self.adapters.digest(request.adapter)
+            pages, request.virtual = self.pool.pack(self.adapters.sizes(digest)).pages, self.adapters.virtual(digest, request.prompt)
+        if self.context is not None and request.length >= self.context:
+            before = f" behind {len(request.virtual)} virtual ones" if request.virtual else ""
+            raise UsageError(f"the prompt has {len(request.prompt)} tokens{before}, the model's context {self.context}",
+                             remedy="shorten the prompt")
         worst = self.pool.pages_for(min(request.worst, self.context or request.worst))
         if worst + pages > self.pool.pages:
             raise UsageError(f"the request may need {worst + pages} pages of memory, the pool has {self.pool.pages}",
@@ -143,30 +146,54 @@ class Engine:
     def _forward(self, step: Step) -> tuple[torch.Tensor, list[Request]]:
         """Logits of the requests whose pending tokens are all in this step, and those requests."""
         ids: list[int] = []
-        positions: list[int] = []
+        places: list[int] = []
         rows: list[int] = []
         new: list[torch.Tensor] = []
         last: list[int] = []
-        segments, names, writers = [], [], []
+        segments, names, writers, given = [], [], [], []
+        embedded: list[tuple[int, torch.Tensor]] = []
         for number, (request, count) in enumerate(step.work):
             first, stop = request.computed, request.computed + count
             cells = cells_of(request.pages, stop, self.pool.page_tokens, self.device)
             segments.append(Segment(len(ids), len(ids) + count, cells))
             new.append(torch.arange(cells.stop - count, cells.stop, device=self.device) if isinstance(cells, slice) else cells[-count:])
-            ids += request.tokens[first:stop]
-            positions += range(first, stop)
+            if first < len(request.virtual):
+                rows_of, table = self._virtual(request, slice(first, min(stop, len(request.virtual))))
+                embedded.append((len(ids), rows_of))
+                if table is not None:
+                    given.append(Given(new[-1][: rows_of.shape[0]], table))
+            ids += request.output[-1:] if count == 1 and stop == request.length and request.output else request.tokens[first:stop]
+            places += range(first, stop)
             rows += [number] * count
             names.append(None if request.resident is None else request.resident.route)
             if stop == request.length:
                 last.append(len(ids) - 1)
                 writers.append(request)
-        packed = Packed(self.pool, torch.cat(new), segments)
+        packed = Packed(self.pool, torch.cat(new), segments, given)
         # a step that only decodes has its rows in order, and what sites make of them is kept from step to step
         token_rows = None if len(ids) == len(names) else torch.tensor(rows, device=self.device)
         with state_of(self.model).scope(rows=tuple(names), token_rows=token_rows, packed=True):
-            out = self.model(input_ids=torch.tensor([ids], device=self.device), position_ids=torch.tensor([positions], device=self.device),
-                             use_cache=False, packed=packed, logits_to_keep=torch.tensor(last, dtype=torch.int64, device=self.device))
+            row = torch.tensor([ids], device=self.device)
+            text = {"input_ids": row}
+            if embedded:
+                vectors = self.model.get_input_embeddings()(row.clamp_(min=0)).clone()
+                for at, virtual in embedded:
+                    vectors[0, at: at + virtual.shape[0]] = virtual.to(vectors.dtype)
+                text = {"inputs_embeds": vectors}
+            out = self.model(**text, position_ids=torch.tensor([places], device=self.device), use_cache=False, packed=packed,
+                             logits_to_keep=torch.tensor(last, dtype=torch.int64, device=self.device))
         return out.logits[0], writers
+
+    def _virtual(self, request: Request, part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of these virtual tokens of a request: the embeddings (n, d), and keys and values (layers, 2, n, ...) or None."""
+        adapter = prefix_of(self.model, request.resident.route)
+        if request.prefix is None:
+            ids = torch.tensor([request.prompt], device=self.device)
+            request.prefix = adapter.prefix(Prompts(ids, torch.ones_like(ids, dtype=torch.bool)), PrefixScope.of(self.model).base)[0]
+        vectors, table = request.prefix[part], adapter.keys_values()
+        if part.stop == len(request.virtual):
+            request.prefix = None
+        return vectors, None if table is None else table[:, :, part]
 
     def _take(self, request: Request, token: int) -> None:
         now, sampling = self.clock(), request.sampling

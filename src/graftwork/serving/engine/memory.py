@@ -40,6 +40,9 @@ class Source(Protocol):
     def sizes(self, digest: str) -> list[int]:
         """Bytes of each of its tensors."""
 
+    def virtual(self, digest: str, prompt: Sequence[int]) -> tuple[int, ...]:
+        """A number below zero for each virtual token that it puts before this prompt; equal ones stand for equal vectors."""
+
     def load(self, digest: str, place: Callable[[int, Sequence[int], torch.dtype], torch.Tensor]) -> tuple[str, Callable[[], None]]:
         """Attach it with its i-th tensor in place(i, shape, dtype): (the name to route rows to, what detaches it). Raises
         GraftworkError for one that is broken."""
@@ -80,6 +83,7 @@ class Memory:
             if request.resident is None:
                 return False
             request.resident.users += 1
+            request.virtual = self.source.virtual(request.resident.digest, request.prompt)
         self.running[request.id], self.keys[request.id] = request, []
         request.pages, request.computed, request.cached = [], 0, 0
         if self.prefixes is not None:

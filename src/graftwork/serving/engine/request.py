@@ -103,6 +103,8 @@ class Request:
     error: Exception | None = None
     computed: int = 0  # tokens whose keys and values lie in the pool
     cached: int = 0  # of those, how many came from other requests
+    virtual: tuple[int, ...] = ()  # below zero: stand for its adapter's virtual tokens, see `Source.virtual`
+    prefix: torch.Tensor | None = field(default=None, repr=False)  # their embeddings, until all are computed
     pages: list[int] = field(default_factory=list)
     resident: Any = None  # its adapter in the pool, while it runs
     preempted: int = 0
@@ -114,12 +116,12 @@ class Request:
 
     @property
     def tokens(self) -> list[int]:
-        """Prompt and answer so far."""
-        return [*self.prompt, *self.output]
+        """What its cells hold, in order: virtual tokens, prompt, answer so far."""
+        return [*self.virtual, *self.prompt, *self.output]
 
     @property
     def length(self) -> int:
-        return len(self.prompt) + len(self.output)
+        return len(self.virtual) + len(self.prompt) + len(self.output)
 
     @property
     def pending(self) -> int:
@@ -134,4 +136,4 @@ class Request:
     @property
     def worst(self) -> int:
         """Tokens in the pool when it ends at its limit."""
-        return len(self.prompt) + self.sampling.max_tokens
+        return len(self.virtual) + len(self.prompt) + self.sampling.max_tokens

@@ -40,7 +40,7 @@ def _one(logits: Tensor, request: Request, ends: frozenset[int]) -> int:
     for token, bias in s.logit_bias.items():
         logits[token] += bias
     if s.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(request.tokens)), device=logits.device)
+        seen = torch.tensor(sorted({*request.prompt, *request.output}), device=logits.device)
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
     if (s.presence_penalty or s.frequency_penalty) and request.output:
