@@ -6,13 +6,16 @@ import torch
 import graftwork
 import tiny
 from adapter_support import EVERYWHERE, attach
+from graftwork.errors import UsageError
 from graftwork.registry import methods
 from graftwork.serving.engine import Engine, Limits, Request, Sampling
 from graftwork.serving.engine import engine as engine_module
 from graftwork.serving.engine.adapters import AdapterFolder
+from graftwork.serving.generate import generate
 
 METHODS = [info.name for info in methods("adapter")]
-CENTRAL = (*EVERYWHERE, "vera", "dora", "mixlora", "prompt", "prefix", "lopa")
+PREFIXES = ("prompt", "prefix", "lopa")
+CENTRAL = (*EVERYWHERE, "vera", "dora", "mixlora", *PREFIXES)
 NEW, PIECES = 6, Limits(chunk=3, max_tokens=8)
 
 
@@ -112,7 +115,7 @@ def test_every_method_in_a_mixed_batch(method, tmp_path, heard):
 
 
 @pytest.mark.parametrize("kind", [k for k in tiny.CAUSAL if k != "llama"])
-@pytest.mark.parametrize("method", [*EVERYWHERE, pytest.param("mixlora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", [*EVERYWHERE, *(pytest.param(m, marks=pytest.mark.slow) for m in ("mixlora", *PREFIXES))])
 def test_on_other_kinds_of_models(method, kind, tmp_path, heard):
     mixed(heard, tiny.CAUSAL[kind](), tmp_path, method)
 
@@ -121,3 +124,54 @@ def test_on_other_kinds_of_models(method, kind, tmp_path, heard):
 def test_on_a_base_in_four_bits(method, tmp_path, heard):
     model, _ = graftwork.load(tiny.save(tiny.llama(), tmp_path / "base"), storage="nf4", dtype="fp32")
     mixed(heard, model, tmp_path, method)
+
+
+# -- virtual tokens ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", PREFIXES)
+def test_virtual_tokens_survive_preemption_and_are_shared_by_content(method, tmp_path, heard):
+    """Pages of a prefix belong to the adapter's content; of one that reads the prompt, to the prompt as well."""
+    model = tiny.llama()
+    saved(model, tmp_path, x=method, y=method)
+    with torch.no_grad():
+        graft = attach(model, method, name="z", seed=9, num_virtual_tokens=13)
+        graft.save(tmp_path / "z")
+        graft.detach()
+    long = tiny.tokens(1, 30)[0].tolist()
+    prompts = [long, long, long[:20] + long[:4], long, long[:9], long]
+    names = ["z", "z", "z", "x", "y", None]
+    pages = 130 if method == "lopa" else 22  # a few more than the adapters take
+    requests = serve(model, tmp_path, names, prompts, pool_bytes=pages * 4096, limits=Limits(chunk=5, optimism=4.0))
+    assert method == "lopa" or sum(r.preempted for r in requests)
+    check(heard, model, tmp_path, names, prompts, requests)
+    source = AdapterFolder(model, tmp_path)
+    assert source.digest("x") == source.digest("y") != source.digest("z")
+    with Engine(model, tiny.tokenizer(), pool_bytes=8 << 20, page_tokens=8, adapters=source) as engine:
+        cached = []
+        for i, prompt in enumerate([long, long[:20], [5, *long], long]):
+            request = Request(f"{i}", prompt, "z", Sampling(max_tokens=2))
+            engine.add(request)
+            engine.run()
+            cached.append(request.cached)
+        # z has 13 virtual tokens: with the first 3 of the text they fill two pages
+        assert cached == ([0, 0, 0, 40] if method == "lopa" else [0, 32, 8, 40])
+
+
+@pytest.mark.parametrize("method", PREFIXES)
+def test_virtual_tokens_take_room_and_agree_with_generate(method):
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    attach(model, method, name="p", num_virtual_tokens=3)
+    attach(model, "lora", name="l")
+    prompt = tiny.tokens(1, 250)[0].tolist()
+    with Engine(model, tokenizer, pool_bytes=1 << 20, page_tokens=8) as engine:
+        with pytest.raises(UsageError, match="254 tokens behind 3 virtual ones, the model's context 256"):
+            engine.add(Request("0", prompt + prompt[:4], "p"))
+        requests = [Request(f"{i}", prompt[:n], name, Sampling(max_tokens=20, ignore_eos=True))
+                    for i, (name, n) in enumerate([("p", 250), (None, 250), ("l", 30), ("p", 7)])]
+        for request in requests:
+            engine.add(request)
+        engine.run()
+    assert [len(r.output) for r in requests] == [3, 6, 20, 20]
+    for request in requests[2:]:
+        answer = generate(model, tokenizer, [request.prompt], adapters=[request.adapter], max_new_tokens=20, gaps=True)[0]
+        same = [a == b or gap < 1e-4 for a, b, gap in zip(answer.ids, request.output, answer.gaps)]
+        assert same and all(same), (answer.ids, request.output)
