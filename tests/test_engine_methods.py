@@ -6,8 +6,8 @@ import torch
 import graftwork
 import tiny
 from adapter_support import EVERYWHERE, attach
-from graftwork.errors import UsageError
-from graftwork.registry import methods
+from graftwork.errors import IncompatibleError, UsageError
+from graftwork.registry import lookup, methods
 from graftwork.serving.engine import Engine, Limits, Request, Sampling
 from graftwork.serving.engine import engine as engine_module
 from graftwork.serving.engine.adapters import AdapterFolder
@@ -88,18 +88,23 @@ def serve(model, folder, names, prompts, **options):
 
 
 def check(heard, model, folder, names, prompts, requests):
-    bare = {}
+    changes = {}
     for request, name, prompt in zip(requests, names, prompts):
         plain = forced(model, prompt, request.output)
-        if name is None:
-            agree(heard, request, plain)
-            continue
-        graft = graftwork.attach_saved(model, folder / name, name="one")
+        parts = () if name is None else ((name, 1.0),) if isinstance(name, str) else name
+        grafts = [graftwork.attach_saved(model, folder / part, name=f"one{i}") for i, (part, _) in enumerate(parts)]
+        for graft, (_, weight) in zip(grafts, parts):
+            graft.scale(weight)
         wanted = forced(model, prompt, request.output)
-        graft.detach()
-        bare[name] = float((wanted - plain).abs().max())
         agree(heard, request, wanted)
-    assert min(bare.values()) > 1e-2, f"an adapter changes nothing: {bare}"
+        if isinstance(name, str) and parts not in changes and grafts[0].info.traits["mergeable"]:
+            grafts[0].merge()
+            agree(heard, request, forced(model, prompt, request.output))
+        for graft in grafts:
+            graft.detach()
+        if parts:
+            changes[parts] = float((wanted - plain).abs().max())
+    assert min(changes.values()) > 1e-2, f"an adapter changes nothing: {changes}"
 
 
 def mixed(heard, model, folder, method):
@@ -124,6 +129,17 @@ def test_on_other_kinds_of_models(method, kind, tmp_path, heard):
 def test_on_a_base_in_four_bits(method, tmp_path, heard):
     model, _ = graftwork.load(tiny.save(tiny.llama(), tmp_path / "base"), storage="nf4", dtype="fp32")
     mixed(heard, model, tmp_path, method)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_trained_tokens_and_whole_modules_beside_an_adapter(method, tmp_path, heard):
+    model = tiny.llama(tied=False)
+    graft = attach(model, method, name="x", trainable_tokens=[5, 6, 7, 90], modules_to_save=["lm_head"])
+    graft.save(tmp_path / "x")
+    graft.detach()
+    saved(model, tmp_path, y="lora")
+    names, prompts = ["x", "y", None, "x"], [[5, 9, 90, 6, 40], [5, 9, 90, 6, 40], [5, 9, 90, 6, 40, 7], [7, 7, 8]]
+    check(heard, model, tmp_path, names, prompts, serve(model, tmp_path, names, prompts))
 
 
 # -- virtual tokens ---------------------------------------------------------------------------------------------------------
@@ -175,3 +191,69 @@ def test_virtual_tokens_take_room_and_agree_with_generate(method):
         answer = generate(model, tokenizer, [request.prompt], adapters=[request.adapter], max_new_tokens=20, gaps=True)[0]
         same = [a == b or gap < 1e-4 for a, b, gap in zip(answer.ids, request.output, answer.gaps)]
         assert same and all(same), (answer.ids, request.output)
+
+
+def test_a_prefix_that_cannot_be_made_fails_its_own_request(tmp_path, heard, monkeypatch):
+    model, prompt = tiny.llama(), tiny.tokens(1, 9)[0].tolist()
+    saved(model, tmp_path, x="lopa")
+
+    def broken(self, prompts, base):
+        raise UsageError("the encoder is gone", remedy="bring it back")
+
+    monkeypatch.setattr(lookup("adapter", "lopa").cls, "prefix", broken)
+    with Engine(model, tiny.tokenizer(), pool_bytes=8 << 20, page_tokens=8, adapters=AdapterFolder(model, tmp_path)) as engine:
+        bad, bare = (Request(f"{name}", prompt, name, Sampling(max_tokens=NEW, ignore_eos=True)) for name in ("x", None))
+        for request in (bad, bare):
+            engine.add(request)
+        engine.run()
+        engine.memory.check()
+    assert bad.finish_reason == "error" and "encoder is gone" in str(bad.error) and not bad.output
+    agree(heard, bare, forced(model, prompt, bare.output))
+
+
+# -- sums -------------------------------------------------------------------------------------------------------------------
+def seeded(model, folder, **kinds):
+    """Like `saved`, no two with the same numbers."""
+    for i, (name, method) in enumerate(kinds.items()):
+        graft = attach(model, method, name=name, seed=i)
+        graft.save(folder / name)
+        graft.detach()
+
+
+@pytest.mark.parametrize("first, second, kind", [("lora", "lora", "llama"), ("lora", "paca", "llama"), ("nola", "loha", "llama"),
+                                                 ("kasa", "lora", "llama"), ("lora", "lora", "gpt2"), ("lora", "paca", "mixtral")])
+def test_a_weighted_sum_equals_the_grafts_attached_together(first, second, kind, tmp_path, heard):
+    model = tiny.CAUSAL[kind]()
+    seeded(model, tmp_path, x=first, y=second, z="flora")
+    whole, twice = (("x", 0.7), ("y", -1.5)), (("y", 0.5), ("x", 0.25), ("x", 0.5))
+    names = [whole, "x", None, "z", whole, twice, "y"]
+    prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (11, 5, 9, 7, 2, 17, 4)]
+    check(heard, model, tmp_path, names, prompts, serve(model, tmp_path, names, prompts))
+
+
+def test_a_sum_has_a_prefix_cache_of_its_own_and_refuses_what_does_not_add(tmp_path):
+    model = tiny.llama()
+    seeded(model, tmp_path, x="lora", y="paca", z="flora", p="prompt", m="mixlora")
+    prompt = tiny.tokens(1, 20)[0].tolist()
+    with Engine(model, tiny.tokenizer(), pool_bytes=8 << 20, page_tokens=8, adapters=AdapterFolder(model, tmp_path)) as engine:
+        cached = []
+        for i, name in enumerate(["x", [("x", 1.0), ("y", 1.0)], [("x", 1.0), ("y", 2.0)], [("x", 1.0), ("y", 1.0)]]):
+            request = Request(f"{i}", prompt, name, Sampling(max_tokens=2))
+            engine.add(request)
+            engine.run()
+            cached.append(request.cached)
+        assert cached == [0, 0, 0, 16]
+        for other, words in [("z", "changes the frozen product"), ("p", "virtual tokens"), ("m", "routes tokens")]:
+            with pytest.raises(IncompatibleError, match=words):
+                engine.add(Request("a", prompt, [("x", 0.5), (other, 0.5)]))
+        for wrong in ([], [("x", float("nan"))], [("x",)], [(1, 2)]):
+            with pytest.raises(UsageError, match="no sum of adapters"):
+                engine.add(Request("a", prompt, wrong))
+        assert not engine.busy
+    attach(model, "lora", name="l")
+    attach(model, "flora", name="f")
+    with Engine(model, tiny.tokenizer(), pool_bytes=1 << 20, page_tokens=8) as engine:
+        engine.add(Request("a", prompt, [("l", 2.0)], Sampling(max_tokens=2)))
+        engine.run()
+        with pytest.raises(IncompatibleError, match="frozen product"):
+            engine.add(Request("b", prompt, [("l", 0.5), ("f", 0.5)]))

@@ -19,7 +19,8 @@ from ..errors import UsageError
 
 @dataclass(frozen=True)
 class ForwardState:
-    """rows: one graft name (or None for the bare base) per row of the batch; None: every attached graft acts on every row.
+    """rows: one graft name (or None for the bare base) per row of the batch; None: every attached graft acts on every row. A row
+    may also name a sum of additive grafts, ((name, weight), ...).
     expansion: how many consecutive rows of the tensor belong to one named row (beams).
     token_rows: for callers that re-indexed tokens, the row (int64, (M,)) of each of the M tokens of a site's input.
     places: beside it, where each of these tokens stands in the flat batch (row * T + t), where the caller knows.
@@ -30,7 +31,7 @@ class ForwardState:
     real: (N, T) bool, False at padding; None: nothing is known to be padding.
     recomputing: True while activation checkpointing repeats a forward (losses, statistics, counters must not count it)."""
 
-    rows: tuple[str | None, ...] | None = None
+    rows: tuple[str | None | tuple[tuple[str, float], ...], ...] | None = None
     expansion: int = 1
     token_rows: torch.Tensor | None = None
     places: torch.Tensor | None = None

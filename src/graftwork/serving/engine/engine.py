@@ -12,16 +12,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...adapters.model_scope import PrefixScope, Prompts
+from ...adapters.slot import bank_bytes
 from ...errors import GraftworkError, UsageError
 from ...modeling.state import state_of
 from ..generate import end_tokens, positions
-from .adapters import Attached, prefix_of
+from .adapters import Attached, checked_sum, prefix_of
 from .attention import NAME, Given, Packed, Segment, attention_of, cells_of, layer_shapes
 from .guides import Guides
 from .memory import Memory, Source
@@ -60,6 +62,10 @@ class Engine:
         self.steps = 0
         self._open = ExitStack()
         self._open.enter_context(attention_of(model, NAME))
+        self._head_rows: torch.Tensor | None = None  # of the tokens that the output head sees in the step that runs
+        head = model.get_output_embeddings()
+        if head is not None:
+            self._open.callback(head.register_forward_pre_hook(self._at_head).remove)
         model.eval()
 
     def close(self) -> None:
@@ -84,6 +90,8 @@ class Engine:
         if not request.prompt:
             raise UsageError("the prompt is empty", remedy="send at least one token")
         pages = 0
+        if request.adapter is not None and not isinstance(request.adapter, str):
+            request.adapter = checked_sum(request.adapter)
         if request.adapter is not None:
             digest = self.adapters.digest(request.adapter)
             pages, request.virtual = self.pool.pack(self.adapters.sizes(digest)).pages, self.adapters.virtual(digest, request.prompt)
@@ -110,6 +118,11 @@ class Engine:
             self._end(request, "abort")
         return request is not None
 
+    def bank_bytes(self) -> int:
+        """Bytes that sites keep beside the pool: adapters side by side as the kernels read them. A cache: it goes when one of its
+        adapters leaves the pool."""
+        return bank_bytes(self.model)
+
     @property
     def busy(self) -> bool:
         return bool(self.requests)
@@ -127,9 +140,16 @@ class Engine:
         step = self.scheduler.step()
         for request in step.aborted:
             self._end(request, "abort")
+        for request, _ in step.work:
+            if request.computed < len(request.virtual):
+                try:
+                    self._make_prefix(request)
+                except GraftworkError as error:  # of this request's adapter: the others go on
+                    step.failed.append((request, error))
         for request, error in step.failed:
             request.error = error
             self._end(request, "error")
+        step.work = [(request, count) for request, count in step.work if request.error is None]
         if not step.work:
             return bool(step.aborted or step.failed)
         self.steps += 1
@@ -172,6 +192,8 @@ class Engine:
         packed = Packed(self.pool, torch.cat(new), segments, given)
         # a step that only decodes has its rows in order, and what sites make of them is kept from step to step
         token_rows = None if len(ids) == len(names) else torch.tensor(rows, device=self.device)
+        keep = torch.tensor(last or [0], device=self.device)  # without a writer one token all the same: empty products are a special case
+        self._head_rows = None if token_rows is None else token_rows.index_select(0, keep)
         with state_of(self.model).scope(rows=tuple(names), token_rows=token_rows, packed=True):
             row = torch.tensor([ids], device=self.device)
             text = {"input_ids": row}
@@ -181,19 +203,32 @@ class Engine:
                     vectors[0, at: at + virtual.shape[0]] = virtual.to(vectors.dtype)
                 text = {"inputs_embeds": vectors}
             out = self.model(**text, position_ids=torch.tensor([places], device=self.device), use_cache=False, packed=packed,
-                             logits_to_keep=torch.tensor(last, dtype=torch.int64, device=self.device))
+                             logits_to_keep=keep)
+        self._head_rows = None
         return out.logits[0], writers
+
+    def _at_head(self, head: nn.Module, args: tuple) -> None:
+        """The model gives its head the last tokens alone: an adapter of the head has to know whose they are."""
+        if self._head_rows is not None:
+            holder = state_of(self.model)
+            holder.current = replace(holder.current, token_rows=self._head_rows)
 
     def _virtual(self, request: Request, part: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Of these virtual tokens of a request: the embeddings (n, d), and keys and values (layers, 2, n, ...) or None."""
-        adapter = prefix_of(self.model, request.resident.route)
-        if request.prefix is None:
-            ids = torch.tensor([request.prompt], device=self.device)
-            request.prefix = adapter.prefix(Prompts(ids, torch.ones_like(ids, dtype=torch.bool)), PrefixScope.of(self.model).base)[0]
-        vectors, table = request.prefix[part], adapter.keys_values()
+        assert request.prefix is not None
+        vectors, table = request.prefix[1][part], prefix_of(self.model, request.resident.route).keys_values()
         if part.stop == len(request.virtual):
             request.prefix = None
         return vectors, None if table is None else table[:, :, part]
+
+    @torch.no_grad()
+    def _make_prefix(self, request: Request) -> None:
+        """The embeddings of a request's virtual tokens, made once from its whole prompt, before any step scopes a route."""
+        route = request.resident.route
+        if request.prefix is None or request.prefix[0] != route:
+            ids = torch.tensor([request.prompt], device=self.device)
+            prompts = Prompts(ids, torch.ones_like(ids, dtype=torch.bool))
+            request.prefix = route, prefix_of(self.model, route).prefix(prompts, PrefixScope.of(self.model).base)[0]
 
     def _take(self, request: Request, token: int) -> None:
         now, sampling = self.clock(), request.sampling

@@ -62,6 +62,10 @@ class Sampling:
                 and not self.logit_bias and self.guide is None and not self.min_tokens)
 
 
+#: adapters and their weights in a sum
+Sum = Sequence[tuple[str, float]]
+
+
 class Status(Enum):
     WAITING = "waiting"
     RUNNING = "running"
@@ -79,15 +83,16 @@ class TokenLogprob:
 
 @dataclass(eq=False)
 class Request:
-    """prompt: token ids. adapter: its name, None for the bare base. tenant: whose share of the server it uses. priority: smaller
-    goes first. deadline: seconds from arrival by which the first token is due (early abort); None: none. listen(request, tokens)
-    is called by the engine after each step that gave it tokens, and once with none when it has ended.
+    """prompt: token ids. adapter: its name, None for the bare base, or [(name, weight), ...] for the sum of their changes. tenant:
+    whose share of the server it uses. priority: smaller goes first. deadline: seconds from arrival by which the first token is
+    due (early abort); None: none. listen(request, tokens) is called by the engine after each step that gave it tokens, and once
+    with none when it has ended.
 
     finish_reason: stop, length, abort, or error; error: the reason in words."""
 
     id: str
     prompt: Sequence[int]
-    adapter: str | None = None
+    adapter: str | Sum | None = None
     sampling: Sampling = field(default_factory=Sampling)
     tenant: str = ""
     deadline: float | None = None
@@ -104,7 +109,7 @@ class Request:
     computed: int = 0  # tokens whose keys and values lie in the pool
     cached: int = 0  # of those, how many came from other requests
     virtual: tuple[int, ...] = ()  # below zero: stand for its adapter's virtual tokens, see `Source.virtual`
-    prefix: torch.Tensor | None = field(default=None, repr=False)  # their embeddings, until all are computed
+    prefix: tuple[str, torch.Tensor] | None = field(default=None, repr=False)  # (route, embeddings), until all are computed
     pages: list[int] = field(default_factory=list)
     resident: Any = None  # its adapter in the pool, while it runs
     preempted: int = 0
