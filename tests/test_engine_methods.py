@@ -220,8 +220,9 @@ def seeded(model, folder, **kinds):
         graft.detach()
 
 
-@pytest.mark.parametrize("first, second, kind", [("lora", "lora", "llama"), ("lora", "paca", "llama"), ("nola", "loha", "llama"),
-                                                 ("kasa", "lora", "llama"), ("lora", "lora", "gpt2"), ("lora", "paca", "mixtral")])
+@pytest.mark.parametrize("first, second, kind", [("lora", "lora", "llama"), ("lora", "paca", "gpt2"), *(
+    pytest.param(*case, marks=pytest.mark.slow) for case in
+    [("nola", "loha", "llama"), ("kasa", "lora", "llama"), ("lora", "paca", "llama"), ("lora", "paca", "mixtral")])])
 def test_a_weighted_sum_equals_the_grafts_attached_together(first, second, kind, tmp_path, heard):
     model = tiny.CAUSAL[kind]()
     seeded(model, tmp_path, x=first, y=second, z="flora")
