@@ -157,17 +157,24 @@ def attach_saved(model: nn.Module, folder: str | Path, *, name: str | None = Non
 
         return attach_peft(model, folder, name=name, trainable=trainable)
     card = read_card(folder)
+    tensors = read_tensors(folder, card) if all(has_values(p) for p in model.parameters()) else None
+    return attach_read(model, card, tensors, folder, name=name, trainable=trainable, allow_zero=allow_zero)
+
+
+def attach_read(model: nn.Module, card: dict[str, Any], tensors: dict[str, Tensor] | None, folder: str | Path, *,
+                name: str | None = None, trainable: bool = False, allow_zero: bool = False) -> Graft:
+    """Attach an artifact that was read already; folder: where from, for messages. tensors None: planning, shapes are all there is."""
+    folder = Path(folder)
     config = _config(card, folder)
     ranks = {site: shape[2] for site, shape in card["sites"].items() if shape[2] is not None}
     name = name or card.get("name") or "default"
-    if not all(has_values(p) for p in model.parameters()):  # planning: shapes are all there is
+    if tensors is None:
         graft = attach(model, config, name=name, seed=card["seed"], ranks=_ranks(model, config, ranks), loading=True)
         shapes = card["tensors"].items()
         load_tensors(graft, {key: torch.empty(shape, dtype=getattr(torch, dtype)) for key, (shape, dtype) in shapes})
         if trainable:
             _resume(graft)
         return graft
-    tensors = read_tensors(folder, card)
     check_base(model, card, folder)
     graft = attach(model, config, name=name, seed=card["seed"], ranks=_ranks(model, config, ranks), loading=True)
     try:

@@ -251,7 +251,7 @@ class FeedForwardPoint(nn.Module):
                                         remedy="name one per row with graftwork.routing, or switch others off (graft.disabled())")
             chosen, rest = [(adapter, None) for adapter in active.values()], None
         else:
-            if state.token_rows is not None and state.token_rows.shape[0] == flat.shape[0]:
+            if state.packed or (state.token_rows is not None and state.token_rows.shape[0] == flat.shape[0]):
                 entries = flat.shape[0]  # each token has its row
             chosen, rest = self._by_row(flat if entries == flat.shape[0] else x, active)
         if not chosen:

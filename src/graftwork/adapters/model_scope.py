@@ -233,6 +233,9 @@ class PrefixScope:
 
     # -- into the body -----------------------------------------------------------------------------------------------------
     def _enter(self, body: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self.holder.current.packed:  # who packs tokens of many requests puts the prefixes there itself
+            self.widths.append(0), self.fills.append(None)
+            return None
         call = {**dict(zip(self.base.names, args)), **kwargs}
         ids, embeds, cache = call.get("input_ids"), call.get("inputs_embeds"), call.get("past_key_values")
         rows = self._adapters_of_rows(ids if ids is not None else embeds)

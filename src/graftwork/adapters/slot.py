@@ -8,6 +8,7 @@ frozen weight is multiplied once per forward, whatever the number of adapters.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,12 @@ class Slot(nn.Module):
         """The same with the adapters of this map alone."""
         state = self.holder.current
         base = Base(self.frozen, self.holder)
-        y = self._all(x, base, state) if state.rows is None else self._by_row(x, base, state)
+        if state.rows is None:
+            y = self._all(x, base, state)
+        elif state.packed and x.dim() == 3:
+            y = self._by_row(x[0], base, state).unsqueeze(0)
+        else:
+            y = self._by_row(x, base, state)
         if self.taps and y.requires_grad:
             seen = x.detach()
             y.register_hook(lambda grad: [tap(seen, grad) for tap in self.taps] and None)
@@ -128,6 +134,8 @@ class Slot(nn.Module):
         """What the grafts that the state calls for do, where it is nothing but a change of single rows of W. With named rows, x must
         be announced by `state.tokens`."""
         state, grafts = self.holder.current, self.holder.grafts
+        if state.rows is not None and any(isinstance(row, tuple) for row in state.rows):
+            return None
         called = {name for name in (grafts if state.rows is None else state.rows) if name is not None and name not in state.disabled}
         live = [(self.entries[key], name) for key, (name, _) in self.owners.items() if name in called and not grafts[name].merged]
         parts = [(adapter.moved_rows(), name) for adapter, name in live]
@@ -178,22 +186,26 @@ class Slot(nn.Module):
         if not groups:
             return base(x)
         added, replaced = [], []
-        for cls, out_rows, keys, position, selected, local in groups:
+        for cls, out_rows, keys, position, selected, local, shares in groups:
             if index is not None:
                 local = position.index_select(0, index)
+                shares = None if shares is None else shares.index_select(0, index)
                 if selected is not None:
                     selected = torch.where(local >= 0)[0]
                     local = local.index_select(0, selected)
                 elif state.token_rows is None:  # every row as often as any other, see `row_index`: known without asking the device
                     local.numbers = tuple(n for n in position.numbers for _ in range(x.shape[0] // len(state.rows)))
-            (replaced if cls.multiplicative else added).append((cls, out_rows, keys, selected, local))
+            if shares is not None and selected is not None:
+                shares = shares.index_select(0, selected)
+            (replaced if cls.multiplicative else added).append((cls, out_rows, keys, selected, local, shares))
         y = self._replace(x, base, replaced) if replaced else base(x)
-        for cls, out_rows, keys, selected, local in added:
+        for cls, out_rows, keys, selected, local, shares in added:
             part = x if selected is None else x.index_select(0, selected)
             change = cls.forward_rows(self._bank(cls, keys, x.dtype), local, part, self._part(base, out_rows))
             weights = [self.holder.grafts[self.owners[key][0]].weight for key in keys]
-            if any(w != 1.0 for w in weights):
+            if shares is not None or any(w != 1.0 for w in weights):
                 factor = torch.tensor(weights, dtype=change.dtype, device=change.device).index_select(0, local)
+                factor = factor if shares is None else factor * shares.to(change.dtype)
                 change = change * factor.view(-1, *[1] * (change.dim() - 1))
             if out_rows is not None:
                 padded = y.new_zeros(*change.shape[:-1], y.shape[-1])
@@ -204,13 +216,14 @@ class Slot(nn.Module):
 
     def _groups(self, state, device: torch.device) -> list[tuple]:
         """For the named rows: [(class, output slice, keys, position (rows,) in the bank of these keys or -1, the rows that are in
-        it (None: all), their positions)]. Kept while the rows stay the same: what a bank makes of the positions is kept with
-        these very tensors."""
+        it (None: all), their positions, shares (rows,) of it or None)]. A row with a sum of grafts is in one group for each of them.
+        Kept while the rows stay the same: what a bank makes of the positions is kept with these very tensors."""
         token = (state.rows, state.disabled, device, torch.is_inference_mode_enabled())
         if self._plan is not None and self._plan[0] == token:
             return self._plan[1]
         sorted_keys: dict[tuple, list[str]] = {}
-        wanted = {name for name in state.rows if name is not None and name not in state.disabled}
+        parts = [() if row is None else ((row, 1.0),) if isinstance(row, str) else row for row in state.rows]
+        wanted = {name for row in parts for name, _ in row if name not in state.disabled}
         for key, (name, rows) in self.owners.items():
             if name in wanted:
                 bounds = None if rows is None else (rows.start, rows.stop)
@@ -218,11 +231,19 @@ class Slot(nn.Module):
         groups = []
         for (cls, bounds), keys in sorted_keys.items():
             place = {self.owners[key][0]: i for i, key in enumerate(keys)}
-            numbers = [place.get(name, -1) for name in state.rows]
-            chosen = [i for i, number in enumerate(numbers) if number >= 0]
-            groups.append((cls, None if bounds is None else slice(*bounds), tuple(keys), row_index(numbers, device),
-                           None if len(chosen) == len(numbers) else torch.tensor(chosen, device=device),
-                           row_index([numbers[i] for i in chosen], device)))
+            for turn in range(max(map(len, parts))):
+                numbers = [place.get(row[turn][0], -1) if turn < len(row) else -1 for row in parts]
+                chosen = [i for i, number in enumerate(numbers) if number >= 0]
+                if not chosen:
+                    continue
+                shares = [row[turn][1] if turn < len(row) else 1.0 for row in parts]
+                if cls.multiplicative and any(isinstance(state.rows[i], tuple) for i in chosen):
+                    raise IncompatibleError(f"'{cls.method}' changes the frozen product and cannot be part of a sum of grafts",
+                                            remedy="choose it alone")
+                groups.append((cls, None if bounds is None else slice(*bounds), tuple(keys), row_index(numbers, device),
+                               None if len(chosen) == len(numbers) else torch.tensor(chosen, device=device),
+                               row_index([numbers[i] for i in chosen], device),
+                               None if all(share == 1.0 for share in shares) else torch.tensor(shares, device=device)))
         self._plan = (token, groups)
         return groups
 
@@ -242,7 +263,7 @@ class Slot(nn.Module):
         device, total = x.device, x.shape[0]
         pieces, order, sizes, parts = [], [], [], []
         taken = torch.zeros(total, dtype=torch.bool, device=device)
-        for cls, out_rows, keys, selected, local in groups:
+        for cls, out_rows, keys, selected, local, _ in groups:
             if out_rows is not None:
                 raise IncompatibleError(f"'{cls.method}' on a slice of a fused projection cannot be chosen per row",
                                         remedy="target the whole projection, or attach it alone")
@@ -262,11 +283,31 @@ class Slot(nn.Module):
             sizes.append(rest.shape[0])
         products = base.product(torch.cat(pieces)).split(sizes)
         outputs = [cls.rows_combine(self._bank(cls, keys, x.dtype), local, z, part, base)
-                   for (cls, _, keys, _, local), z, part in zip(groups, products, parts)]
+                   for (cls, _, keys, _, local, _), z, part in zip(groups, products, parts)]
         outputs += list(products[len(groups):])
         back = torch.argsort(torch.cat(order))
         y = torch.cat(outputs).index_select(0, back)
         return y if base.bias is None else y + base.bias.to(y.dtype)
+
+
+def bank_bytes(model: nn.Module) -> int:
+    """Bytes of what the sites keep beside the adapters' own tensors: banks, and what these made of the rows they last saw."""
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+    todo: list[Any] = [slot._banks for slot in model.modules() if isinstance(slot, Slot)]
+    while todo:
+        thing = todo.pop()
+        if isinstance(thing, Tensor):
+            storage = thing.untyped_storage()
+            if storage.data_ptr() not in known:
+                found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(thing, dict):
+            todo += thing.values()
+        elif isinstance(thing, (list, tuple)):
+            todo += thing
+        elif hasattr(thing, "__dict__") and not isinstance(thing, (nn.Module, type)) and not callable(thing):
+            todo.append(vars(thing))
+    return sum(found.values())
 
 
 def _version(adapter: Adapter) -> tuple:

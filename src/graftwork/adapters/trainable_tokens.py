@@ -181,8 +181,10 @@ class TokenSlot(Slot):
         return y
 
     def _of_rows(self, x: Tensor, y: Tensor, state) -> Tensor:
+        if state.packed and x.shape[0] == 1 < x.shape[1]:
+            return self._of_rows(x.T, y.transpose(0, 1), state).transpose(0, 1)
         index = self.holder.row_index(x)
-        for cls, _, keys, position, _, _ in self._groups(state, x.device):
+        for cls, _, keys, position, *_ in self._groups(state, x.device):
             bank = self._bank(cls, keys, y.dtype)
             local = position if index is None else position.index_select(0, index)
             inside, flat = local.clamp(min=0), x.reshape(x.shape[0], -1)

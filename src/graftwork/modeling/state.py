@@ -19,20 +19,23 @@ from ..errors import UsageError
 
 @dataclass(frozen=True)
 class ForwardState:
-    """rows: one graft name (or None for the bare base) per row of the batch; None: every attached graft acts on every row.
+    """rows: one graft name (or None for the bare base) per row of the batch; None: every attached graft acts on every row. A row
+    may also name a sum of additive grafts, ((name, weight), ...).
     expansion: how many consecutive rows of the tensor belong to one named row (beams).
     token_rows: for callers that re-indexed tokens, the row (int64, (M,)) of each of the M tokens of a site's input.
     places: beside it, where each of these tokens stands in the flat batch (row * T + t), where the caller knows.
+    packed: the batch is one row (1, M, ...) with the tokens of all rows, told apart by token_rows; without, one token a row.
     disabled: names of grafts that are off. seed, step, micro: the clock from which noise is drawn.
     labels: of the batch (N, T), -100 where nothing is trained; a prefix that depends on the prompt tells it from the answer
     by them. None: all input is prompt.
     real: (N, T) bool, False at padding; None: nothing is known to be padding.
     recomputing: True while activation checkpointing repeats a forward (losses, statistics, counters must not count it)."""
 
-    rows: tuple[str | None, ...] | None = None
+    rows: tuple[str | None | tuple[tuple[str, float], ...], ...] | None = None
     expansion: int = 1
     token_rows: torch.Tensor | None = None
     places: torch.Tensor | None = None
+    packed: bool = False
     disabled: frozenset[str] = frozenset()
     seed: int = 0
     step: int = 0

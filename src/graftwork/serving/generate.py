@@ -141,11 +141,16 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(token) for token in found if token is not None)
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Positions the model has for text, None where its config names no limit. A graft's virtual tokens take theirs first."""
+def positions(model: nn.Module) -> int | None:
+    """How many positions the model has, None where its config names no limit."""
     config = getattr(model, "config", None)
     config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    room = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Positions the model has for text, None where its config names no limit. A graft's virtual tokens take theirs first."""
+    room = positions(model)
     prefixes = [adapter.length for graft in state_of(model).grafts.values() if graft.info.traits["scope"] == "model"
                 for adapter in graft.adapters.values()]
     return None if room is None else room - max(prefixes, default=0)
