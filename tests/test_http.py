@@ -232,6 +232,7 @@ def test_tokens(saved):
                 tiny.tokenizer()(TEXT, add_special_tokens=False)["input_ids"]
             assert TEXT in (await client.post("/detokenize", json={"tokens": ids})).json()["prompt"]
             error_of(await client.post("/detokenize", json={"tokens": [5000]}), 400)
+            assert "/v1/chat/completions" in (await client.get("/openapi.json")).json()["paths"]
             error_of(await client.post("/tokenize", json={"prompt": "x", "messages": CHAT}), 400)
     asyncio.run(main())
 
@@ -377,6 +378,8 @@ def test_a_broken_adapter_fails_its_own_requests_only(fleet, saved):
     (fleet / "inner").mkdir()
     for file in (fleet / "a0").iterdir():
         (fleet / "inner" / file.name).symlink_to(file)
+    shutil.copytree(fleet / "a0", fleet / "copy")  # says that it is what a0 is, and is not
+    (fleet / "copy" / tensors.name).write_bytes(content)
     bad = ["broken", "pickle", "cut", "odd", "inner"]
 
     async def main():
@@ -389,6 +392,14 @@ def test_a_broken_adapter_fails_its_own_requests_only(fleet, saved):
             for name in ("a0", "tiny", "a1"):
                 assert text_of(await complete(client, name)) == saved[1](name, TEXT).text
             error_of(await complete(client, "linked"), 404)
+
+            def waits():
+                pinned = service.catalog.pin("a0").removeprefix("=")
+                service.catalog.pin("copy")
+                service.catalog.hosts.clear()
+                return service.catalog.host(pinned).folder
+
+            assert await service.loop.call(waits) == fleet / "a0"
             assert "linked" not in [m["id"] for m in (await client.get("/v1/models")).json()["data"]]
             await idle(service)
             assert (await client.get("/health")).status_code == 200

@@ -145,14 +145,23 @@ class Catalog(AdapterFolder):
             return super().digest(name)
 
     def host(self, digest: str) -> Host:
-        if digest not in self.hosts:
-            folder = self._folders[digest]
-            with _foreign(folder.name):
-                if not folder.is_dir() or content_digest(folder) != digest:
-                    raise ArtifactError(f"the adapter in {folder} was replaced or deleted while a request waited for it",
-                                        remedy="send the request again")
-                return super().host(digest)
-        return super().host(digest)
+        if digest in self.hosts:
+            return super().host(digest)
+        # several names may stand for the same content, and one of the copies may be damaged
+        places = [self._folders[digest], *(Path(stamp[0]) for name, stamp in self._stamps.items() if self._digests.get(name) == digest)]
+        problem: ArtifactError | None = None
+        for folder in dict.fromkeys(places):
+            try:
+                with _foreign(folder.name):
+                    if not folder.is_dir() or content_digest(folder) != digest:
+                        raise ArtifactError(f"the adapter in {folder} was replaced or deleted while a request waited for it",
+                                            remedy="send the request again")
+                    self._folders[digest] = folder
+                    return super().host(digest)
+            except ArtifactError as error:
+                problem = problem or error
+        assert problem is not None
+        raise problem
 
     def load(self, digest: str, place: Callable[[int, Sequence[int], torch.dtype], Tensor]) -> tuple[str, Callable[[], None]]:
         with _foreign(self._folders[digest].name):
