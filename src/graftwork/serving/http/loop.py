@@ -1,0 +1,262 @@
+"""The engine in a thread of its own, and its answers as asynchronous streams.
+
+Everything that touches the engine runs in its thread: requests that come and go, and functions (`call`) between two steps.
+What a step wrote goes to the event loop in one message. An error in a step ends all requests with that error and the engine
+with it: a server that may compute nonsense answers nothing, and says so (`failed`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ...errors import GraftworkError
+from ..engine import Engine, Request
+from ..engine.request import TokenLogprob
+from .errors import Unavailable
+
+T = TypeVar("T")
+log = logging.getLogger("graftwork.serve")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """News of one request: text that may be shown, the tokens and their logprobs, and at its end why it ended."""
+
+    text: str
+    tokens: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprob] = ()
+    finish_reason: str | None = None
+    error: BaseException | None = None
+
+
+class Stream:
+    """What comes of the requests of one call, in the order in which it is written. names: of their adapters, as they were asked."""
+
+    def __init__(self, loop: EngineLoop, requests: Sequence[Request]):
+        self.requests, self.names = list(requests), [request.adapter for request in requests]
+        self._loop = loop
+        self._queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self._open = set(range(len(self.requests)))  # of the event loop
+        self._told = [0] * len(self.requests)  # of the engine's thread
+
+    async def next(self) -> tuple[int, Piece]:
+        """(number of the request, its news)."""
+        return await self._queue.get()
+
+    def cancel(self) -> None:
+        """End what has not ended."""
+        for i in self._open:
+            self._loop.cancel(self.requests[i])
+
+
+class EngineLoop:
+    """engine: belongs to the loop from now on; `stop` closes it. pin: a name -> what the engine is asked for, so that a request keeps
+    the content it began with. on_end(request, name): called in the event loop when a request has ended, however it did."""
+
+    def __init__(self, engine: Engine, *, pin: Callable[[str], str] | None = None,
+                 on_end: Callable[[Request, str | None], None] | None = None):
+        self.engine, self.pin, self.on_end = engine, pin, on_end
+        self.failed: BaseException | None = None
+        self.draining = False
+        self.open = 0  # requests that have not ended; of the event loop
+        self._adding = 0
+        self._lock = threading.Condition()
+        self._inbox: deque[tuple[Callable[[], None], Callable[[BaseException], None]]] = deque()
+        self._outbox: list[tuple[Stream, int, Piece]] = []
+        self._live: dict[str, tuple[Stream, int]] = {}
+        self._stopping = self._ended = False
+        self._aio: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    # -- of the event loop --------------------------------------------------------------------------------------------------------
+    def start(self) -> None:
+        self._aio = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._main, name="graftwork-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        return self._thread is not None and self.failed is None and not self.draining and not self._ended
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun to run."""
+        return self._adding + len(self.engine.scheduler.waiting)
+
+    def submit(self, requests: Sequence[Request]) -> Stream:
+        """Queue requests. One that the engine refuses ends with the error. Raises Unavailable."""
+        if self.draining:
+            raise Unavailable("the server is about to stop", remedy="send the request to another one")
+        stream = Stream(self, requests)
+        for i, request in enumerate(requests):
+            request.listen = lambda request, tokens, i=i: self._heard(stream, i, tokens)
+            with self._lock:
+                self._adding += 1
+            try:
+                self._post(lambda i=i: self._add(stream, i), lambda error, i=i: self._refuse(stream, i, error))
+            except Unavailable:
+                with self._lock:
+                    self._adding -= 1
+                raise
+            self.open += 1
+        return stream
+
+    def cancel(self, request: Request) -> None:
+        """End a request; one that has ended already stays as it is."""
+        try:
+            self._post(lambda: self.engine.cancel(request.id), lambda error: None)
+        except Unavailable:
+            pass
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """function() in the engine's thread, between two steps. Raises what it raises, and Unavailable."""
+        assert self._aio is not None
+        future: asyncio.Future[T] = self._aio.create_future()
+
+        def settle(result: Any, error: BaseException | None) -> None:
+            if not future.done():
+                future.set_result(result) if error is None else future.set_exception(error)
+
+        def run() -> None:
+            try:
+                result = function()
+            except Exception as error:
+                self._send(settle, None, error)
+            else:
+                self._send(settle, result, None)
+
+        self._post(run, lambda error: self._send(settle, None, error))
+        return await future
+
+    async def stop(self, drain: float = 0.0) -> None:
+        """Take no more requests, wait up to `drain` seconds for those that run, abort what is left, close the engine."""
+        self.draining = True
+        until = time.monotonic() + drain
+        while self.open and self.failed is None and time.monotonic() < until:
+            await asyncio.sleep(0.02)
+        with self._lock:
+            self._stopping = True
+            self._lock.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def _deliver(self, batch: list[tuple[Stream, int, Piece]]) -> None:
+        for stream, i, piece in batch:
+            if piece.finish_reason is not None:
+                stream._open.discard(i)
+                self.open -= 1
+                if self.on_end is not None:
+                    self.on_end(stream.requests[i], stream.names[i])
+            stream._queue.put_nowait((i, piece))
+
+    # -- of both ------------------------------------------------------------------------------------------------------------------
+    def _post(self, run: Callable[[], None], refuse: Callable[[BaseException], None]) -> None:
+        with self._lock:
+            if self.failed is not None or self._ended:
+                raise self._unavailable()
+            self._inbox.append((run, refuse))
+            self._lock.notify()
+
+    def _unavailable(self) -> Unavailable:
+        if self.failed is None:
+            return Unavailable("the server is about to stop", remedy="send the request to another one")
+        return Unavailable(f"the engine has failed ({type(self.failed).__name__})", remedy="start the server again; its log has the reason")
+
+    # -- of the engine's thread -----------------------------------------------------------------------------------------------------
+    def _main(self) -> None:
+        try:
+            while True:
+                with self._lock:
+                    while not (self._inbox or self._stopping or self.engine.busy):
+                        self._lock.wait()
+                    tasks = list(self._inbox)
+                    self._inbox.clear()
+                    if self._stopping and not tasks:
+                        self._ended = True  # under the lock: nothing can be posted behind it
+                        break
+                for run, _ in tasks:
+                    run()
+                # a step that only puts requests back into the queue computes nothing, so one more says that nothing can
+                if self.engine.busy and not self.engine.step() and self.engine.busy and not self.engine.step():
+                    self._unblock()
+                self._flush()
+            self.engine.close()
+            self._flush()
+        except BaseException as error:
+            self._fail(error)
+
+    def _add(self, stream: Stream, i: int) -> None:
+        request = stream.requests[i]
+        try:
+            if request.adapter is not None and self.pin is not None:
+                request.adapter = self.pin(request.adapter)
+            self._live[request.id] = (stream, i)
+            self.engine.add(request)
+        except BaseException as error:  # a panic of a grammar compiler is no Exception
+            self._live.pop(request.id, None)
+            if not isinstance(error, GraftworkError):
+                log.error("a request could not be added", exc_info=error, extra={"facts": {"request": request.id}})
+            self._end(stream, i, error)
+        finally:
+            with self._lock:
+                self._adding -= 1
+
+    def _refuse(self, stream: Stream, i: int, error: BaseException) -> None:
+        with self._lock:
+            self._adding -= 1
+        self._end(stream, i, error)
+
+    def _end(self, stream: Stream, i: int, error: BaseException) -> None:
+        request = stream.requests[i]
+        request.error, request.finish_reason = error, "error"
+        self._outbox.append((stream, i, Piece("", finish_reason="error", error=error)))
+
+    def _heard(self, stream: Stream, i: int, tokens: list[int]) -> None:
+        request = stream.requests[i]
+        last = request.finish_reason is not None
+        text = self.engine.text(request).take(final=last)
+        logprobs = request.logprobs[stream._told[i]:]
+        stream._told[i] += len(logprobs)
+        if last:
+            self._live.pop(request.id, None)
+        self._outbox.append((stream, i, Piece(text, tuple(tokens), tuple(logprobs), request.finish_reason, request.error)))
+
+    def _unblock(self) -> None:
+        """Nothing runs and the first in the queue does not fit: it never will."""
+        scheduler = self.engine.scheduler
+        if not scheduler.running and scheduler.waiting:
+            request = scheduler.waiting[0]
+            request.error = GraftworkError("the request needs more memory than the pool has", remedy="ask for fewer tokens")
+            self.engine.cancel(request.id)
+
+    def _flush(self) -> None:
+        if self._outbox:
+            batch, self._outbox = self._outbox, []
+            self._send(self._deliver, batch)
+
+    def _send(self, function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            self._aio.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the event loop is closed: nobody listens any more
+            pass
+
+    def _fail(self, error: BaseException) -> None:
+        log.critical("the engine has failed", exc_info=error)
+        with self._lock:
+            self.failed = error
+            tasks = list(self._inbox)
+            self._inbox.clear()
+        told = self._unavailable()
+        for stream, i in list(self._live.values()):
+            self._end(stream, i, told)
+        self._live.clear()
+        for _, refuse in tasks:
+            refuse(told)
+        self._flush()
