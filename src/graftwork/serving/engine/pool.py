@@ -66,14 +66,11 @@ class Pool:
         cells = [lane.view(dtype).view(pages * page_tokens, heads, width) for lane, (heads, width) in zip(self.lanes, widths)]
         self.keys, self.values = cells[0::2], cells[1::2]
         self.users = np.zeros(pages, dtype=np.int32)
+        self.free = pages  # how many have no user; counted along, as it is asked for in every step
         self.owner: list[str | None] = [None] * pages
         self.fixed = np.zeros(pages, dtype=bool)  # pages of a run, which cannot be moved one by one
 
     # -- counts -------------------------------------------------------------------------------------------------------------
-    @property
-    def free(self) -> int:
-        return int((self.users == 0).sum())
-
     @property
     def used(self) -> int:
         return self.pages - self.free
@@ -99,6 +96,7 @@ class Pool:
                 at = start - 1 + (length - (count - len(taken))) // 2 if self._beside(start) and length > count - len(taken) else start - 1
             at += 1
             self.users[at], self.owner[at] = 1, owner
+            self.free -= 1
             taken.append(at)
         return taken
 
@@ -115,6 +113,7 @@ class Pool:
             self.users[page] -= 1
             if not self.users[page]:
                 self.owner[page], self.fixed[page] = None, False
+                self.free += 1
 
     # -- runs of pages ----------------------------------------------------------------------------------------------------------
     def take_run(self, count: int, owner: str) -> int | None:
@@ -184,6 +183,7 @@ class Pool:
     def _occupy(self, start: int, count: int, owner: str) -> int:
         self.users[start: start + count], self.fixed[start: start + count] = 1, True
         self.owner[start: start + count] = [owner] * count
+        self.free -= count
         return start
 
     def _copy(self, old: list[int], new: list[int]) -> None:

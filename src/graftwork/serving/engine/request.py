@@ -105,6 +105,7 @@ class Request:
     cached: int = 0  # of those, how many came from other requests
     pages: list[int] = field(default_factory=list)
     resident: Any = None  # its adapter in the pool, while it runs
+    digest: str | None = None  # content of its adapter when it last began to run; an answer ends with what it began with
     preempted: int = 0
     first_token: float | None = None
     ended: float | None = None
