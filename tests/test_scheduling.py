@@ -247,16 +247,16 @@ def test_early_abort_gives_up_what_is_late_and_turns_under_overload():
 
 def test_attainment_at_overload_is_ordered_as_in_the_paper():
     """S-LoRA, 1.2 times the capacity: early abort above newest first above first come, first served."""
-    shape = dict(adapters=200, duration=240, prompt=(8, 256), answer=(8, 256), ranks=(64, 32, 16, 8))
+    shape = dict(adapters=200, prompt=(8, 256), answer=(8, 256), ranks=(64, 32, 16, 8))
     limits = Limits(max_running=64, max_tokens=512, chunk=256)
-    closed = trace(rate=1.0, **shape).at_once()
+    closed = trace(rate=1.0, duration=800, **shape).at_once()
     capacity = simulate(closed, BIG, limits=limits, slo=math.inf).metrics.throughput
-    load = trace(rate=1.2 * capacity, **shape)
+    load = trace(rate=1.2 * capacity, duration=300, **shape)
     got = {p: simulate(load, BIG, policy=p, limits=limits, slo=6.0).metrics for p in ("early_abort", "newest", "fcfs")}
     attained = [got[p].attainment for p in ("early_abort", "newest", "fcfs")]
     assert attained[0] > attained[1] > attained[2] + 0.2, attained
     assert got["early_abort"].unfinished > 0 == got["newest"].unfinished == got["fcfs"].unfinished
-    easy = trace(rate=0.3 * capacity, **shape)
+    easy = trace(rate=0.3 * capacity, duration=100, **shape)
     assert all(simulate(easy, BIG, policy=p, limits=limits, slo=6.0).metrics.attainment > 0.98 for p in got)
 
 
@@ -446,7 +446,7 @@ def test_shared_prompts_are_computed_once_on_the_same_adapter():
 
 
 def test_two_thousand_adapters_twice_the_same():
-    load = trace(adapters=2000, rate=2.0, duration=120.0, alpha=0.6, cv=2.0)
+    load = trace(adapters=2000, rate=2.0, duration=60.0, alpha=0.6, cv=2.0)
     runs = [simulate(load, BIG, policy="clustered", limits=Limits(max_running=64)) for _ in range(2)]
     assert runs[0].metrics == runs[1].metrics and runs[0].trace == runs[1].trace == load.hash
     assert runs[0].metrics.finished == len(load) and runs[0].preempted == 0 and runs[0].evictions > 0

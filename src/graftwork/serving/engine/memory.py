@@ -97,9 +97,9 @@ class Memory:
         return True
 
     def reserve(self, request: Request, tokens: int) -> bool:
-        missing = self.pool.pages_for(request.computed + tokens) - len(request.pages)
-        if missing <= 0:
+        if request.computed + tokens <= len(request.pages) * self.page_tokens:
             return True
+        missing = self.pool.pages_for(request.computed + tokens) - len(request.pages)
         if missing > self.pool.free and not self.give_way(missing - self.pool.free):
             return False
         pages = self.pool.take(missing, request.id, request.pages[-1] if request.pages else None)

@@ -187,6 +187,8 @@ class Pool:
         return start
 
     def _copy(self, old: list[int], new: list[int]) -> None:
+        if self.device.type == "meta":  # a simulated pool holds nothing
+            return
         source, target = torch.tensor(old, device=self.device), torch.tensor(new, device=self.device)
         for lane, size in zip(self.lanes, self.cell_bytes):
             pages = lane.view(self.pages, self.page_tokens * size)
@@ -195,15 +197,25 @@ class Pool:
     @staticmethod
     def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
         """(start, length) of every stretch of True."""
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
-        return [(int(a), int(b - a)) for a, b in zip(edges[0::2], edges[1::2])]
+        edges = _edges(mask).tolist()
+        return [(a, b - a) for a, b in zip(edges[0::2], edges[1::2])]
 
     def _longest_run(self) -> tuple[int, int]:
-        return max(self._runs(self.users == 0), key=lambda run: run[1])
+        edges = _edges(self.users == 0)
+        lengths = edges[1::2] - edges[0::2]
+        at = int(lengths.argmax())
+        return int(edges[2 * at]), int(lengths[at])
 
     def _beside(self, start: int) -> bool:
         """Whether the page before a free run is in use: its owner may want to grow into the run."""
         return start > 0 and not self.fixed[start - 1]
+
+
+def _edges(mask: np.ndarray) -> np.ndarray:
+    """Where stretches of True begin and end, in turn."""
+    padded = np.zeros(len(mask) + 2, dtype=bool)
+    padded[1:-1] = mask
+    return np.flatnonzero(padded[1:] != padded[:-1])
 
 
 def _aligned(size: int) -> int:

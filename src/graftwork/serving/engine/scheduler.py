@@ -112,17 +112,17 @@ class Scheduler:
             self.waiting.remove(request)
             request.status = Status.FINISHED
             step.aborted.append(request)
-        one: list[Request] = []
-        more: list[Request] = []
+        one: list[tuple[Request, int]] = []
+        more: list[tuple[Request, int]] = []
         for request in self.running:
-            (one if request.pending == 1 else more).append(request)
+            pending = request.pending
+            (one if pending == 1 else more).append((request, pending))
         budget = self.limits.max_tokens
         writing: list[Request] = []  # those that get a token in this step, and from then on in every step
         reading: list[Request] = []  # those whose prompts are not through; nobody knows yet when they begin to write
-        for request in one + more:
+        for request, pending in one + more:
             if request.status is not Status.RUNNING:  # put back on behalf of another
                 continue
-            pending = request.pending
             count = min(pending, self.limits.chunk, budget)
             if count and self._make_room(request, count, step):
                 step.work.append((request, count))
