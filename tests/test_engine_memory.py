@@ -67,6 +67,7 @@ def test_a_forward_reads_the_tensors_in_the_pool(method, tmp_path, heard):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_memory_stays_flat_as_adapters_come_and_go(tmp_path):
     """60 turns through a pool with room for a few of 10 adapters: what has left is gone, and banks do not pile up."""
     model, prompt = tiny.llama(), tiny.tokens(1, 6)[0].tolist()

@@ -635,6 +635,7 @@ def test_the_official_client_works_unchanged(saved):
         client.close()
 
 
+@pytest.mark.slow
 def test_sigterm_lets_answers_end(saved, tmp_path):
     base = tiny.save(tiny.llama(), tmp_path / "tiny")
     command = [sys.executable, "-m", "graftwork.cli.main", "serve", "--model", str(base), "--adapters", str(saved[0]), "--port", "0",

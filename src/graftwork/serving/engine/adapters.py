@@ -154,17 +154,6 @@ class Host:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
-def content_digest(path: Path) -> str:
-    """Of what a saved adapter computes. Raises ArtifactError for a folder that holds none."""
-    if (path / CARD).is_file():
-        card = read_card(path)
-        return hashlib.sha256(f"{seal(card)}/{card['sha256']}".encode()).hexdigest()[:32]
-    if (path / PEFT_CARD).is_file() and (path / PEFT_TENSORS).is_file():
-        return hashlib.sha256((path / PEFT_CARD).read_bytes() + (path / PEFT_TENSORS).read_bytes()).hexdigest()[:32]
-    raise ArtifactError(f"adapter '{path.name}' has neither {CARD} nor {PEFT_CARD} with {PEFT_TENSORS}",
-                        remedy="put a folder written by graft.save or PEFT there")
-
-
 class AdapterFolder:
     """root: a folder with one adapter a subfolder (ours or PEFT's). host_bytes: of adapters kept in host memory."""
 

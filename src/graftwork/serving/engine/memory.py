@@ -13,9 +13,11 @@ from typing import Protocol
 
 import torch
 
-from .pool import Pool
+from .pool import Packing, Pool
 from .prefixes import Prefixes
 from .request import Request
+
+PACKINGS = 256  # ways to lie in the pool that are kept
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Source(Protocol):
     def digest(self, name: str) -> str:
         """Of the content that the name stands for now."""
 
-    def sizes(self, digest: str) -> list[int]:
+    def sizes(self, digest: str) -> Sequence[int]:
         """Bytes of each of its tensors."""
 
     def virtual(self, digest: str, prompt: Sequence[int]) -> tuple[int, ...]:
@@ -59,29 +61,36 @@ class Memory:
         self.keys: dict[str, list[bytes]] = {}  # request -> keys of its full pages
         self.page_tokens = pool.page_tokens
         self.loads = self.evictions = 0
+        self.resident_pages = self.busy_pages = 0  # of adapters in the pool; of those, that requests run on
+        self._packings: OrderedDict[tuple[int, ...], Packing] = OrderedDict()  # by sizes, least recently used first
 
     # -- what the scheduler asks ----------------------------------------------------------------------------------------------
     def available(self) -> int:
-        idle = sum(r.pages for r in self.residents.values() if not r.users)
-        return self.pool.free + (self.prefixes.idle() if self.prefixes else 0) + idle
+        return self.pool.free + (self.prefixes.idle() if self.prefixes else 0) + self.resident_pages - self.busy_pages
 
-    def adapter_pages(self, name: str | None) -> int:
-        if name is None:
+    def capacity(self) -> int:
+        return self.pool.pages - self.busy_pages
+
+    def adapter_pages(self, request: Request) -> int:
+        if request.adapter is None:
             return 0
-        digest = self.source.digest(name)
+        digest = self._content(request)
         resident = self.residents.get(digest)
         if resident is not None:
             return 0 if resident.users else resident.pages  # idle pages count as available until somebody runs on them
-        return self.pool.pack(self.source.sizes(digest)).pages
+        return self.packing(digest).pages
 
     def prepare(self, request: Request) -> bool:
         """Make the request's adapter resident and give it the pages of its prompt that are known. Raises GraftworkError for an
         adapter that cannot be loaded."""
         request.resident = None
         if request.adapter is not None:
-            request.resident = self.resident(self.source.digest(request.adapter))
+            digest = self._content(request)
+            request.resident = self.resident(digest)
             if request.resident is None:
                 return False
+            request.digest = digest
+            self.busy_pages += 0 if request.resident.users else request.resident.pages
             request.resident.users += 1
             request.virtual = self.source.virtual(request.resident.digest, request.prompt)
         self.running[request.id], self.keys[request.id] = request, []
@@ -92,9 +101,9 @@ class Memory:
         return True
 
     def reserve(self, request: Request, tokens: int) -> bool:
-        missing = self.pool.pages_for(request.computed + tokens) - len(request.pages)
-        if missing <= 0:
+        if request.computed + tokens <= len(request.pages) * self.page_tokens:
             return True
+        missing = self.pool.pages_for(request.computed + tokens) - len(request.pages)
         if missing > self.pool.free and not self.give_way(missing - self.pool.free):
             return False
         pages = self.pool.take(missing, request.id, request.pages[-1] if request.pages else None)
@@ -110,7 +119,12 @@ class Memory:
         del self.keys[request.id]
         if request.resident is not None:
             request.resident.users -= 1
+            self.busy_pages -= 0 if request.resident.users else request.resident.pages
             request.resident = None
+
+    def _content(self, request: Request) -> str:
+        """The digest of the request's adapter: what its name stands for now, or stood for when its answer began."""
+        return request.digest if request.output and request.digest is not None else self.source.digest(request.adapter)
 
     # -- what the engine tells ----------------------------------------------------------------------------------------------------
     def computed(self, request: Request) -> None:
@@ -120,15 +134,26 @@ class Memory:
         known, full = self.keys[request.id], request.computed // self.page_tokens
         if full > len(known):
             keys = self.prefixes.keys(_digest(request), request.tokens[: full * self.page_tokens], known)
-            self.prefixes.publish(keys[len(known):], request.pages[len(known): full])
+            self.prefixes.publish(keys, request.pages[:full])
             self.keys[request.id] = keys
 
     # -- adapters -----------------------------------------------------------------------------------------------------------------
+    def packing(self, digest: str) -> Packing:
+        """How the adapter lies in the pool. Kept: a request that waits asks for it in every step, and adapters look alike."""
+        sizes = tuple(self.source.sizes(digest))
+        found = self._packings.get(sizes)
+        if found is None:
+            found = self._packings[sizes] = self.pool.pack(sizes)
+            if len(self._packings) > PACKINGS:
+                self._packings.popitem(last=False)
+        self._packings.move_to_end(sizes)
+        return found
+
     def resident(self, digest: str) -> Resident | None:
         """The adapter in the pool, loaded if it is not there; None when no room can be made now."""
         found = self.residents.get(digest)
         if found is None:
-            packing = self.pool.pack(self.source.sizes(digest))
+            packing = self.packing(digest)
             start = self._run(packing.pages, digest)
             if start is None:
                 return None
@@ -142,6 +167,7 @@ class Memory:
                 self.pool.give(range(start, start + packing.pages))
                 raise
             self.loads += 1
+            self.resident_pages += packing.pages
             found = self.residents[digest] = Resident(digest, route, start, packing.pages, unload)
         self.residents.move_to_end(digest)
         return found
@@ -153,6 +179,7 @@ class Memory:
         del self.residents[digest]
         resident.unload()
         self.pool.give(range(resident.start, resident.start + resident.pages))
+        self.resident_pages -= resident.pages
         self.evictions += 1
 
     def clear(self) -> None:
@@ -201,7 +228,15 @@ class Memory:
             for page in range(resident.start, resident.start + resident.pages):
                 users[page] += 1
         assert users == self.pool.users.tolist(), "the books and the pool differ"
-        assert self.pool.free + self.pool.used == self.pool.pages
+        assert self.pool.free == users.count(0) and self.pool.free + self.pool.used == self.pool.pages
+        fixed = sorted(page for r in self.residents.values() for page in range(r.start, r.start + r.pages))
+        assert fixed == self.pool.fixed.nonzero()[0].tolist(), "pages of adapters and pages that cannot be moved differ"
+        assert self.resident_pages == len(fixed)
+        assert self.busy_pages == sum(r.pages for r in self.residents.values() if r.users)
+        running = [request.resident for request in self.running.values()]
+        assert all(r.users == sum(other is r for other in running) for r in self.residents.values())
+        if self.prefixes is not None:
+            assert sorted(self.prefixes.pages.values()) == self.prefixes.known.nonzero()[0].tolist()
 
 
 def _digest(request: Request) -> str:

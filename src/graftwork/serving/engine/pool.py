@@ -66,14 +66,11 @@ class Pool:
         cells = [lane.view(dtype).view(pages * page_tokens, heads, width) for lane, (heads, width) in zip(self.lanes, widths)]
         self.keys, self.values = cells[0::2], cells[1::2]
         self.users = np.zeros(pages, dtype=np.int32)
+        self.free = pages  # how many have no user; counted along, as it is asked for in every step
         self.owner: list[str | None] = [None] * pages
         self.fixed = np.zeros(pages, dtype=bool)  # pages of a run, which cannot be moved one by one
 
     # -- counts -------------------------------------------------------------------------------------------------------------
-    @property
-    def free(self) -> int:
-        return int((self.users == 0).sum())
-
     @property
     def used(self) -> int:
         return self.pages - self.free
@@ -99,6 +96,7 @@ class Pool:
                 at = start - 1 + (length - (count - len(taken))) // 2 if self._beside(start) and length > count - len(taken) else start - 1
             at += 1
             self.users[at], self.owner[at] = 1, owner
+            self.free -= 1
             taken.append(at)
         return taken
 
@@ -115,6 +113,7 @@ class Pool:
             self.users[page] -= 1
             if not self.users[page]:
                 self.owner[page], self.fixed[page] = None, False
+                self.free += 1
 
     # -- runs of pages ----------------------------------------------------------------------------------------------------------
     def take_run(self, count: int, owner: str) -> int | None:
@@ -184,9 +183,12 @@ class Pool:
     def _occupy(self, start: int, count: int, owner: str) -> int:
         self.users[start: start + count], self.fixed[start: start + count] = 1, True
         self.owner[start: start + count] = [owner] * count
+        self.free -= count
         return start
 
     def _copy(self, old: list[int], new: list[int]) -> None:
+        if self.device.type == "meta":  # a simulated pool holds nothing
+            return
         source, target = torch.tensor(old, device=self.device), torch.tensor(new, device=self.device)
         for lane, size in zip(self.lanes, self.cell_bytes):
             pages = lane.view(self.pages, self.page_tokens * size)
@@ -195,15 +197,25 @@ class Pool:
     @staticmethod
     def _runs(mask: np.ndarray) -> list[tuple[int, int]]:
         """(start, length) of every stretch of True."""
-        edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
-        return [(int(a), int(b - a)) for a, b in zip(edges[0::2], edges[1::2])]
+        edges = _edges(mask).tolist()
+        return [(a, b - a) for a, b in zip(edges[0::2], edges[1::2])]
 
     def _longest_run(self) -> tuple[int, int]:
-        return max(self._runs(self.users == 0), key=lambda run: run[1])
+        edges = _edges(self.users == 0)
+        lengths = edges[1::2] - edges[0::2]
+        at = int(lengths.argmax())
+        return int(edges[2 * at]), int(lengths[at])
 
     def _beside(self, start: int) -> bool:
         """Whether the page before a free run is in use: its owner may want to grow into the run."""
         return start > 0 and not self.fixed[start - 1]
+
+
+def _edges(mask: np.ndarray) -> np.ndarray:
+    """Where stretches of True begin and end, in turn."""
+    padded = np.zeros(len(mask) + 2, dtype=bool)
+    padded[1:-1] = mask
+    return np.flatnonzero(padded[1:] != padded[:-1])
 
 
 def _aligned(size: int) -> int:

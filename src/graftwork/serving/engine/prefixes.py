@@ -23,7 +23,8 @@ class Prefixes:
 
     def __init__(self, pool: Pool):
         self.pool = pool
-        self.pages: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
+        self.pages: OrderedDict[bytes, int] = OrderedDict()  # least recently used first, of one prompt its end before its beginning
+        self.known = np.zeros(pool.pages, dtype=bool)  # by page: whether it is in `pages`
         self.hits = self.asked = 0  # tokens
 
     def keys(self, digest: str, tokens: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
@@ -36,47 +37,58 @@ class Prefixes:
 
     def adopt(self, digest: str, tokens: Sequence[int]) -> list[int]:
         """Pages, one more user each, that hold the longest known beginning of `tokens`, its last token aside."""
-        found = []
-        for key in self.keys(digest, tokens[:-1]):
+        found, keys = [], self.keys(digest, tokens[:-1])
+        for key in keys:
             page = self.pages.get(key)
             if page is None:
                 break
-            self.pages.move_to_end(key)
             found.append(page)
+        self._used(keys[: len(found)])
         self.pool.share(found)
         self.asked += len(tokens)
         self.hits += len(found) * self.pool.page_tokens
         return found
 
     def publish(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
-        """These full pages may be shared from now on; where a key is known already the older page stays."""
+        """The first full pages of a request may be shared from now on; where a key is known already the older page stays."""
         for key, page in zip(keys, pages):
             if key not in self.pages:
                 self.pool.share([page])
-                self.pages[key] = page
+                self.pages[key], self.known[page] = page, True
+        self._used(keys)
 
     def idle(self) -> int:
         """Pages that only the cache uses."""
-        return int((self.pool.users[np.fromiter(self.pages.values(), dtype=np.int64, count=len(self.pages))] == 1).sum())
+        return int(np.count_nonzero(self.pool.users[self.known] == 1))
 
     def evict(self, count: int) -> int:
         """Give up at least `count` pages that only the cache uses, oldest first; how many there were."""
-        given = 0
-        for key, page in list(self.pages.items()):
-            if given >= count:
+        given = []
+        for key, page in self.pages.items():
+            if len(given) >= count:
                 break
             if self.pool.users[page] == 1:
-                del self.pages[key]
-                self.pool.give([page])
-                given += 1
-        return given
+                given.append(key)
+        for key in given:
+            page = self.pages.pop(key)
+            self.known[page] = False
+            self.pool.give([page])
+        return len(given)
 
     def moved(self, where: dict[int, int]) -> None:
         """Follow pages that were moved inside the pool."""
         for key, page in self.pages.items():
             if page in where:
                 self.pages[key] = where[page]
+        self.known[:] = False
+        self.known[list(self.pages.values())] = True
 
     def clear(self) -> None:
         self.pool.give(list(self.pages.values()))
         self.pages.clear()
+        self.known[:] = False
+
+    def _used(self, keys: Sequence[bytes]) -> None:
+        """A prompt's beginning is used last: a page is found only through those before it, so it should not outlive them."""
+        for key in reversed(keys):
+            self.pages.move_to_end(key)

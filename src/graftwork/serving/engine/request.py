@@ -112,6 +112,7 @@ class Request:
     prefix: tuple[str, torch.Tensor] | None = field(default=None, repr=False)  # (route, embeddings), until all are computed
     pages: list[int] = field(default_factory=list)
     resident: Any = None  # its adapter in the pool, while it runs
+    digest: str | None = None  # content of its adapter when it last began to run; an answer ends with what it began with
     preempted: int = 0
     first_token: float | None = None
     ended: float | None = None

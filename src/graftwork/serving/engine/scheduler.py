@@ -1,10 +1,11 @@
 """Which requests take part in the next step, and with how many tokens.
 
-The scheduler decides once a step (iteration-level scheduling). Running requests come first: one token each for those that
-write, pieces of at most `chunk` tokens for prompts that are not through. Then waiting requests are admitted in the order of
-the policy, as long as the budget of tokens, the number of running requests, and the memory allow: a request is let in only if
-all that run could write to their limits, the one that ends first giving its pages back first (`worst_pages`); `Limits.optimism`
-above 1 lets in more than that.
+The scheduler decides once a step (iteration-level scheduling). Requests that write come first, each with its one token, so none
+of them ever waits for another; then pieces of at most `chunk` tokens of prompts that are not through. Then waiting requests are
+admitted in the order of the policy, as long as the budget of tokens, the number of running requests, and the memory allow: a
+request is let in only if all that run could write to their limits, the one that ends first giving its pages back first
+(`worst_pages`); so nothing is ever put back. `Limits.optimism` above 1 lets in more than that. The first one in the policy's
+order that does not fit ends the round: what comes behind it does not overtake.
 
 When memory runs out all the same, the request that came last is put back into the queue and its tokens are computed again
 later. A policy is an order over waiting requests; it never sees tensors, so the simulator runs the same code on a virtual clock.
@@ -14,9 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Protocol
 
-from ...errors import GraftworkError
+from ...errors import GraftworkError, UsageError
 from .request import Request, Status
 
 
@@ -28,8 +30,11 @@ class Memory(Protocol):
     def available(self) -> int:
         """Pages that are free or can be made free without stopping a request (cached prefixes, idle adapters)."""
 
-    def adapter_pages(self, name: str | None) -> int:
-        """Pages that loading this adapter takes; 0 where it is resident already or needs none."""
+    def capacity(self) -> int:
+        """Those, and what the running requests hold themselves: all pages but those of adapters in use."""
+
+    def adapter_pages(self, request: Request) -> int:
+        """Pages that the request's adapter takes from the others; 0 where it is in use already or needs none."""
 
     def reserve(self, request: Request, tokens: int) -> bool:
         """Take the pages for this many more tokens of a request, or say that they are not there."""
@@ -43,8 +48,8 @@ class Memory(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """max_running: requests in a step. max_tokens: new tokens of a step. chunk: tokens of one prompt in a step. optimism: how much
-    of the memory may be promised; 1 is what is there."""
+    """max_running: requests in a step, never more than max_tokens. max_tokens: new tokens of a step. chunk: tokens of one prompt in
+    a step. optimism: how much of the memory may be promised; 1 is what is there."""
 
     max_running: int = 256
     max_tokens: int = 2048
@@ -59,7 +64,7 @@ class Step:
     work: list[tuple[Request, int]] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     aborted: list[Request] = field(default_factory=list)
-    failed: list[tuple[Request, GraftworkError]] = field(default_factory=list)
+    failed: list[tuple[Request, Exception]] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -84,8 +89,8 @@ class Policy:
     def wrote(self, request: Request, tokens: int) -> None:
         """A request got tokens."""
 
-    def arrived(self, request: Request, active: Iterable[Request]) -> None:
-        """A request joins the queue; active: those that wait or run."""
+    def arrived(self, request: Request, waiting: Sequence[Request]) -> None:
+        """A request is about to join those that wait."""
 
 
 class Scheduler:
@@ -97,7 +102,7 @@ class Scheduler:
         self.running: list[Request] = []
 
     def add(self, request: Request) -> None:
-        self.policy.arrived(request, [*self.waiting, *self.running])
+        self.policy.arrived(request, self.waiting)
         self.waiting.append(request)
 
     def step(self) -> Step:
@@ -105,62 +110,87 @@ class Scheduler:
         now, step = self.clock(), Step()
         for request in self.policy.hopeless(self.waiting, now):
             self.waiting.remove(request)
+            request.status = Status.FINISHED
             step.aborted.append(request)
+        one: list[tuple[Request, int]] = []
+        more: list[tuple[Request, int]] = []
+        for request in self.running:
+            pending = request.pending
+            (one if pending == 1 else more).append((request, pending))
         budget = self.limits.max_tokens
-        for request in list(self.running):
-            if request not in self.running or budget == 0:  # put back on behalf of an earlier one, or no room in this step
+        writing: list[Request] = []  # those that get a token in this step, and from then on in every step
+        reading: list[Request] = []  # those whose prompts are not through; nobody knows yet when they begin to write
+        for request, pending in one + more:
+            if request.status is not Status.RUNNING:  # put back on behalf of another
                 continue
-            count = min(request.pending, self.limits.chunk, budget)
-            if self._make_room(request, count, step):
+            count = min(pending, self.limits.chunk, budget)
+            if count and self._make_room(request, count, step):
                 step.work.append((request, count))
                 budget -= count
+            (writing if count == pending else reading).append(request)
         if not step.preempted:
-            self._admit(step, budget, now)
+            self._admit(step, budget, now, writing, reading)
         return step
 
     def finish(self, request: Request) -> None:
         """A request has ended, wherever it was."""
         self.memory.release(request)
-        for queue in (self.waiting, self.running):
-            if request in queue:
-                queue.remove(request)
-        request.status = Status.FINISHED
+        if request.status is not Status.FINISHED:
+            (self.running if request.status is Status.RUNNING else self.waiting).remove(request)
+            request.status = Status.FINISHED
 
     # -- inside ---------------------------------------------------------------------------------------------------------------
-    def _admit(self, step: Step, budget: int, now: float) -> None:
+    def _admit(self, step: Step, budget: int, now: float, writing: list[Request], reading: list[Request]) -> None:
+        most = min(self.limits.max_running, self.limits.max_tokens)
+        if budget == 0 or len(self.running) >= most or not self.waiting:
+            return
         for request in self.policy.order(list(self.waiting), self.running, now):
-            if budget == 0 or len(self.running) >= self.limits.max_running or not self._fits(request):
+            if budget == 0 or len(self.running) >= most:
                 return
             try:
+                if not self._fits(request, budget, writing, reading):
+                    return
                 if not self.memory.prepare(request):
                     return
-            except GraftworkError as error:  # a broken adapter fails its own request only
+            except (GraftworkError, OSError) as error:  # a broken adapter fails its own request only
                 self.waiting.remove(request)
+                request.status = Status.FINISHED
                 step.failed.append((request, error))
                 continue
             count = min(request.pending, self.limits.chunk, budget)
             if not self.memory.reserve(request, count):
                 self.memory.release(request)
+                request.computed = 0
                 return
             self.waiting.remove(request)
             self.running.append(request)
             request.status = Status.RUNNING
             self.policy.admitted(request)
             step.work.append((request, count))
+            (writing if count == request.pending else reading).append(request)
             budget -= count
 
-    def _fits(self, request: Request) -> bool:
-        """Whether all could write to their limits with what is there."""
-        pages = worst_pages([*self.running, request], self.memory.page_tokens)
-        held = sum(len(r.pages) for r in self.running)
-        promised = pages - held + self.memory.adapter_pages(request.adapter)
-        return promised <= self.limits.optimism * self.memory.available()
+    def _fits(self, request: Request, budget: int, writing: list[Request], reading: list[Request]) -> bool:
+        """Whether all could write to their limits with what is there. Raises UsageError for a request that never will, alone with
+        the whole pool for itself: its adapter was replaced by a larger one while it waited."""
+        size = self.memory.page_tokens
+        if request.length <= min(budget, self.limits.chunk):
+            pages = worst_pages([*writing, request], size, reading)
+        else:
+            pages = worst_pages(writing, size, [*reading, request])
+        pages += self.memory.adapter_pages(request)
+        capacity, available = self.memory.capacity(), self.memory.available()
+        if self.running:
+            return pages - (capacity - available) <= self.limits.optimism * available
+        if pages > capacity:
+            raise UsageError(f"the request may need {pages} pages of memory with its adapter, the pool has {capacity}",
+                             remedy="ask for fewer tokens, or give the pool more memory")
+        return True
 
     def _make_room(self, request: Request, count: int, step: Step) -> bool:
         """Pages for the next tokens, taking them from the request that came last where there are none."""
         while not self.memory.reserve(request, count):
-            victim = self.running[-1]
-            self.running.remove(victim)
+            victim = self.running.pop()
             self.memory.release(victim)
             victim.status, victim.computed, victim.preempted = Status.WAITING, 0, victim.preempted + 1
             self.waiting.insert(0, victim)
@@ -171,15 +201,40 @@ class Scheduler:
         return True
 
 
-def worst_pages(requests: Sequence[Request], page_tokens: int) -> int:
-    """An upper bound of the pages that these requests hold at once when each writes to its limit, all at one token a step.
+def worst_pages(writing: Sequence[Request], page_tokens: int, reading: Sequence[Request] = ()) -> int:
+    """An upper bound of the pages that these requests hold at once when each writes to its limit.
 
-    Sorted by what is left, longest first: when request j (1-based) ends, those before it and itself have each written left_j
-    more tokens, and those behind it have given their pages back; a request's last page is part empty:
+    writing: those that get one token in every step from now on. Sorted by what is left, longest first: when request j (1-based)
+    ends, those before it and itself have each written left_j more tokens, and those behind it have given their pages back.
+    reading: those whose prompts are not through. When each begins to write depends on what else runs, so each is counted with
+    all it may ever hold (n requests, R tokens). A request's last page is part empty:
 
-        max over j of  (sum_{i <= j} length_i + j left_j + j (page_tokens - 1)) / page_tokens"""
-    worst = held = 0
-    for j, request in enumerate(sorted(requests, key=lambda r: -r.remaining), 1):
-        held += request.length
-        worst = max(worst, (held + j * (request.remaining + page_tokens - 1)) // page_tokens)
-    return worst
+        max over j >= 0 of  (R + sum_{i <= j} length_i + j left_j + (n + j) (page_tokens - 1)) / page_tokens
+
+    Pages of a common prefix are counted once among those that adopted them: who ends gives back only what the rest lacks."""
+    adopted: set[int] = set()
+    held = 0
+    for request in reading:
+        held += request.worst - _adopted_before(request, adopted, page_tokens)
+    count, slack = len(reading), page_tokens - 1
+    worst = held + count * slack
+    rows = [(r.remaining, r.length, r) for r in writing]
+    rows.sort(key=itemgetter(0), reverse=True)
+    for j, (left, length, request) in enumerate(rows, 1):
+        held += length
+        if request.cached:
+            held -= _adopted_before(request, adopted, page_tokens)
+        tokens = held + j * left + (count + j) * slack
+        if tokens > worst:
+            worst = tokens
+    return worst // page_tokens
+
+
+def _adopted_before(request: Request, adopted: set[int], page_tokens: int) -> int:
+    """Tokens of the request on adopted pages that requests before it adopted too."""
+    if not request.cached:
+        return 0
+    pages = request.pages[: request.cached // page_tokens]
+    shared = sum(page in adopted for page in pages)
+    adopted.update(pages)
+    return shared * page_tokens
