@@ -69,7 +69,7 @@ class Churn(RuleBasedStateMachine):
         self.pool = Pool([LayerShape(1, 2, 2), LayerShape(2, 1, 3)], PAGES, page_tokens=SIZE)
         self.source, self.now, self.count = FakeAdapters(), 0.0, 0
         for i, name in enumerate(NAMES):
-            self.source.replace(name, [40 * (i + 1), 300, 8])
+            self.source.replace(name, [400 * (i + 1), 300, 8])
         self.memory = Memory(self.pool, self.source, prefix_cache=cache)
         self.optimism = optimism
         self.scheduler = Scheduler(self.memory, Limits(max_running=6, max_tokens=budget, chunk=chunk, optimism=optimism),
@@ -126,7 +126,7 @@ class Churn(RuleBasedStateMachine):
     def cancel(self, which):
         self.end(self.there[which % len(self.there)])
 
-    @rule(name=st.sampled_from(NAMES), sizes=st.lists(st.integers(1, 500), max_size=4), broken=st.booleans())
+    @rule(name=st.sampled_from(NAMES), sizes=st.lists(st.integers(1, 1000), max_size=4), broken=st.booleans())
     def replace(self, name, sizes, broken):
         self.source.replace(name, sizes)
         if broken:
@@ -180,3 +180,29 @@ def test_the_end_of_a_cached_prompt_goes_before_its_beginning():
     assert found == pages[:3] and prefixes.idle() == 0 and prefixes.evict(4) == 0
     pool.give(found)
     assert prefixes.adopt("y", tokens) == []
+
+
+def test_pages_move_out_of_the_way_of_an_adapter():
+    pool, source = Pool([LayerShape(1, 1, 1)], 8, page_tokens=SIZE), FakeAdapters()
+    memory = Memory(pool, source)
+    source.replace("a", [64] * 4)
+    requests = [Request(str(i), [i + 1] * SIZE, None, Sampling(max_tokens=1)) for i in range(8)]
+    for i, request in enumerate(requests):
+        assert memory.prepare(request) and memory.reserve(request, SIZE)
+        pool.keys[0][request.pages[0] * SIZE: (request.pages[0] + 1) * SIZE] = i
+        request.computed = SIZE
+        memory.computed(request)
+    requests.sort(key=lambda request: request.pages[0])
+    for request in requests[::2]:
+        memory.release(request)
+    memory.prefixes.evict(8)
+    assert pool.free == 4 and pool.take_run(2, "x") is None
+    assert memory.resident("a0").pages == 4
+    memory.check()
+    source.check()
+    for request in requests[1::2]:
+        first = request.pages[0] * SIZE
+        assert (pool.keys[0][first: first + SIZE] == int(request.id)).all()
+        again = Request("again", [*request.prompt, 9], None, Sampling(max_tokens=1))
+        assert memory.prepare(again) and again.pages == request.pages and again.cached == SIZE
+        memory.release(again)

@@ -111,6 +111,17 @@ def test_optimism_puts_requests_back_and_all_finish():
     assert all(out.preempted > 0 and out.metrics.finished == len(load) for out in results.values())
 
 
+def test_a_prompt_that_is_read_slowly_is_counted_whole():
+    scheduler = roomy(Policy(), Limits(chunk=3), pages=11)
+    slow, other = request("slow", prompt=60, answer=5), request("other", prompt=3, answer=60)
+    for r in (slow, other):
+        scheduler.add(r)
+    while scheduler.waiting or scheduler.running:
+        step = scheduler.step()
+        assert step.work and not step.preempted
+        compute(scheduler, step)
+
+
 def test_who_writes_gets_a_token_in_every_step():
     scheduler = roomy(Policy(), Limits(max_running=50, max_tokens=4, chunk=3))
     requests = [request(str(i), prompt=5, answer=6) for i in range(9)]
