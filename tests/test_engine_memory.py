@@ -21,6 +21,8 @@ from graftwork.storage.base import apply_storage
 from test_engine_methods import PIECES, Heard, agree, forced
 from test_routing import count_products
 
+pytestmark = pytest.mark.slow  # test_engine.py stands for the engine in make test-fast
+
 PAGE = 4096  # bytes of 8 tokens in the tiny Llama
 
 
@@ -66,8 +68,6 @@ def test_a_forward_reads_the_tensors_in_the_pool(method, tmp_path, heard):
     agree(heard, request, wanted)
 
 
-@pytest.mark.slow
-@pytest.mark.slow
 def test_memory_stays_flat_as_adapters_come_and_go(tmp_path):
     """60 turns through a pool with room for a few of 10 adapters: what has left is gone, and banks do not pile up."""
     model, prompt = tiny.llama(), tiny.tokens(1, 6)[0].tolist()

@@ -13,6 +13,8 @@ from graftwork.serving.engine import engine as engine_module
 from graftwork.serving.engine.adapters import AdapterFolder
 from graftwork.serving.generate import generate
 
+pytestmark = pytest.mark.slow  # test_engine.py stands for the engine in make test-fast
+
 METHODS = [info.name for info in methods("adapter")]
 PREFIXES = ("prompt", "prefix", "lopa")
 CENTRAL = (*EVERYWHERE, "vera", "dora", "mixlora", *PREFIXES)

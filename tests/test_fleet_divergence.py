@@ -10,6 +10,8 @@ from adapter_support import close
 from graftwork.errors import TrainingError
 from training_support import completions, folder, interrupted, log_of, recipe, run, tensors_of
 
+pytestmark = pytest.mark.slow
+
 PLAIN = {"schedule": "constant", "warmup": 0}
 
 
@@ -93,7 +95,6 @@ def test_one_member_stops_and_the_others_go_on(base, tmp_path, poisoned, healthy
                for i, row in enumerate(rows))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'b' of the fleet")
 def test_a_resumed_run_leaves_it_stopped(base, tmp_path, poisoned):
     poisoned(poison_loss, 1)
@@ -107,7 +108,6 @@ def test_a_resumed_run_leaves_it_stopped(base, tmp_path, poisoned):
     assert not (tmp_path / "parts" / "graft" / "b").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* of the fleet has diverged")
 def test_the_run_fails_when_none_is_left(base, tmp_path, poisoned):
     poisoned(poison_gradient, 1, "abc")
@@ -115,7 +115,6 @@ def test_the_run_fails_when_none_is_left(base, tmp_path, poisoned):
         run(fleet(base, tmp_path / "out"))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'b' of the fleet")
 def test_the_run_ends_early_when_only_it_had_steps_left(base, tmp_path, poisoned):
     """b has more rows than the others, so after their last step it is alone."""
@@ -125,7 +124,6 @@ def test_the_run_ends_early_when_only_it_had_steps_left(base, tmp_path, poisoned
     assert sorted(p.name for p in (tmp_path / "out" / "graft").iterdir()) == ["a", "c"]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'b' of the fleet")
 def test_it_is_not_evaluated_any_more(base, tmp_path, poisoned):
     poisoned(poison_loss, 2)
@@ -135,7 +133,6 @@ def test_it_is_not_evaluated_any_more(base, tmp_path, poisoned):
     assert set(done.failed) == {"b"} and sorted(done.metrics) == ["eval_loss", "eval_loss/a", "eval_loss/c"]
 
 
-@pytest.mark.slow
 def test_a_member_whose_eval_loss_is_not_finite_stops(base, tmp_path, monkeypatch):
     import graftwork.training.evaluate as evaluating
 

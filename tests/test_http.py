@@ -26,6 +26,8 @@ from graftwork.serving.http.app import ServerOptions, create_app
 from graftwork.serving.http.keys import read_keys
 from test_engine import saved_adapters
 
+pytestmark = pytest.mark.slow  # test_engine.py stands for the engine in make test-fast
+
 TEXT = "the user and one more of these"
 CHAT = [{"role": "user", "content": "hi"}]
 LONG = {"prompt": TEXT, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
@@ -635,7 +637,6 @@ def test_the_official_client_works_unchanged(saved):
         client.close()
 
 
-@pytest.mark.slow
 def test_sigterm_lets_answers_end(saved, tmp_path):
     base = tiny.save(tiny.llama(), tmp_path / "tiny")
     command = [sys.executable, "-m", "graftwork.cli.main", "serve", "--model", str(base), "--adapters", str(saved[0]), "--port", "0",

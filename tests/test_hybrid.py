@@ -15,6 +15,8 @@ from graftwork.modeling.sites import find_sites
 from graftwork.serving.generate import generate
 from training_support import completions, folder, recipe, run
 
+pytestmark = pytest.mark.slow
+
 SIZES = dict(vocab_size=tiny.VOCAB, hidden_size=64, initializer_range=0.1, **tiny.SPECIAL)
 MAMBA2 = dict(mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_n_groups=1, mamba_chunk_size=8)
 ATTENTION = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
@@ -141,7 +143,6 @@ def test_routed_rows_equal_row_by_row(kind):
 PROMPTS = ["hello there", "x", "the user and one more of these", "th"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", CACHED)
 def test_generate_with_a_cache_as_transformers_does(kind):
     model, tokenizer = build(kind), tiny.tokenizer()
@@ -286,7 +287,6 @@ def test_a_prompt_before_a_hybrid_model():
     assert torch.equal(output(model, new[:, :-1], use_cache=False)[:, 6:].argmax(-1), new[:, 7:])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mamba", "jamba"])
 def test_a_recipe_trains_and_plans_one(kind, tmp_path):
     tiny.save(build(kind), tmp_path / "model")

@@ -2,6 +2,7 @@
 
 import zlib
 
+import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -14,6 +15,8 @@ from graftwork.serving.engine.pool import LayerShape, Pool
 from graftwork.serving.engine.prefixes import Prefixes
 from graftwork.serving.engine.request import Request, Sampling
 from graftwork.serving.engine.scheduler import Limits, Scheduler
+
+pytestmark = pytest.mark.slow  # test_engine.py stands for the engine in make test-fast
 
 PAGES, SIZE = 24, 8
 NAMES = ["a", "b", "c", "d"]

@@ -17,6 +17,8 @@ from graftwork.serving.engine.scheduler import Limits, Policy, Scheduler, worst_
 from graftwork.serving.simulate import Machine, StepCost, lora_sizes, simulate
 from graftwork.serving.workload import Record, Trace, group_sizes, metrics, trace, trace_per_adapter
 
+pytestmark = pytest.mark.slow  # test_engine.py stands for the engine in make test-fast
+
 # a model of 30 layers with 3 key heads of 64, q and v adapted; about the constants of one core
 BIG = Machine(StepCost(0.030, 0.0008, 0.001, 2e-10), (LayerShape(3, 64, 64),) * 30, 512, lora_sizes([(576, 576), (576, 192)], 30))
 SMALL = Machine(StepCost(1.0, 0.0), (LayerShape(1, 2, 2), LayerShape(1, 2, 2)), 40, lambda rank: [rank * 20] * 4, page_tokens=8)

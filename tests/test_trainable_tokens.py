@@ -31,6 +31,8 @@ from graftwork.registry import lookup, methods
 from graftwork.training.trainer import GraftTrainer
 from training_support import assert_identical, completions, folder, recipe, run, tensors_of
 
+pytestmark = pytest.mark.slow
+
 IDS = [7, 30, 99]
 #: ids in which every named token occurs, some of them twice, and in every row
 TEXT = torch.tensor([[30, 5, 7, 61, 30, 99, 12, 44], [99, 7, 18, 30, 30, 7, 63, 5], [4, 99, 4, 7, 90, 91, 30, 8],
@@ -451,7 +453,6 @@ def test_as_lora(method, tmp_path):
 
 
 # -- training ----------------------------------------------------------------------------------------------------------------
-@pytest.mark.slow
 def test_run_with_tokens_by_name_killed_and_resumed(tmp_path, monkeypatch):
     model, rows = folder(tmp_path), completions(tmp_path / "rows.jsonl", 12)
 
@@ -479,7 +480,6 @@ def test_run_with_tokens_by_name_killed_and_resumed(tmp_path, monkeypatch):
     assert (moved.norm(dim=1) > 1e-3).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [None, "both"])
 def test_planner_counts_them(tokens, tmp_path):
     sizes = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=2, vocab_size=1024)

@@ -27,6 +27,8 @@ from graftwork.recipe import load_recipe
 from graftwork.serving.generate import generate
 from training_support import completions, folder, log_of, recipe, run
 
+pytestmark = pytest.mark.slow
+
 IDS = tiny.tokens(2, 7)
 OPTIONS = {"num_experts": 4, "top_k": 2, "r": 3, "alpha": 6.0, "dropout": 0.0}
 
@@ -425,7 +427,6 @@ def test_a_saved_graft_answers_its_rows(kind, tmp_path):
         assert len(found.ids) and list(found.ids) == uncached(row, name)[:len(found.ids)]
 
 
-@pytest.mark.slow
 def test_a_run_with_checkpointing_is_the_run_without(tmp_path):
     file, model = completions(tmp_path / "t.jsonl"), folder(tmp_path)
     options = {"method": "mixlora", **OPTIONS, "dropout": 0.1, "aux_coefficient": 0.5}
