@@ -60,6 +60,7 @@ def table(monkeypatch):
 
 
 # -- values -------------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(kind=st.sampled_from(["factors", "columns", "outputs"]), ranks=st.lists(st.integers(0, 6), min_size=1, max_size=4),
        tokens=st.integers(1, 4), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), biased=st.booleans(),
@@ -190,6 +191,7 @@ def test_a_broken_row_spoils_no_other_adapters_gradient(name, table, tmp_path):
 
 
 # -- the choice ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_choice_is_the_measured_best():
     measured = batched.measured()
     names, rows = measured["columns"][8:], measured["rows"]
@@ -277,6 +279,7 @@ def benchmark():
     return module
 
 
+@pytest.mark.slow
 def test_table_and_page_are_what_was_measured(benchmark):
     raw = json.loads(benchmark.OUT.read_text())
     assert batched.TABLE.read_text() == benchmark.table(raw)

@@ -117,6 +117,7 @@ def test_grafts_come_and_go_beside_each_other(method):
     assert [type(m) for m in model.modules()] == classes and list(model.state_dict()) == list(state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 @pytest.mark.parametrize("method", BLOCK)
 def test_checkpointed_gradients_are_equal(method, kind):

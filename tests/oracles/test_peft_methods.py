@@ -312,6 +312,7 @@ def test_virtual_tokens_where_they_do_not_fit(tmp_path):
     assert not (tmp_path / "y").exists()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_pair_of_the_file_is_the_pair_that_computes(tmp_path):
     """A pair that no seed gives, and one larger than the sites need (a second adapter of a PEFT model takes the first one's)."""
@@ -358,6 +359,7 @@ def test_what_peft_cannot_say_becomes_a_lora_or_is_refused(tmp_path):
     assert "save_projection" in caught.value.remedy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["miss", "prompt"])
 def test_convert_from_the_command_line(method, tmp_path, capsys):
     from graftwork.cli import main
@@ -406,6 +408,7 @@ def test_damage_is_found(tmp_path):
         graftwork.attach_saved(tiny.llama(), tmp_path / "x")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_where_peft_has_no_such_layer_the_exact_lora_is_written(tmp_path):
     """Conv1D and slices: LoHa and LoKr as LoRA of their rank, OFT only with a rank; a rank always asks for a LoRA."""

@@ -67,6 +67,7 @@ def smollm2():
             num_key_value_heads=3, tie_word_embeddings=True))
 
 
+@pytest.mark.slow
 def test_counts_on_smollm2():
     graft_config = graftwork.attach(tiny.llama(), "s2ft").config
     model = smollm2()
@@ -232,6 +233,7 @@ def test_each_choice_takes_the_units_of_a_float64_reference(choice, small):
             assert (S is None) == (not wanted) and (S is None or not S.any())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["dense", "nf4"])
 def test_chosen_units_are_read_from_the_artifact(storage, tmp_path):
     """A load trains and serves the saved lines, whatever the weights or the data would choose now."""
