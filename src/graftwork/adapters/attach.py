@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -47,15 +47,7 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
     if info.traits["scope"] != "site":
         if _initializer(initializer) is not None:
             raise IncompatibleError(f"'{info.name}' has no sites that an initializer could start", remedy="initializer: default")
-        holder.grafts[name] = graft
-        try:
-            info.cls.attach_to(graft)
-            _attach_saved_modules(graft)
-            attach_tokens(graft)
-        except BaseException:
-            graft.detach()
-            raise
-        return graft
+        return _finished(graft, lambda: info.cls.attach_to(graft))
     sites = find_sites(model, config_object.target_modules, exclude_modules=config_object.exclude_modules,
                        layers=config_object.layers_to_transform)
     sites = _without_whole(sites, config_object.modules_to_save)
@@ -74,12 +66,21 @@ def attach(model: nn.Module, method: str | MethodConfig = "lora", *, name: str =
         if "graft_shared" not in graft.shared_at._modules:
             graft.shared_at.add_module("graft_shared", nn.ModuleDict())
         graft.shared_at._modules["graft_shared"][name] = on_device(graft.shared, sites[0].product.device).train(model.training)
-    holder.grafts[name] = graft
-    try:
+    ranks = ranks or {}
+
+    def at_sites() -> None:
         for site in sites:
-            if ranks and ranks.get(site.name) == 0:
-                continue
-            _attach_site(graft, site, (ranks or {}).get(site.name), start, statistics, loading)
+            if ranks.get(site.name) != 0:
+                _attach_site(graft, site, ranks.get(site.name), start, statistics, loading)
+
+    return _finished(graft, at_sites)
+
+
+def _finished(graft: Graft, adapters: Callable[[], None]) -> Graft:
+    """The graft with its adapters and what rides on them; where anything raises, the model is as it was."""
+    graft.holder.grafts[graft.name] = graft
+    try:
+        adapters()
         _attach_saved_modules(graft)
         attach_tokens(graft)
     except BaseException:
