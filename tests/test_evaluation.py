@@ -259,6 +259,7 @@ def runs(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_verb_scores_a_run_and_its_artifact(runs, capsys):
     rows = runs / "rows.jsonl"
     found = scores(capsys, runs / "one", "--data", rows)

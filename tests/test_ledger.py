@@ -433,7 +433,7 @@ def test_fake_and_real_agree_to_the_byte(method):
     assert (real.peak_categories["adapters"] > 0) == (method == "lora")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m == "lora" else pytest.mark.slow) for m in METHODS])
 def test_ledger_agrees_with_the_profiler(method):
     # few tokens and a vocabulary of 8000 put the peak of plain SGD where two gradients of the tied embedding meet
     vocabulary = 8000 if method == "sgd" else 1000

@@ -260,6 +260,7 @@ def graft(capsys, *arguments):
     return code, seen.out, seen.err
 
 
+@pytest.mark.slow
 def test_plan_verb(folder, tmp_path, capsys):
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(document(folder, adapter={"method": "lora", "target_modules": ["q_proj"]}, train={"batch_size": 8},

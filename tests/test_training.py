@@ -337,6 +337,7 @@ def test_state_splits_into_tensors_and_json():
     assert torch.equal(back["a"], state["a"]) and torch.equal(back["b"][1]["c"], torch.ones(2)) and back["d"] is None
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_numbers_of_the_log(llama, rows, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

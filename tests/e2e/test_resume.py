@@ -238,6 +238,7 @@ def test_a_fleet_resumes_identically(material, tmp_path, monkeypatch):
     assert log_of(tmp_path / "o") == log_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_comparison_that_could_fail(material, whole, tmp_path):
     """The optimizer's state matters: a resume without it does not end with the same bytes."""
     out = tmp_path / "o"

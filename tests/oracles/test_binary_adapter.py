@@ -206,6 +206,7 @@ def learn(method, steps=30, **options):
         return model(ids, labels=ids).loss.item(), tiny.llama()(ids, labels=ids).loss.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, plain, options", [("binary_lora", "lora", {}), ("binary_adapter", "bottleneck", {"activation": "gelu"})])
 def test_one_bit_keeps_more_than_half_of_the_gain(method, plain, options):
     (binary, start), (full, _) = learn(method, bits=1, **options), learn(plain, **options)

@@ -126,6 +126,7 @@ class Planted:
         return LossOutput(loss, loss.detach()[None], torch.ones(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per, changed", [
     ("layer", ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.o_proj"]),
     ("model", ["model.layers.1.self_attn.v_proj", "model.layers.1.mlp.down_proj"])])
@@ -172,6 +173,7 @@ def test_after_the_choice_the_graft_is_the_chosen_sites(build, targets, tmp_path
     assert [type(m) for m in step.model.modules()] == [type(m) for m in fresh.modules()]
 
 
+@pytest.mark.slow
 def test_each_option_shows():
     def gates(**options):
         step, graft, selection = built(total=20, search=0.5, settle=0.2)

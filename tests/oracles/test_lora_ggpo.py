@@ -259,6 +259,7 @@ def test_quantized_bases_are_perturbed_in_the_product(tmp_path):
     assert len(set(losses)) == 3 and all(torch.equal(model.get_parameter(n), p) for n, p in codes.items())
 
 
+@pytest.mark.slow
 def test_a_plan_sees_the_blocks_and_the_state(tmp_path):
     document = recipe(folder(tmp_path), completions(tmp_path / "d.jsonl"), tmp_path / "o", estimator="lora_ggpo")
     made = graftwork.plan(document, estimate_time=False)

@@ -199,6 +199,7 @@ def test_a_recipe_takes_the_start_by_itself(tmp_path):
     assert load_recipe({**plain, "adapter": "lora"}).initializer is None
 
 
+@pytest.mark.slow
 def test_a_run_gives_its_first_rate_and_is_planned(tmp_path):
     base, data = folder(tmp_path), completions(tmp_path / "d.jsonl")
     document = recipe(base, data, tmp_path / "run", adapter={"method": "lora_sb", "r": 4}, train={"warmup": 2})

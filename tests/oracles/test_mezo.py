@@ -55,6 +55,7 @@ def noise(name, shape, step=0, seed=1, sample=0, dtype=torch.float64):
     return z
 
 
+@pytest.mark.slow
 def test_mean_of_estimates_on_a_known_gradient():
     """Cosine with the gradient about sqrt(q / (q + d + 1)), expected squared norm (q + d + 1) / q times the gradient's."""
     d, q, trials = 1000, 64, 32

@@ -272,6 +272,7 @@ def test_the_best_checkpoint_has_its_own_positions(tmp_path):
         assert torch.equal(adapter.positions, best[key])
 
 
+@pytest.mark.slow
 def test_it_is_planned_and_refused(tmp_path):
     import training_support as support
 
