@@ -3,11 +3,11 @@
     GRAFTWORK_DATA=... python benchmarks/adapters.py [--quick] [--tasks sst2 trec] [--methods lora nola ...] [--minutes 150] [--table]
 
 The protocol is that of PEFT's method comparison, with a search: all methods see the same rows in the same order for the same
-number of steps. Search: each method's own best of five learning rates, seed 0, on validation rows; where the best is the first or
-the last of them, up to two more beyond it. Final: that rate, three seeds, on test rows that no choice was made on. The rank is the one whose trained values come nearest to those of LoRA at r = 4.
-The first column is the difference from tuned LoRA on the same test rows and seeds with a paired bootstrap interval; a method
-whose interval holds 0 is `no difference`. Time and memory stand as ratios to LoRA: steps timed in interleaved pairs, peaks as
-measured by the allocator.
+number of steps. Search: each method's own best of five learning rates, seed 0, on validation rows; where the best is the first
+or the last of them, up to two more beyond it. Final: that rate, three seeds, on test rows that no choice was made on. The rank
+is the one whose trained values come nearest to those of LoRA at r = 4. The first column is the difference from tuned LoRA on
+the same test rows and seeds with a paired bootstrap interval; a method whose interval holds 0 is `no difference`. Time and
+memory stand as ratios to LoRA: steps timed in interleaved pairs, peaks as measured by the allocator.
 
 Encoder tasks (sst2, trec: 32 steps of 16, 400 test rows): all-MiniLM-L6-v2 in fp32, adapters on all linear maps of the blocks,
 a new score head trained along (not in the budget). Language-model tasks (e2e, word_problems: 10 steps of 4, 200 test rows):
@@ -166,8 +166,8 @@ def table(out: Path, task: str, rates=RATES, seeds=SEEDS, steps: int | None = No
         if timed:
             cells.append(f"{json.loads(step.read_text())['ratio']:.2f}" if step.exists() else "-")
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"{len(found)} methods, {len(rates)} rates or more, {len(seeds)} seeds, {steps or t.steps} steps of {t.batch}, "
-                      f"{t.test} test rows."])
+    return "\n".join([*lines, "", f"{len(found)} methods, {len(rates)} rates or more, {len(seeds)} seeds, {steps or t.steps} "
+                      f"steps of {t.batch}, {t.test} test rows."])
 
 
 def best(out: Path, count: int = BEST) -> list[str]:
