@@ -397,7 +397,6 @@ def test_a_broken_adapter_fails_its_own_requests_only(fleet, saved):
 
             def waits():
                 pinned = service.catalog.pin("a0").removeprefix("=")
-                service.catalog.pin("copy")
                 service.catalog.hosts.clear()
                 return service.catalog.host(pinned).folder
 
