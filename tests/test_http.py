@@ -58,9 +58,9 @@ def fleet(saved, tmp_path):
     return tmp_path / "fleet"
 
 
-def make_app(folder, *, keys=None, roots=(), pool_bytes=1 << 20, limits=None, **options):
+def make_app(folder, *, keys=None, roots=(), pool_bytes=1 << 20, limits=None, sources=None, host_bytes=1 << 30, **options):
     model = tiny.llama()
-    catalog = Catalog(model, folder, base="tiny", roots=roots)
+    catalog = Catalog(model, folder, base="tiny", roots=roots, sources=sources, host_bytes=host_bytes)
     engine = Engine(model, tiny.tokenizer(), pool_bytes=pool_bytes, page_tokens=8, adapters=catalog, limits=limits or Limits(chunk=16))
     return create_app(engine, ServerOptions(model="tiny", drain=5, **options), catalog=catalog, keys=keys)
 
