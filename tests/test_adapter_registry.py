@@ -205,6 +205,10 @@ def test_what_a_server_may_not_read_it_does_not_offer(fleet, saved, tmp_path):
     for name in ("a1", "far", "link2", "link"):
         with pytest.raises(UnknownAdapter):
             narrow.target(name)
+    for name in ("far", "a2"):
+        wide.put(f"{name}@1", wide.target(name).place)
+        wide.book.change(lambda state, name=name: state.with_alias(f"{name}-now", f"{name}@1"))
+    assert {"far-now", "far@1", "a2-now"} <= set(wide.names()) and narrow.names() == ["a0", "a2", "a2-now", "a2@1", "b"]
     narrow.remove("b")
     assert "a1" in wide.names() and wide.digest("a1") == wide.digest("a0")
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import threading
 
 import fsspec
 import pytest
@@ -82,6 +83,56 @@ def test_a_redirect_is_not_followed(monkeypatch):
     Sources(["https://host/adapters", "memory://ok"])
     assert seen[0] == ("https", {"skip_instance_cache": True, "allow_redirects": False})
     assert "allow_redirects" not in seen[1][1]
+
+
+def test_over_http_files_come_and_redirects_do_not(tmp_path):
+    pytest.importorskip("aiohttp")
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    files = {"/ok/a/graft.json": b"card", "/ok/a/graft.safetensors": b"tensors", "/evil/graft.json": b"card",
+             "/evil/graft.safetensors": b"no"}
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            if self.path.startswith("/ok/moved/"):
+                self.send_response(302)
+                self.send_header("location", self.path.replace("/ok/moved", "/evil"))
+            else:
+                self.send_response(200 if self.path in files else 404)
+            content = files.get(self.path, b"")
+            self.send_header("content-length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *given):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        base = f"http://127.0.0.1:{server.server_port}/ok"
+        sources = Sources([base])
+        folder, found = sources.fetch(sources.reference(f"{base}/a"))
+        assert (folder / "graft.safetensors").read_bytes() == b"tensors" and found.sha256 == hashlib.sha256(b"cardtensors").hexdigest()
+        with pytest.raises(ArtifactError, match="neither"):
+            sources.fetch(sources.reference(f"{base}/none"))
+        asked.clear()
+        try:
+            folder, _ = sources.fetch(sources.reference(f"{base}/moved"))
+            assert not any(file.read_bytes() for file in folder.iterdir())
+        except ArtifactError:
+            pass
+        assert asked and not [path for path in asked if path.startswith("/evil")]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 # -- what is taken ---------------------------------------------------------------------------------------------------------------------
