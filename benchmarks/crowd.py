@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 #: seconds that a client waits for any one message before it counts as lost
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,7 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora4": ("lora", {"r": 4}), "lora9": ("lora", {"r": 9, "target_modules": "all-linear"}), "paca": ("paca", {"r": 3}),
     "flora": ("flora", {"r": 2}), "nola": ("nola", {"r": 2, "n_basis": 16}), "vera": ("vera", {"r": 8}), "dora": ("dora", {"r": 4}),
     "ia3": ("ia3", {}), "loha": ("loha", {"r": 2}), "s2ft": ("s2ft", {"ratio": 0.3, "per_layer": True, "target_modules": "all-linear"}),
-    "mixlora": ("mixlora", {"num_experts": 4, "r": 3, "dropout": 0.0}), "prompt": ("prompt", {"num_virtual_tokens": 3}),
-    "prefix": ("prefix", {"num_virtual_tokens": 3})}
+    "prompt": ("prompt", {"num_virtual_tokens": 3}), "prefix": ("prefix", {"num_virtual_tokens": 3})}
 #: what the name "swap" stands for in turn, and what "comes" stands for while it is there
 SPARE: dict[str, tuple[str, dict[str, Any]]] = {
     "spare1": ("lora", {"r": 5}), "spare2": ("paca", {"r": 6}), "spare3": ("lora", {"r": 3})}
@@ -60,7 +59,7 @@ class Fleet:
     """The folder of a tiny base and its adapters, and what each answers alone. prompts: how many of PROMPTS."""
 
     def __init__(self, folder: Path, prompts: int = len(PROMPTS)):
-        self.model, self.tokenizer = tiny.llama(), tiny.tokenizer()
+        self.model, self.tokenizer = tiny.llama(tied=False), tiny.tokenizer()
         self.base, self.adapters, self.spare = folder / "tiny", folder / "fleet", folder / "spare"
         self.prompts = list(PROMPTS[:prompts])
         tiny.save(self.model, self.base)
@@ -99,21 +98,21 @@ class Fleet:
         return Answer(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False),
                       tuple(self.tokenizer.decode([token]) for token in ids))
 
-    def ask(self, draw: random.Random, models: Sequence[str] = ("tiny", *ADAPTERS, "swap", "comes", BROKEN)) -> Ask:
+    def ask(self, draw: random.Random, models: Sequence[str] = ("tiny", *ADAPTERS, "swap", "comes", BROKEN), longest: int = LONGEST) -> Ask:
         """One of these models, one prompt, some number of tokens."""
         name = draw.choice(models)
         contents = {"swap": ("spare1", "spare2"), "comes": ("spare3",), BROKEN: ()}.get(name, (name,))
         sure = {prompt: min((len(self.known[content, prompt]) for content in contents), default=LONGEST) for prompt in self.prompts}
         prompt = draw.choice([prompt for prompt, tokens in sure.items() if tokens >= SHORTEST])
-        count = draw.randint(SHORTEST, sure[prompt])
+        count = draw.randint(SHORTEST, min(sure[prompt], longest))
         body = {"model": name, "prompt": prompt, "max_tokens": count, "temperature": 0, "stream": True, "logprobs": 0, "ignore_eos": True}
         refusals = {"comes": {(404, "model_not_found")}, BROKEN: {(400, "adapter_unusable")}}.get(name, set())
         return Ask(body, tuple(self.answer(content, prompt, count) for content in contents), frozenset(refusals))
 
-    def options(self, *more: str, pool: str = POOL) -> list[str]:
+    def options(self, *more: str, pool: str = POOL, port: int = 0) -> list[str]:
         """Of `graft serve`."""
         return ["--model", str(self.base), "--adapters", str(self.adapters), "--allow-load", "--allow-path", str(self.spare),
-                "--pool", pool, "--max-running", "128", "--port", "0", *more]
+                "--pool", pool, "--max-running", "128", "--port", str(port), *more]
 
     def load(self, name: str, spare: str, **fields: Any) -> tuple[str, Any]:
         """The call that makes a name stand for one of the spare adapters."""
@@ -125,7 +124,7 @@ class Fleet:
             status, content = await call(server.url, *each)
             assert status == 200, content
         # warm: every adapter once, and as many connections as there will be
-        warm = await crowd(server.url, self.ask, clients=clients, seconds=min(3.0, seconds / 4), seed=1)
+        warm = await crowd(server.url, lambda draw: self.ask(draw, longest=SHORTEST), clients=clients, seconds=1.0, seed=1)
         tally.wrong += warm.wrong
         start, used = server.rss, await idle(server.url)
         changes = [self.load("swap", "spare2", load_inplace=True), ("/v1/unload_lora_adapter", {"lora_name": "comes"}),
@@ -149,11 +148,11 @@ async def idle(url: str) -> dict[str, float]:
 
 
 def _stir(graft: Any, seed: int) -> None:
-    """Away from the identity, where all adapters answer alike."""
+    """So far from the identity that no two adapters answer alike."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in graft.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
 
 def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -174,11 +173,12 @@ def main() -> None:
         with Server(fleet.options(), Path(folder) / "log") as server:
             found = asyncio.run(fleet.run(server, clients=asked.clients, seconds=asked.seconds, tally=tally))
     end = found["metrics at end"]
+    held = end["graftwork_pool_pages_used"] - end["graftwork_pool_pages_idle"]
     row = {
         "clients": asked.clients, "seconds": asked.seconds, "processors": os.cpu_count(), "most clients that waited at once": tally.most,
         "requests": tally.whole + tally.left + tally.refused.total() + len(tally.wrong), "whole answers": tally.whole,
         "went away": tally.left, "refused as they should": {f"{s} {c}": n for (s, c), n in sorted(tally.refused.items())},
-        "429": tally.busy, "errors": len(tally.wrong), "changes of adapters": found["changes of adapters"],
+        "429": tally.busy, "errors": len(tally.wrong), "pages held at the end": held, "changes of adapters": found["changes of adapters"],
         "tokens/s": round(tally.tokens / asked.seconds), "time to first token, ms": _quantiles(tally.first),
         "time per token, ms": _quantiles(tally.gaps), "adapter loads": end["graftwork_adapter_loads"],
         "rss at start, MB": round(found["rss at start"] / 1e6), "rss at end, MB": round(found["rss at end"] / 1e6)}
@@ -186,7 +186,7 @@ def main() -> None:
     for text in tally.wrong[:5]:
         print(text, file=sys.stderr)
     OUT.write_text(json.dumps(row, indent=1) + "\n")
-    if tally.wrong:
+    if tally.wrong or held:
         raise SystemExit(1)
 
 

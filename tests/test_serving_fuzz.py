@@ -267,6 +267,10 @@ def test_clients_that_are_slow_are_cut_off(served, monkeypatch):
     assert exchange(where) == b""
     again = exchange(where, head("/health", "GET", connection="keep-alive"), b"GET /health HT", pause=0.4)
     assert status_of(again) == 200  # and closed, or exchange would have waited
+    # what goes on for longer than that is left alone, and so is what follows it
+    slow = json.dumps({"model": "a0", "prompt": "the user", "max_tokens": 250, "ignore_eos": True, "n": 8}).encode()
+    said = exchange(where, head(content_length=len(slow), connection="keep-alive") + slow + head("/health", "GET"))
+    assert said.count(b"HTTP/1.1 ") == 2 and b'{"status":"ok"}' in said
     until = time.monotonic() + 10
     while app.state.service.loop.open and time.monotonic() < until:
         time.sleep(0.02)

@@ -30,7 +30,7 @@ FILES = 65536
 class Connection(H11Protocol):
     """One client. It is cut off when it begins a request and does not go on, and what is no HTTP gets an error of our shape."""
 
-    _seen: Any = None  # the exchange at the last look
+    _idle: Any = None  # the exchange that was over at the last look (None: there had been none), False while one was going on
     _looking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -43,10 +43,11 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def _look(self) -> None:
-        if self._seen is self.cycle and (self.cycle is None or self.cycle.response_complete):
+        over = self.cycle is None or self.cycle.response_complete
+        if over and self._idle is self.cycle:  # silent ones are closed sooner by uvicorn: this one sends a head, and does not end it
             self.transport.abort()
             return
-        self._seen = self.cycle
+        self._idle = self.cycle if over else False
         self._looking = self.loop.call_later(HEAD_SECONDS, self._look)
 
     def send_400_response(self, msg: str) -> None:
