@@ -30,7 +30,7 @@ from ..sources import Reference
 from .adapters import Catalog
 from .answers import Answer, ChatForm, ClientGone, EventStream, Form, Json, unless_gone
 from .edge import FACTS, Edge
-from .errors import ApiError, UnknownAdapter, api_error, unknown_model
+from .errors import CODES, SCHEMA, ApiError, UnknownAdapter, api_error, unknown_model
 from .keys import Key, Keys
 from .loop import EngineLoop
 from .metrics import Metrics
@@ -50,14 +50,15 @@ MAX_CHOICES = 64  # of one call: prompts times n
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """model: the base's name for clients. allow_load: adapters may be loaded and unloaded. max_body: bytes of a request.
-    max_prompt: tokens, at most the context. max_queue: requests that wait; more get 429. max_seconds: of a request. chat_tokens: of a
-    chat answer that names no limit. deadline: seconds to the first token, for the policy early_abort. drain: seconds that a stop waits
-    for answers."""
+    """model: the base's name for clients. allow_load: adapters may be loaded and unloaded. max_body: bytes of a request, which have to
+    come within body_seconds. max_prompt: tokens, at most the context. max_queue: requests that wait; more get 429. max_seconds: of a
+    request. chat_tokens: of a chat answer that names no limit. deadline: seconds to the first token, for the policy early_abort. drain:
+    seconds that a stop waits for answers."""
 
     model: str
     allow_load: bool = False
     max_body: int = 4 << 20
+    body_seconds: float = 60.0
     max_prompt: int | None = None
     max_queue: int = 1024
     max_seconds: float = 600.0
@@ -262,9 +263,10 @@ def create_app(engine: Engine, options: ServerOptions, *, catalog: Catalog | Non
             await service.loop.stop(options.drain)
             service.encoder.shutdown(wait=False)
 
-    app = FastAPI(title="Graftwork", summary="Many adapters on one base", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Graftwork", summary="Many adapters on one base", lifespan=lifespan, docs_url=None, redoc_url=None,
+                  responses={"default": {"description": "What went wrong", "content": {"application/json": {"schema": SCHEMA}}}})
     app.state.service = service
-    app.add_middleware(Edge, max_body=options.max_body,
+    app.add_middleware(Edge, max_body=options.max_body, body_seconds=options.body_seconds,
                        answered=lambda route, status: service.metrics.answers.labels(route, str(status)).inc())
     for kind, handler in ((ApiError, _failed), (GraftworkError, _failed), (RequestValidationError, _invalid), (HTTPException, _refused)):
         app.add_exception_handler(kind, handler)
@@ -283,19 +285,21 @@ def _routes(app: FastAPI, service: Service) -> None:
     async def model(model: str, key=key_of) -> Response:
         return Json(service.entry(model, service.adapter(model, key)))
 
-    @app.post("/v1/completions", response_model=None)
+    streamed = {200: {"content": {"text/event-stream": {}}}}
+
+    @app.post("/v1/completions", response_model=None, responses=streamed)
     async def completions(asked: CompletionRequest, request: Request, key=key_of) -> Response:
         return await service.answer(request, key, asked, asked.prompts, Form, 16)  # OpenAI's default
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=streamed)
     async def chat(asked: ChatRequest, request: Request, key=key_of) -> Response:
         return await service.answer(request, key, asked, [asked.conversation], ChatForm, service.options.chat_tokens)
 
-    @app.post("/v1/load_lora_adapter", response_model=None)
+    @app.post("/v1/load_lora_adapter", response_model=None, response_class=PlainTextResponse)
     async def load(asked: LoadRequest, key=key_of) -> Response:
         return PlainTextResponse(await service.load(asked, key))
 
-    @app.post("/v1/unload_lora_adapter", response_model=None)
+    @app.post("/v1/unload_lora_adapter", response_model=None, response_class=PlainTextResponse)
     async def unload(asked: UnloadRequest, key=key_of) -> Response:
         return PlainTextResponse(await service.unload(asked, key))
 
@@ -324,18 +328,20 @@ def _routes(app: FastAPI, service: Service) -> None:
             raise ApiError(400, f"tokens: there is no token {wrong[0]}; tokens are 0 to {service.inputs - 1}", param="tokens")
         return Json({"prompt": await service.tokenized(service.tokenizer.decode, asked.tokens)})
 
-    @app.get("/health", response_model=None)
+    not_now = {503: {"description": "Not now", "content": {"application/json": {}}}}
+
+    @app.get("/health", response_model=None, responses=not_now)
     async def health() -> Response:
         failed = service.loop.failed
         if failed is None:
             return Json({"status": "ok"})
         return Json({"status": "failed", "error": type(failed).__name__}, status_code=503)
 
-    @app.get("/ready", response_model=None)
+    @app.get("/ready", response_model=None, responses=not_now)
     async def ready() -> Response:
         return Json({"status": "ready" if service.loop.ready else "not ready"}, status_code=200 if service.loop.ready else 503)
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_model=None, response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -347,7 +353,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 async def _refused(request: Request, error: HTTPException) -> Response:
-    found = ApiError(error.status_code, str(error.detail), headers=error.headers)
+    found = ApiError(error.status_code, str(error.detail), code=CODES.get(error.status_code, "invalid_request"), headers=error.headers)
     return Json(found.body(), status_code=found.status, headers=found.headers)
 
 
