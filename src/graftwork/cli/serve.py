@@ -85,12 +85,12 @@ def run(
         if folder is not None and not Path(folder).is_dir():
             raise UsageError(f"there is no folder {folder}", remedy="name a folder whose subfolders are saved adapters")
     keys = None if api_keys is None else read_keys(api_keys)
-    for key in keys.keys if keys and not count_requests else ():
-        key.requests_per_minute = None
     listening = bind(host, port)  # before the model is read: a port that is taken is known at once
     try:
         if replicas > 1:
             return _behind_a_router(given, listening, keys, sizes["body"])
+        for key in keys.keys if keys and not count_requests else ():
+            key.requests_per_minute = None
         from ..api import load
         from ..serving.engine import Engine, Limits
         from ..serving.http.adapters import Catalog
@@ -103,7 +103,7 @@ def run(
         base, tokenizer = load(model, storage=storage, dtype=dtype)
         if tokenizer is None:
             raise UsageError(f"{model} has no tokenizer", remedy="add the tokenizer files to the model folder")
-        named = _base_name(name, model)
+        named = name or Path(model.rstrip("/")).name.removesuffix(".gguf") or "base"
         catalog = None if adapters is None else Catalog(base, adapters, base=named, roots=allow_path, host_bytes=sizes["host"])
         engine = Engine(base, tokenizer, pool_bytes=sizes["pool"], adapters=catalog, policy=policy, prefix_cache=prefix_cache,
                         limits=Limits(max_running=max_running, chunk=chunk))
@@ -124,6 +124,7 @@ def _behind_a_router(given: dict[str, Any], listening: Any, keys: Any, max_body:
     """The same command once for each replica, and one router before them."""
     import logging
     import sys
+    from pathlib import Path
 
     from ..serving.http.app import ServerOptions
     from ..serving.http.fleet import Fleet, serve_replicas
@@ -136,17 +137,12 @@ def _behind_a_router(given: dict[str, Any], listening: Any, keys: Any, max_body:
 
     log_to_stderr(logging.WARNING if given["quiet"] else logging.INFO)
     fleet = Fleet(given["replicas"], run, {**given, "replicas": 1, "count_requests": False, "quiet": True}, drain=given["drain"])
-    options = ServerOptions(_base_name(given["name"], given["model"]), max_body=max_body, drain=given["drain"])
+    named = given["name"] or Path(given["model"].rstrip("/")).name.removesuffix(".gguf") or "base"
+    options = ServerOptions(named, max_body=max_body, drain=given["drain"])
     router = Router(fleet.replicas, options, full=given["max_running"], keys=keys)
     address = _address(given["host"], listening)
     serve_replicas(fleet, router, listening, ready=lambda: say(f"{given['replicas']} replicas, listening on {address}"))
     say("stopped")
-
-
-def _base_name(name: str | None, model: str) -> str:
-    from pathlib import Path
-
-    return name or Path(model.rstrip("/")).name.removesuffix(".gguf") or "base"
 
 
 def _address(host: str, listening: Any) -> str:
