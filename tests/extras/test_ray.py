@@ -26,6 +26,7 @@ from test_engine import saved_adapters
 from test_http import TEXT, events
 
 NAMES = ["a0", "a1"]
+ASKED = {"prompt": TEXT, "max_tokens": 100, "temperature": 0, "stream": True}
 MARK = "GRAFTWORK_TEST_FLEET"
 
 
@@ -94,8 +95,8 @@ def fleet(tmp_path_factory):
     return base, folder, answers
 
 
-def ask(client, model, stream=True, **fields):
-    return client.post("/v1/completions", json={"model": model, "prompt": TEXT, "max_tokens": 100, "temperature": 0, "stream": stream, **fields})
+def ask(client, model, **fields):
+    return client.post("/v1/completions", json={**ASKED, "model": model, **fields})
 
 
 def text_of(response):
@@ -113,7 +114,8 @@ def sample(client, name, **labels):
 def test_two_replicas(fleet, tmp_path):
     base, folder, answers = fleet
     keys = tmp_path / "keys"
-    keys.write_text(json.dumps({"name": "all", "sha256": hashlib.sha256(b"secret").hexdigest(), "manage": True, "requests_per_minute": 1000}))
+    row = {"name": "all", "sha256": hashlib.sha256(b"secret").hexdigest(), "manage": True, "requests_per_minute": 1000}
+    keys.write_text(json.dumps(row))
     home = {name: ranking(name, range(2))[0] for name in NAMES}
     assert set(home.values()) == {0, 1}
     server = Server("--model", str(base), "--adapters", str(folder), "--api-keys", str(keys), "--allow-load")
@@ -143,7 +145,7 @@ def test_two_replicas(fleet, tmp_path):
             assert len(victims) == 2
             os.kill(victims[0], signal.SIGKILL)
             for _ in range(3):
-                assert {name: text_of(ask(client, name, stream=True)) for name in NAMES} == {name: answers[name] for name in NAMES}
+                assert {name: text_of(ask(client, name)) for name in NAMES} == {name: answers[name] for name in NAMES}
             assert until(lambda: sample(client, "graftwork_replica_starts") == 3 and sample(client, "graftwork_replica_up") == 2)
             fresh, _ = server.replicas()
             assert len(fresh) == 2 and victims[0] not in fresh and victims[1] in fresh
@@ -153,8 +155,7 @@ def test_two_replicas(fleet, tmp_path):
             assert client.get("/v1/models/" + next(n for n in ("new0", "new1", "new2") if ranking(n, range(2))[0] == 1)).status_code == 200
 
             # SIGTERM: an answer that is being written ends first
-            with client.stream("POST", "/v1/completions", json={"model": "a0", "prompt": TEXT, "max_tokens": 100, "temperature": 0,
-                                                                "stream": True}) as response:
+            with client.stream("POST", "/v1/completions", json={**ASKED, "model": "a0"}) as response:
                 text = ""
                 for piece in response.iter_text():
                     if not text:

@@ -28,14 +28,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import ray
-from ray.exceptions import RayError, RayTaskError
 
 from ...errors import GraftworkError
 from .router import Replica, Router, create_router
 from .server import run as serve
 
 HOST = "127.0.0.1"
+#: to start Ray: it gives its own processes some 15 seconds, which may be too few on a machine with much to do
+TRIES = 3
 log = logging.getLogger("graftwork.serve")
 
 
@@ -70,14 +70,13 @@ class Fleet:
         self.command, self.options, self.drain = command, dict(options), drain
         self.running: dict[int, Running] = {}
         self._stopping = threading.Event()
+        self.ray: Any = None
         self._process: Any = None
 
     def start(self) -> None:
         """Start Ray and all replicas; returns when all of them answer. Raises the GraftworkError with which one of them failed."""
-        os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
-        cores, count = os.cpu_count() or 1, len(self.replicas)
-        ray.init(address="local", include_dashboard=False, num_cpus=max(cores, count), object_store_memory=80 << 20,
-                 logging_level=logging.ERROR)
+        self._start_ray()
+        ray, cores, count = self.ray, os.cpu_count() or 1, len(self.replicas)
         gpus = int(ray.cluster_resources().get("GPU", 0))
         share = 1 / math.ceil(count / gpus) if gpus else 0
         self._process = ray.remote(num_cpus=max(1, cores // count), num_gpus=share, max_restarts=0)(Process)
@@ -90,10 +89,26 @@ class Fleet:
                     self._stopping.set()  # the others give up too
                     raise
 
+    def _start_ray(self) -> None:
+        os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+        import ray  # reads these variables when it is imported
+
+        self.ray = ray
+        for tries_left in reversed(range(TRIES)):
+            try:
+                ray.init(address="local", include_dashboard=False, num_cpus=max(os.cpu_count() or 1, len(self.replicas)),
+                         object_store_memory=80 << 20, logging_level=logging.ERROR)
+                return
+            except Exception as error:  # Ray raises bare ones
+                ray.shutdown()
+                if not tries_left:
+                    raise GraftworkError(f"Ray could not start: {error}", remedy="its logs are in /tmp/ray/session_latest/logs") from error
+
     def close(self) -> None:
         """End whatever is left."""
         self._stopping.set()
-        ray.shutdown()
+        if self.ray is not None:
+            self.ray.shutdown()
 
     @asynccontextmanager
     async def lifespan(self, app: Any) -> AsyncIterator[None]:
@@ -103,7 +118,7 @@ class Fleet:
         finally:
             self._stopping.set()
             for running in self.running.values():
-                _end(running)
+                self._end(running)
             await asyncio.wait(keepers, timeout=self.drain + 5)
             for keeper in keepers:
                 keeper.cancel()
@@ -115,11 +130,11 @@ class Fleet:
         replica.starts += 1
         actor = self._process.remote()
         try:
-            pid, url = ray.get(actor.pid.remote(os.getcwd())), f"http://{HOST}:{_free_port()}"
+            pid, url = self.ray.get(actor.pid.remote(os.getcwd())), f"http://{HOST}:{_free_port()}"
             options = {**self.options, "host": HOST, "port": int(url.rpartition(":")[2])}
             running = Running(actor, pid, url, actor.run.remote(self.command, options))
             with httpx.Client(trust_env=False, timeout=2) as client:
-                while not ray.wait([running.ended], timeout=0.1)[0]:
+                while not self.ray.wait([running.ended], timeout=0.1)[0]:
                     if self._stopping.is_set():
                         raise Stopped
                     try:
@@ -127,15 +142,17 @@ class Fleet:
                             return running
                     except httpx.TransportError:
                         continue
-            ray.get(running.ended)
+            self.ray.get(running.ended)
             raise GraftworkError("a replica ended before it answered", remedy="its last lines above say why")
-        except RayTaskError as error:
-            ray.kill(actor)
-            if isinstance(error.cause, GraftworkError):
-                raise error.cause from None
-            raise GraftworkError(f"a replica could not start: {error.cause!r}", remedy="its last lines above say why") from error
+        except self.ray.exceptions.RayError as error:
+            self.ray.kill(actor)
+            cause = getattr(error, "cause", None) or error  # what the command raised
+            if isinstance(cause, GraftworkError):
+                raise cause from None
+            raise GraftworkError(f"a replica could not start: {type(cause).__name__}: {cause}",
+                                 remedy="its last lines above say why") from error
         except BaseException:
-            ray.kill(actor)
+            self.ray.kill(actor)
             raise
 
     async def _keep(self, replica: Replica) -> None:
@@ -146,7 +163,7 @@ class Fleet:
                 replica.client = client
                 reason = await self._ended(client, running)
                 replica.client = None
-            ray.kill(running.actor)
+            self.ray.kill(running.actor)
             if not self._stopping.is_set():
                 log.error("a replica has ended and is started again", extra={"facts": {"replica": replica.number, "reason": reason}})
                 await self._again(replica)
@@ -165,6 +182,14 @@ class Fleet:
             except httpx.TransportError:
                 continue
 
+    def _end(self, running: Running) -> None:
+        """An orderly end, as of any server."""
+        if not self.ray.wait([running.ended], timeout=0)[0]:
+            try:
+                os.kill(running.pid, signal.SIGTERM)
+            except ProcessLookupError:
+                pass
+
     async def _again(self, replica: Replica) -> None:
         pause = 1.0
         while True:
@@ -173,7 +198,7 @@ class Fleet:
                 return
             except Stopped:
                 return
-            except (GraftworkError, RayError) as error:
+            except GraftworkError as error:
                 log.error("a replica could not be started; the next try follows",
                           extra={"facts": {"replica": replica.number, "error": str(error)[:500], "seconds": pause}})
             await asyncio.sleep(pause)
@@ -192,12 +217,3 @@ def serve_replicas(fleet: Fleet, router: Router, listening: socket.socket, ready
 def _free_port() -> int:
     with socket.create_server((HOST, 0)) as free:
         return free.getsockname()[1]
-
-
-def _end(running: Running) -> None:
-    """An orderly end, as of any server."""
-    if not ray.wait([running.ended], timeout=0)[0]:
-        try:
-            os.kill(running.pid, signal.SIGTERM)
-        except ProcessLookupError:
-            pass
