@@ -158,8 +158,10 @@ class Fleet:
     async def _keep(self, replica: Replica) -> None:
         while not self._stopping.is_set():
             running = self.running[replica.number]
-            async with httpx.AsyncClient(base_url=running.url, trust_env=False, timeout=httpx.Timeout(None, connect=5, pool=5),
-                                         limits=httpx.Limits(max_connections=None, max_keepalive_connections=64)) as client:
+            # an idle connection is given up here first: on one that the server just closed a request would seem to fail
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2)
+            async with httpx.AsyncClient(base_url=running.url, trust_env=False, timeout=httpx.Timeout(None, connect=5),
+                                         limits=limits) as client:
                 replica.client = client
                 reason = await self._ended(client, running)
                 replica.client = None

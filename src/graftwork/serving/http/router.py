@@ -201,5 +201,5 @@ async def _failed(request: Request, error: ApiError) -> Response:
 
 
 async def _refused(request: Request, error: HTTPException) -> Response:
-    code = "request_too_large" if error.status_code == 413 else "invalid_request"
+    code = {408: "timeout", 413: "request_too_large"}.get(error.status_code, "invalid_request")
     return await _failed(request, ApiError(error.status_code, str(error.detail), code=code, headers=error.headers))
