@@ -40,6 +40,7 @@ test-all: setup
 # Extras with an environment of their own, outside `make test`. The version of triton is the one that belongs to this torch.
 test-triton: .venv-triton/.graftwork-setup
 	TRITON_INTERPRET=1 .venv-triton/bin/python -m pytest tests/extras/test_triton.py
+	.venv-triton/bin/python -m pytest tests/extras/test_triton_compiles.py
 
 test-ray: .venv-ray/.graftwork-setup
 	.venv-ray/bin/python -m pytest tests/extras/test_ray.py
