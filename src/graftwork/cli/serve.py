@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import typer
 
 EPILOG = ("Examples: graft serve --model smollm2-135m-instruct --adapters runs --port 8000 | graft serve --model ./llama --adapters fleet "
@@ -41,9 +43,13 @@ def run(
                                                                       "repeatable (default: no URL is ever opened)."),
     disk_cache: str = typer.Option(None, "--disk-cache", help="Disk that adapters from URLs may take in the cache (default: 20GiB)."),
     prefix_cache: bool = typer.Option(True, "--prefix-cache/--no-prefix-cache", help="Compute beginnings that prompts share once."),
+    replicas: int = typer.Option(1, "--replicas", help="Servers behind one address, each with a pool of its own (needs ray); an adapter's "
+                                                       "requests go to the same one."),
+    count_requests: bool = typer.Option(True, "--count-requests/--no-count-requests", hidden=True),  # a router counts them
     quiet: bool = typer.Option(False, "--quiet", help="Warnings and errors only."),
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's API does (/v1/completions, /v1/chat/completions)."""
+    given = dict(locals())
     import importlib.util
     import logging
     import sys
@@ -55,6 +61,8 @@ def run(
     if missing:
         raise UsageError(f"the server needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
                          remedy="pip install 'graftwork[serve]'")
+    if replicas > 1 and not all(importlib.util.find_spec(each) for each in ("ray", "httpx")):
+        raise UsageError(f"{replicas} replicas need ray, which is not installed", remedy="pip install 'graftwork[ray]', or --replicas 1")
     if policy == "early_abort" and deadline is None:
         raise UsageError("--policy early_abort gives up requests by their deadline, and none is named", remedy="add --deadline 10")
     if deadline is not None and policy != "early_abort":
@@ -70,7 +78,7 @@ def run(
     if allow_path and not allow_load:
         raise UsageError("--allow-path says nothing without --allow-load", remedy="add --allow-load, or leave it out")
     for option, value in (("--max-running", max_running), ("--chunk", chunk), ("--max-queue", max_queue), ("--chat-tokens", chat_tokens),
-                          ("--max-prompt", max_prompt), ("--timeout", timeout), ("--deadline", deadline)):
+                          ("--max-prompt", max_prompt), ("--timeout", timeout), ("--deadline", deadline), ("--replicas", replicas)):
         if value is not None and not value > 0:
             raise UsageError(f"{option} is {value}, it must be above 0", remedy="correct it")
 
@@ -89,6 +97,10 @@ def run(
     sources = Sources(allow_source, disk_bytes=sizes["disk"], largest=sizes["host"]) if allow_source else None
     listening = bind(host, port)  # before the model is read: a port that is taken is known at once
     try:
+        if replicas > 1:
+            return _behind_a_router(given, listening, keys, sizes["body"])
+        for key in keys.keys if keys and not count_requests else ():
+            key.requests_per_minute = None
         from ..api import load
         from ..serving.engine import Engine, Limits
         from ..serving.http.adapters import Catalog
@@ -113,8 +125,36 @@ def run(
         count = 0 if catalog is None else len(catalog.names())
         say(f"base {named}, {count} adapters, pool {format_bytes(engine.pool.nbytes)} ({engine.pool.pages} pages of "
             f"{engine.pool.page_tokens} tokens), keys: {'none' if keys is None else len(keys.keys)}")
-        shown = f"[{host}]" if ":" in host else host
-        serve(app, listening, drain=drain, ready=lambda: say(f"listening on http://{shown}:{listening.getsockname()[1]}"))
+        serve(app, listening, drain=drain, ready=lambda: say(f"listening on {_address(host, listening)}"))
         say("stopped")
     finally:
         listening.close()
+
+
+def _behind_a_router(given: dict[str, Any], listening: Any, keys: Any, max_body: int) -> None:
+    """The same command once for each replica, and one router before them."""
+    import logging
+    import sys
+    from pathlib import Path
+
+    from ..serving.http.app import ServerOptions
+    from ..serving.http.fleet import Fleet, serve_replicas
+    from ..serving.http.router import Router
+    from ..serving.http.server import log_to_stderr
+
+    def say(text: str) -> None:
+        if not given["quiet"]:
+            print(text, file=sys.stderr, flush=True)
+
+    log_to_stderr(logging.WARNING if given["quiet"] else logging.INFO)
+    fleet = Fleet(given["replicas"], run, {**given, "replicas": 1, "count_requests": False, "quiet": True}, drain=given["drain"])
+    named = given["name"] or Path(given["model"].rstrip("/")).name.removesuffix(".gguf") or "base"
+    options = ServerOptions(named, max_body=max_body, drain=given["drain"])
+    router = Router(fleet.replicas, options, full=given["max_running"], keys=keys)
+    address = _address(given["host"], listening)
+    serve_replicas(fleet, router, listening, ready=lambda: say(f"{given['replicas']} replicas, listening on {address}"))
+    say("stopped")
+
+
+def _address(host: str, listening: Any) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
