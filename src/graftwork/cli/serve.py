@@ -38,6 +38,7 @@ def run(
     allow_load: bool = typer.Option(False, "--allow-load", help="Clients may load and unload adapters."),
     allow_path: list[str] = typer.Option([], "--allow-path", help="Folder beside --adapters to load from; repeatable."),
     prefix_cache: bool = typer.Option(True, "--prefix-cache/--no-prefix-cache", help="Compute beginnings that prompts share once."),
+    page: bool = typer.Option(True, "--page/--no-page", help="A page at / to compare adapters and watch the engine."),
     quiet: bool = typer.Option(False, "--quiet", help="Warnings and errors only."),
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's API does (/v1/completions, /v1/chat/completions)."""
@@ -97,7 +98,7 @@ def run(
                         limits=Limits(max_running=max_running, chunk=chunk))
         app = create_app(engine, ServerOptions(
             model=named, allow_load=allow_load, max_body=sizes["body"], max_prompt=max_prompt, max_queue=max_queue, max_seconds=timeout,
-            chat_tokens=chat_tokens, deadline=deadline, drain=drain), catalog=catalog, keys=keys)
+            chat_tokens=chat_tokens, deadline=deadline, drain=drain, page=page), catalog=catalog, keys=keys)
         log_to_stderr(logging.WARNING if quiet else logging.INFO)
         count = 0 if catalog is None else len(catalog.names())
         say(f"base {named}, {count} adapters, pool {format_bytes(engine.pool.nbytes)} ({engine.pool.pages} pages of "

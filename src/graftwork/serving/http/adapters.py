@@ -9,7 +9,7 @@ replaced on disk are noticed by their time and size at the next request.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 
 import torch
@@ -137,6 +137,14 @@ class Catalog(AdapterFolder):
         digest = self.digest(name)
         self._stamps[name], self._folders[digest] = stamp, folder  # where this content lies for certain
         return PINNED + digest
+
+    def names_of(self, digests: Container[str]) -> dict[str, list[str]]:
+        """{digest: the names that stand for it, of those that were asked for}."""
+        found: dict[str, list[str]] = {}
+        for name, digest in self._digests.items():
+            if digest in digests:
+                found.setdefault(digest, []).append(name)
+        return found
 
     def digest(self, name: str) -> str:
         if name.startswith(PINNED):

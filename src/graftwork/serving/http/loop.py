@@ -20,6 +20,7 @@ from ...errors import GraftworkError
 from ..engine import Engine, Request
 from ..engine.request import TokenLogprob
 from .errors import Unavailable
+from .rate import Rate
 
 T = TypeVar("T")
 log = logging.getLogger("graftwork.serve")
@@ -63,6 +64,7 @@ class EngineLoop:
     def __init__(self, engine: Engine, *, pin: Callable[[str], str] | None = None,
                  on_end: Callable[[Request, str | None], None] | None = None):
         self.engine, self.pin, self.on_end = engine, pin, on_end
+        self.written = Rate(engine.clock)  # tokens; of the engine's thread
         self.failed: BaseException | None = None
         self.draining = False
         self.open = 0  # requests that have not ended; of the event loop
@@ -218,8 +220,14 @@ class EngineLoop:
         request.error, request.finish_reason = error, "error"
         self._outbox.append((stream, i, Piece("", finish_reason="error", error=error)))
 
+    def asked_for(self, request: Request) -> str | None:
+        """The name that a request gave for its adapter."""
+        stream, i = self._live[request.id]
+        return stream.names[i]
+
     def _heard(self, stream: Stream, i: int, tokens: list[int]) -> None:
         request = stream.requests[i]
+        self.written.add(len(tokens))
         last = request.finish_reason is not None
         text = self.engine.text(request).take(final=last)
         logprobs = request.logprobs[stream._told[i]:]
