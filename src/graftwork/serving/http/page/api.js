@@ -11,6 +11,12 @@ export class Failure extends Error {
     super(message);
     this.status = status;
     this.code = code;
+    this.key = null; // with which it was asked
+  }
+
+  /** Whether the server wants a key, or another one than the one that is used now. */
+  get needsKey() {
+    return this.status === 401 && this.key === getKey();
   }
 }
 
@@ -34,7 +40,8 @@ async function ask(path, { body, signal } = {}) {
     throw new Failure("The server does not answer. Is it still running?");
   }
   if (response.ok) return response;
-  throw failure(response.status, await response.json().catch(() => null), response.headers.get("retry-after"));
+  const found = failure(response.status, await response.json().catch(() => null), response.headers.get("retry-after"));
+  throw Object.assign(found, { key });
 }
 
 export async function get(path) {

@@ -26,8 +26,8 @@ function models(old = FRESH) {
     picker.offer(data.map((model) => model.id), base);
   }).catch((error) => {
     listed = -Infinity;
-    if (error.status === 401) askForKey();
-    else complain(error.message);
+    if (error.needsKey) askForKey();
+    else if (error.status !== 401) complain(error.message);
   });
   return listing;
 }
@@ -65,7 +65,7 @@ async function send() {
   const done = await Promise.all(ends);
   running = null;
   busy(false);
-  if (done.some((column) => column.state === "failed" && column.error.status === 401)) askForKey();
+  if (done.some((column) => column.state === "failed" && column.error.needsKey)) askForKey();
   say(find("announce"), done.map((column) => column.summary()).join("; "));
   watcher.now();
 }

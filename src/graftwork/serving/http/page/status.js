@@ -35,9 +35,9 @@ export class Watcher {
       this.health("live");
       if (this.busy()) wait = 500;
     } catch (error) {
-      wait = error.status === 401 ? null : 3000;
-      this.health(error.status === 401 ? "key" : "down", error.message);
-      if (error.status === 401) this.refused();
+      wait = error.needsKey ? null : error.status === 401 ? 0 : 3000; // 0: the key has changed meanwhile
+      if (wait !== 0) this.health(error.needsKey ? "key" : "down", error.message);
+      if (error.needsKey) this.refused();
     }
     this.asking = false;
     if (document.hidden) this.pause();
