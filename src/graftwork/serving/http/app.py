@@ -251,6 +251,7 @@ def create_app(engine: Engine, options: ServerOptions, *, catalog: Catalog | Non
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.watch.begin()
         service.loop.start()
         try:
             yield
@@ -320,7 +321,7 @@ def _routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/status", response_model=None)
     async def status(key=key_of) -> Response:
-        return Json(await asyncio.to_thread(show, await service.watch.snapshot(), service.options.model, key))
+        return Json(await asyncio.to_thread(show, *await service.watch.snapshot(), service.options.model, key))
 
     @app.get("/health", response_model=None)
     async def health() -> Response:

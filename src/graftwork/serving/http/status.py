@@ -20,6 +20,7 @@ from .keys import Key
 from .loop import EngineLoop
 
 INTERVAL = 0.1  # seconds that a copy is good for
+PATIENCE = 0.5  # seconds that who asks waits for a new one: a step may be long
 LISTED = 200  # requests and adapters that are listed by name
 
 
@@ -90,25 +91,30 @@ class Watch:
     def __init__(self, loop: EngineLoop, catalog: Catalog | None, clock: Callable[[], float] = time.monotonic):
         self.loop, self.catalog, self.clock = loop, catalog, clock
         self._last: tuple[float, Snapshot] | None = None
-        self._taking: asyncio.Future[Snapshot] | None = None
+        self._taking: asyncio.Future[None] | None = None
 
-    async def snapshot(self) -> Snapshot:
-        """Raises Unavailable once the engine has failed or ended."""
-        if self._last is not None and self.clock() - self._last[0] < INTERVAL and self.loop.failed is None:
-            return self._last[1]
-        if self._taking is None or self._taking.done():
-            self._taking = asyncio.ensure_future(self._take())
-            self._taking.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.shield(self._taking)
+    def begin(self) -> None:
+        """The first copy, before the engine's thread runs: a server that reads its first adapter has something to show."""
+        self._last = self.clock(), take(self.loop, self.catalog)
 
-    async def _take(self) -> Snapshot:
+    async def snapshot(self) -> tuple[Snapshot, float]:
+        """(the copy, its age in seconds). Raises Unavailable once the engine has failed or ended."""
+        if self._last is None or self.clock() - self._last[0] >= INTERVAL or self.loop.failed is not None:
+            if self._taking is None or self._taking.done():
+                self._taking = asyncio.ensure_future(self._take())
+                self._taking.add_done_callback(lambda done: done.cancelled() or done.exception())
+            done, _ = await asyncio.wait({self._taking}, timeout=None if self._last is None else PATIENCE)
+            for each in done:
+                each.result()
+        return self._last[1], max(0.0, self.clock() - self._last[0])
+
+    async def _take(self) -> None:
         snapshot = await self.loop.call(lambda: take(self.loop, self.catalog))
         self._last = self.clock(), snapshot
-        return snapshot
 
 
-def show(snapshot: Snapshot, base: str, key: Key | None) -> dict[str, Any]:
-    """The answer for this key; see docs/serving.md. Any thread."""
+def show(snapshot: Snapshot, age: float, base: str, key: Key | None) -> dict[str, Any]:
+    """The answer for this key; see docs/serving.md. age: of the copy, in seconds. Any thread."""
     def seen(loaded: Loaded) -> list[str]:
         return [name for name in loaded.names if key is None or key.may_use(name)]
 
@@ -118,7 +124,7 @@ def show(snapshot: Snapshot, base: str, key: Key | None) -> dict[str, Any]:
     pages, used = len(snapshot.users), int(np.count_nonzero(snapshot.users))
     owners, lengths = _owners(snapshot, base, mine, seen, key)
     return {
-        "object": "graftwork.status", "model": base, "steps": snapshot.steps,
+        "object": "graftwork.status", "model": base, "age": round(age, 2), "steps": snapshot.steps,
         "running": sum(r.running for r in snapshot.requests), "waiting": sum(not r.running for r in snapshot.requests),
         "tokens": {"written": snapshot.written, "per_second": round(snapshot.per_second, 2)},
         "pool": {"pages": pages, "used": used, "free": pages - used, "page_tokens": snapshot.page_tokens,

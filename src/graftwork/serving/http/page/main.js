@@ -43,6 +43,7 @@ function arrange() {
     if (!columns.has(name)) columns.set(name, new Column(name, slot, name === picker.base, (model) => ({ path: route(), body: body(model) })));
   }
   find("columns").replaceChildren(...[...picker.chosen.keys()].map((name) => columns.get(name).element));
+  find("columns").dataset.count = picker.chosen.size;
   watcher.recolor();
 }
 

@@ -42,6 +42,7 @@ export class PoolMap {
       this.per = Math.ceil(pages / (Math.floor(width / this.size) * Math.floor(TALLEST / this.size)));
     }
     this.across = Math.max(1, Math.floor(width / this.size));
+    this.step = width / this.across; // cells are as wide as fills the line
     this.cells = Math.ceil(pages / this.per);
     this.width = width;
   }
@@ -57,10 +58,12 @@ export class PoolMap {
     const context = canvas.getContext("2d");
     context.scale(scale, scale);
     const paints = this.pool.owners.map((owner) => this.paint(owner));
-    const side = size > 4 ? size - 1 : size === 4 ? 3.5 : size;
+    const gap = size > 4 ? 1 : size === 4 ? 0.5 : 0;
+    const left = (column) => Math.round(column * this.step * scale) / scale;
     for (let cell = 0; cell < this.cells; cell += 1) {
+      const column = cell % this.across;
       [context.fillStyle, context.globalAlpha] = paints[this.most(cell)];
-      context.fillRect((cell % this.across) * size, Math.floor(cell / this.across) * size, side, side);
+      context.fillRect(left(column), Math.floor(cell / this.across) * size, left(column + 1) - left(column) - gap, size - gap);
     }
   }
 
@@ -96,7 +99,7 @@ export class PoolMap {
 
   point(event) {
     if (!this.pool) return;
-    const column = Math.floor(event.offsetX / this.size), row = Math.floor(event.offsetY / this.size);
+    const column = Math.floor(event.offsetX / this.step), row = Math.floor(event.offsetY / this.size);
     const cell = row * this.across + column;
     if (column >= this.across || cell >= this.cells) return this.note();
     const first = cell * this.per, last = Math.min(first + this.per, this.pool.pages) - 1;

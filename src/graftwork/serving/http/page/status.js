@@ -31,8 +31,9 @@ export class Watcher {
     this.asking = true;
     let wait = 1000;
     try {
-      this.show(await get("v1/status"));
-      this.health("live");
+      const status = await get("v1/status");
+      this.show(status);
+      this.health("live", status.age >= 1 ? `in a step for ${Math.round(status.age)} s` : "");
       if (this.busy()) wait = 500;
     } catch (error) {
       wait = error.needsKey ? null : error.status === 401 ? 0 : 3000; // 0: the key has changed meanwhile
@@ -47,7 +48,7 @@ export class Watcher {
   health(state, reason = "") {
     find("health").dataset.state = state;
     find("health").title = reason;
-    say(find("health-text"), STATES[state]);
+    say(find("health-text"), state === "live" && reason ? reason : STATES[state]);
   }
 
   /** Once more with the colors that are chosen now. */
