@@ -116,7 +116,7 @@ def test_files_refer_to_each_other_only_and_none_is_left_over():
         left += found
         assert set(re.findall(r"\w+://[^\s\"'`]+", text)) <= {"http://www.w3.org/2000/svg"}, name
         assert not re.search(r"\b(eval|innerHTML|outerHTML|insertAdjacentHTML|document\.write|localStorage|new Function)\b", text), name
-        assert max(map(len, text.splitlines())) <= 200 and len(text.splitlines()) <= 250
+        assert max(map(len, text.splitlines())) <= 140 and len(text.splitlines()) <= 250
     assert reached == set(ASSETS)
 
 

@@ -4,7 +4,8 @@ import { Failure, getKey, stream } from "./api.js";
 import { copy, count, make, seconds, speed } from "./dom.js";
 import { curl, python } from "./snippets.js";
 
-const ENDS = { stop: "stop", length: "length", stopped: "stopped" };
+/** What stands in place of an answer without text. */
+const HINTS = { idle: "No answer yet.", running: "", done: "The answer is empty.", stopped: "Stopped before the first token.", failed: "" };
 const FIGURES = { first: "First token", tokens: "Tokens", speed: "Tokens/s", finish: "Finish" };
 
 export class Column {
@@ -14,20 +15,22 @@ export class Column {
     this.request = request;
     this.sent = null;
     this.text = document.createTextNode("");
-    this.answer = make("p", { className: "answer", tabIndex: 0, data: { hint: "No answer yet." }, aria: { label: `Answer of ${name}` } }, this.text);
+    this.answer = make("p", { className: "answer", tabIndex: 0, aria: { label: `Answer of ${name}` } }, this.text);
     this.complaint = make("p", { className: "complaint", role: "alert", hidden: true });
     this.figures = Object.fromEntries(Object.keys(FIGURES).map((key) => [key, make("dd", { textContent: "–", data: { figure: key } })]));
     const figures = make("dl", { className: "figures" },
       ...Object.entries(FIGURES).map(([key, label]) => make("div", {}, make("dt", { textContent: label }), this.figures[key])));
     const heading = make("header", {}, make("span", { className: "swatch" }), make("h3", { textContent: name, title: name }));
     if (isBase) heading.append(make("span", { className: "tag", textContent: "base" }));
-    this.element = make("article", { className: `column slot-${slot}`, data: { name, state: "idle" }, aria: { label: name } },
+    this.element = make("article", { className: `column slot-${slot}`, data: { name }, aria: { label: name } },
       heading, this.answer, this.complaint, figures, this.buttons());
+    this.state = "idle";
   }
 
   buttons() {
     const button = (label, title, text) => {
-      const made = make("button", { type: "button", className: "quiet", textContent: label, title, aria: { label: `${title}: ${this.name}` } });
+      const made = make("button", { type: "button", className: "quiet", textContent: label, title });
+      made.setAttribute("aria-label", `${title}: ${this.name}`);
       made.addEventListener("click", () => copy(text(this.sent ?? this.request(this.name)), made));
       return made;
     };
@@ -43,7 +46,7 @@ export class Column {
 
   set state(value) {
     this.element.dataset.state = value;
-    this.answer.dataset.hint = { idle: "No answer yet.", running: "", failed: "", stopped: "Stopped before the first token." }[value] ?? "The answer is empty.";
+    this.answer.dataset.hint = HINTS[value];
     this.element.setAttribute("aria-busy", String(value === "running"));
   }
 
@@ -95,7 +98,7 @@ export class Column {
     if (clock.first !== null) this.figures.first.textContent = seconds((clock.first - clock.sent) / 1000);
     if (clock.first !== null || clock.tokens !== null) this.figures.tokens.textContent = count(tokens);
     if (tokens > 1 && writing > 0) this.figures.speed.textContent = speed((tokens - 1) / writing);
-    if (clock.finish) this.figures.finish.textContent = ENDS[clock.finish] ?? clock.finish;
+    if (clock.finish) this.figures.finish.textContent = clock.finish;
   }
 
   failed(error, clock) {

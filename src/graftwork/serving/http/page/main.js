@@ -32,6 +32,9 @@ function models(old = FRESH) {
   return listing;
 }
 
+/** What would be sent to a model now. */
+const request = (model) => ({ path: route(), body: body(model) });
+
 /** A column for each chosen name, in their order; answers that are there stay. */
 function arrange() {
   for (const [name, column] of columns) {
@@ -40,7 +43,7 @@ function arrange() {
     columns.delete(name);
   }
   for (const [name, slot] of picker.chosen) {
-    if (!columns.has(name)) columns.set(name, new Column(name, slot, name === picker.base, (model) => ({ path: route(), body: body(model) })));
+    if (!columns.has(name)) columns.set(name, new Column(name, slot, name === picker.base, request));
   }
   find("columns").replaceChildren(...[...picker.chosen.keys()].map((name) => columns.get(name).element));
   find("columns").dataset.count = picker.chosen.size;

@@ -129,7 +129,8 @@ export class Picker {
     if (full) return `${MOST} are chosen, which is all that a browser streams at once. Take one away to choose another.`;
     if (!this.names.length) return "No models are known yet.";
     if (!found) return "No name has this in it.";
-    return found > SHOWN ? `${SHOWN} of ${count(found)} shown; type to narrow them down.` : `${count(found)} of ${count(this.names.length)}`;
+    if (found > SHOWN) return `${SHOWN} of ${count(found)} shown; type to narrow them down.`;
+    return `${count(found)} of ${count(this.names.length)}`;
   }
 
   drawChips() {

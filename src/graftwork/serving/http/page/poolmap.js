@@ -29,7 +29,8 @@ export class PoolMap {
   }
 
   note() {
-    if (this.pool) say(find("map-note"), `${this.per > 1 ? `a cell is ${this.per} pages` : "a cell is a page"} of ${this.pool.page_tokens} tokens`);
+    const cell = this.per > 1 ? `${this.per} pages` : "a page";
+    if (this.pool) say(find("map-note"), `a cell is ${cell} of ${this.pool.page_tokens} tokens`);
   }
 
   /** As large cells as fit; cells of several pages where even the smallest do not. */
@@ -123,6 +124,7 @@ export class PoolMap {
     find("legend").replaceChildren(...sorted.map(([text, [kind, slot, pages]]) =>
       make("li", { className: slot === undefined ? "" : `slot-${slot}` }, make("span", { className: `swatch key-${kind}` }),
         make("span", { className: "text", textContent: text }), make("b", { textContent: count(pages) }))));
-    this.canvas.setAttribute("aria-label", `Pool of ${plural(this.pool.pages, "page")}: ` + sorted.map(([text, line]) => `${text} ${line[2]}`).join(", "));
+    const shares = sorted.map(([text, line]) => `${text} ${line[2]}`).join(", ");
+    this.canvas.setAttribute("aria-label", `Pool of ${plural(this.pool.pages, "page")}: ${shares}`);
   }
 }

@@ -83,19 +83,21 @@ export class Watcher {
       return this.row(request.model, [request.model], state, `${request.completion_tokens} / ${request.max_tokens}`);
     }));
     const others = all - requests.length;
-    say(find("requests-note"), !all ? "None at the moment." : others ? `${plural(others, "more request")}` : "");
+    say(find("requests-note"), !all ? "None at the moment." : others ? plural(others, "more request") : "");
   }
 
   drawAdapters(adapters) {
-    find("adapters").replaceChildren(...adapters.list.map((adapter) =>
-      this.row(adapter.names.join(" = ") || "(replaced)", adapter.names, adapter.users ? plural(adapter.users, "request") : "idle", bytes(adapter.bytes))));
+    find("adapters").replaceChildren(...adapters.list.map(({ names, users, bytes: size }) =>
+      this.row(names.join(" = ") || "(replaced)", names, users ? `${count(users)} in use` : "idle", bytes(size))));
     const others = adapters.resident - adapters.list.length;
-    say(find("adapters-note"), !adapters.resident ? "None yet: adapters are read when they are first asked for." : others ? `${plural(others, "more adapter")}` : "");
+    const none = "None yet: adapters are read when they are first asked for.";
+    say(find("adapters-note"), !adapters.resident ? none : others ? plural(others, "more adapter") : "");
   }
 
   row(label, names, ...cells) {
     const slot = names.map(this.slotOf).find((each) => each !== undefined);
-    const head = make("td", { title: label, className: slot === undefined ? "" : `slot-${slot}` }, make("span", { className: "swatch" }), label);
+    const head = make("td", { title: label }, make("span", { className: "swatch" }), label);
+    if (slot !== undefined) head.className = `slot-${slot}`;
     return make("tr", {}, head, ...cells.map((text) => make("td", { textContent: text })));
   }
 
@@ -107,10 +109,11 @@ export class Watcher {
     canvas.height = height * scale;
     const context = canvas.getContext("2d"), top = Math.max(...this.rates, 1);
     context.scale(scale, scale);
-    const points = this.rates.map((rate, i) => [width - ((this.rates.length - 1 - i) * width) / (KEPT - 1), height - 2 - (rate / top) * (height - 4)]);
+    const x = (i) => width - ((this.rates.length - 1 - i) * width) / (KEPT - 1);
+    const points = this.rates.map((rate, i) => [x(i), height - 2 - (rate / top) * (height - 4)]);
     const color = getComputedStyle(document.documentElement).getPropertyValue("--accent").trim();
     context.beginPath();
-    for (const [x, y] of points) context.lineTo(x, y);
+    for (const point of points) context.lineTo(...point);
     context.strokeStyle = color;
     context.lineWidth = 1.6;
     context.lineJoin = "round";
