@@ -22,7 +22,7 @@ OPTIONS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm
 class Browser:
     """A browser with one tab. events: (method, parameters) that came and that nobody waited for. Raises TimeoutError."""
 
-    def __init__(self, seconds: float = 30.0):
+    def __init__(self, seconds: float = 60.0):
         self.seconds, self.events, self._number, self._rest = seconds, [], 0, b""
         self._folder = tempfile.mkdtemp(prefix="browser-")
         child_reads, self._write = os.pipe()

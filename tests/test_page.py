@@ -97,6 +97,19 @@ def test_files_are_served_with_their_types_and_a_strict_policy(fleet):
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("option", ["--page", "--no-page"])
+def test_the_command_line_turns_it_off(option, tmp_path, monkeypatch):
+    from graftwork.cli.main import main
+    from graftwork.serving.http import server
+
+    apps = []
+    monkeypatch.setattr(server, "run", lambda app, *rest, **more: apps.append(app))
+    monkeypatch.setattr(server, "log_to_stderr", lambda level: None)
+    main(["serve", "--model", str(tiny.save(tiny.llama(), tmp_path / "tiny")), "--port", "0", "--pool", "1MiB", "--quiet", option])
+    paths = {route.path for route in apps[0].routes}
+    assert "/v1/status" in paths and ({"/", "/page/{name}"} <= paths) == (option == "--page") == bool(paths & {"/", "/page/{name}"})
+
+
 def test_files_refer_to_each_other_only_and_none_is_left_over():
     reached, left = set(), [INDEX]
     while left:
@@ -208,7 +221,8 @@ def by_hand(snapshot, key):
     return found
 
 
-@pytest.mark.parametrize("key", [None, Key("alice", b"", ("a*", "base")), Key("bob", b"", ("b1",)), Key("carol", b"", ())], ids=str)
+@pytest.mark.parametrize("key", [None, Key("alice", b"", ("a*", "base")), Key("bob", b"", ("b1",)), Key("carol", b"", ())],
+                         ids=["all", "alice", "bob", "carol"])
 def test_the_map_is_what_a_look_at_every_page_gives(key):
     draw = random.Random(7)
     for pages in (1, 2, 40, 97):

@@ -266,10 +266,11 @@ def test_a_server_with_keys_asks_for_one(tab, fleet, tmp_path):
         assert tab.evaluate("Object.values(sessionStorage)") == ["alice"] and not tab.evaluate("document.cookie")
         assert [column["name"] for column in columns(tab)] == ["a0", "a1"]
         tab.type("#prompt", TEXT)
+        tab.type("#max_tokens", "9")
         tab.click("input[value=completion]")
         tab.click("#send")
         for column in settled(tab):
-            body = {"model": column["name"], **FIELDS, "max_tokens": 128}
+            body = {"model": column["name"], **FIELDS, "max_tokens": 9}
             answer = httpx.post(f"{url}/v1/completions", json=body, headers={"authorization": "Bearer alice"}).json()
             assert column["text"] == answer["choices"][0]["text"]
         tab.click("#key-toggle")
