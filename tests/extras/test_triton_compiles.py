@@ -10,10 +10,10 @@ if os.environ.get("TRITON_INTERPRET") is not None:
     pytest.skip("needs Triton without its interpreter: make test-triton", allow_module_level=True)
 triton = pytest.importorskip("triton", reason="make test-triton")
 
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
-from graftwork.adapters import _triton_kernels
+from graftwork.adapters import _triton_kernels  # noqa: E402
 
 TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
 TYPES = {"hidden": "*fp32", "factors": "*fp32", "index": "*i64", "starts": "*i64", "order": "*i64", "tiles": "*i64"}

@@ -46,6 +46,7 @@ def run(
     replicas: int = typer.Option(1, "--replicas", help="Servers behind one address, each with a pool of its own (needs ray); an adapter's "
                                                        "requests go to the same one."),
     count_requests: bool = typer.Option(True, "--count-requests/--no-count-requests", hidden=True),  # a router counts them
+    page: bool = typer.Option(True, "--page/--no-page", help="A page at / to compare adapters and watch the engine."),
     quiet: bool = typer.Option(False, "--quiet", help="Warnings and errors only."),
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's API does (/v1/completions, /v1/chat/completions)."""
@@ -120,7 +121,7 @@ def run(
                         limits=Limits(max_running=max_running, chunk=chunk))
         app = create_app(engine, ServerOptions(
             model=named, allow_load=allow_load, max_body=sizes["body"], max_prompt=max_prompt, max_queue=max_queue, max_seconds=timeout,
-            chat_tokens=chat_tokens, deadline=deadline, drain=drain), catalog=catalog, keys=keys)
+            chat_tokens=chat_tokens, deadline=deadline, drain=drain, page=page), catalog=catalog, keys=keys)
         log_to_stderr(logging.WARNING if quiet else logging.INFO)
         count = 0 if catalog is None else len(catalog.names())
         say(f"base {named}, {count} adapters, pool {format_bytes(engine.pool.nbytes)} ({engine.pool.pages} pages of "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 
 import torch
@@ -289,3 +289,16 @@ class Catalog(AdapterFolder):
             return where is not None
         path = self.root / where
         return NAME.fullmatch(name) is not None and not path.is_symlink() and path.is_dir()
+
+    def names_of(self, digests: Container[str]) -> dict[str, list[str]]:
+        """{digest: the names that stand for it, aliases among them, of those that were asked for}."""
+        with self._lock:
+            current = {target.name: digest for target, digest in self._digests.items()}  # the last asked for is last
+        for alias, name in self.book.read().aliases.items():
+            if name in current:
+                current[alias] = current[name]
+        found: dict[str, list[str]] = {}
+        for name, digest in current.items():
+            if digest in digests:
+                found.setdefault(digest, []).append(name)
+        return found

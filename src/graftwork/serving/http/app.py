@@ -29,6 +29,7 @@ from ..generate import encode_prompt
 from ..sources import Reference
 from .adapters import Catalog
 from .answers import Answer, ChatForm, ClientGone, EventStream, Form, Json, unless_gone
+from .assets import add_page
 from .edge import FACTS, Edge
 from .errors import CODES, SCHEMA, ApiError, UnknownAdapter, api_error, unknown_model
 from .keys import Key, Keys
@@ -44,6 +45,7 @@ from .schemas import (
     TokenizeRequest,
     UnloadRequest,
 )
+from .status import Watch, show
 
 MAX_CHOICES = 64  # of one call: prompts times n
 
@@ -53,7 +55,7 @@ class ServerOptions:
     """model: the base's name for clients. allow_load: adapters may be loaded and unloaded. max_body: bytes of a request, which have to
     come within body_seconds. max_prompt: tokens, at most the context. max_queue: requests that wait; more get 429. max_seconds: of a
     request. chat_tokens: of a chat answer that names no limit. deadline: seconds to the first token, for the policy early_abort. drain:
-    seconds that a stop waits for answers."""
+    seconds that a stop waits for answers. page: whether there is one at `/`."""
 
     model: str
     allow_load: bool = False
@@ -65,6 +67,7 @@ class ServerOptions:
     chat_tokens: int = 512
     deadline: float | None = None
     drain: float = 30.0
+    page: bool = True
 
 
 class Service:
@@ -74,6 +77,7 @@ class Service:
         self.engine, self.options, self.catalog, self.keys = engine, options, catalog, keys
         self.loop = EngineLoop(engine, catalog=catalog)
         self.metrics = Metrics(self.loop, options.model)
+        self.watch = Watch(self.loop, catalog)
         self.loop.on_end = self.metrics.ended
         # the engine's thread decodes with the other one; one thread, since a tokenizer is not to be used by several
         self.tokenizer = copy.deepcopy(engine.tokenizer)
@@ -256,6 +260,7 @@ def create_app(engine: Engine, options: ServerOptions, *, catalog: Catalog | Non
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.watch.begin()
         service.loop.start()
         try:
             yield
@@ -271,6 +276,8 @@ def create_app(engine: Engine, options: ServerOptions, *, catalog: Catalog | Non
     for kind, handler in ((ApiError, _failed), (GraftworkError, _failed), (RequestValidationError, _invalid), (HTTPException, _refused)):
         app.add_exception_handler(kind, handler)
     _routes(app, service)
+    if options.page:
+        add_page(app)
     return app
 
 
@@ -327,6 +334,10 @@ def _routes(app: FastAPI, service: Service) -> None:
         if wrong:
             raise ApiError(400, f"tokens: there is no token {wrong[0]}; tokens are 0 to {service.inputs - 1}", param="tokens")
         return Json({"prompt": await service.tokenized(service.tokenizer.decode, asked.tokens)})
+
+    @app.get("/v1/status", response_model=None)
+    async def status(key=key_of) -> Response:
+        return Json(await asyncio.to_thread(show, *await service.watch.snapshot(), service.options.model, key))
 
     not_now = {503: {"description": "Not now", "content": {"application/json": {}}}}
 

@@ -17,6 +17,7 @@ from .errors import ApiError, api_error
 
 ID = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 FACTS = "graftwork.facts"  # of the scope: what the handlers add to the log line
+POLLED = {"/v1/status"}  # asked for every second by every open page: logged only where it goes wrong
 
 log = logging.getLogger("graftwork.serve")
 
@@ -74,8 +75,9 @@ class Edge:
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             self.answered(route, status)
-            log.info("request", extra={"facts": {**facts, "method": scope["method"], "path": scope["path"][:200], "status": status,
-                                                 "ms": round(1000 * (time.monotonic() - start), 1)}})
+            level = logging.DEBUG if route in POLLED and status < 400 else logging.INFO
+            log.log(level, "request", extra={"facts": {**facts, "method": scope["method"], "path": scope["path"][:200], "status": status,
+                                                       "ms": round(1000 * (time.monotonic() - start), 1)}})
 
     @property
     def _too_large(self) -> str:

@@ -22,6 +22,7 @@ from ..engine import Engine, Request
 from ..engine.request import TokenLogprob
 from .adapters import Catalog
 from .errors import Unavailable
+from .rate import Rate
 from .readahead import ReadAhead
 from .targets import PINNED, Target
 
@@ -66,6 +67,7 @@ class EngineLoop:
 
     def __init__(self, engine: Engine, *, catalog: Catalog | None = None, on_end: Callable[[Request, str | None], None] | None = None):
         self.engine, self.catalog, self.on_end = engine, catalog, on_end
+        self.written = Rate(engine.clock)  # tokens; of the engine's thread
         self.reader = None if catalog is None else ReadAhead(catalog, self._later)
         if catalog is not None:
             engine.memory.there, engine.absent = catalog.hosts.__contains__, self._absent
@@ -324,10 +326,16 @@ class EngineLoop:
         request.error, request.finish_reason = error, "error"
         self._outbox.append((stream, i, Piece("", finish_reason="error", error=error)))
 
+    def asked_for(self, request: Request) -> str | None:
+        """The name that a request gave for its adapter."""
+        stream, i = self._live[request.id]
+        return stream.names[i]
+
     def _heard(self, stream: Stream, i: int, tokens: list[int]) -> None:
         request = stream.requests[i]
         if self.reader is not None:
             self.reader.release(request.id)  # it has run, or will not
+        self.written.add(len(tokens))
         last = request.finish_reason is not None
         text = self.engine.text(request).take(final=last)
         logprobs = request.logprobs[stream._told[i]:]
