@@ -104,9 +104,11 @@ class ReadAhead:
     def _begin(self) -> None:
         hosts = self.catalog.hosts
         for job in self.jobs.values():
-            if self.active >= self.threads or (hosts.held >= hosts.limit and self.held):
+            if self.active >= self.threads:
                 return
-            if not job.begun:
+            # who holds something already and wants more cannot run, and so gives nothing back, before the rest is there
+            full = hosts.held >= hosts.limit and self.held and not job.wanted.keys() & self.held.keys()
+            if not job.begun and not full:
                 job.begun = True
                 self.active += 1
                 self.workers.submit(lambda job=job: self._read(job))
