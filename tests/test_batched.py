@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import graftwork
 import tiny
 from adapter_support import attach, close, output
-from graftwork.adapters import batched
+from graftwork.adapters import _triton, batched
 from graftwork.adapters.batched import DEFAULT, KERNELS, Bank, change_of_rows, choose, kernel_for, numbers_of, row_index
 
 IN, OUT = 9, 7
@@ -268,6 +270,80 @@ def test_a_plan_takes_the_kernel_of_the_run(table, tmp_path):
         unknown = torch.tensor(numbers)
         assert numbers_of(bank, unknown) is None and kernel_for(x, unknown, bank) == DEFAULT
         assert change_of_rows(x, unknown, bank).shape == (4, 2, OUT)
+
+
+# -- the kernels of a GPU, which tests/extras/test_triton.py runs: here another function stands for them ---------------------------
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The CPU counts as a device of the Triton kernels, and this as what they compute; the calls are counted."""
+    calls = []
+
+    def add_change(y, x, index, bank, factors=None):
+        calls.append(tuple(y.shape))
+        for n, k in enumerate(index.tolist()):
+            if k >= 0:
+                change = batched.looped(x[n:n + 1], torch.tensor([k]), bank)[0] + (0 if bank.bias is None else bank.bias[k])
+                y[n] += (change * (1 if factors is None else factors[n])).to(y.dtype)
+
+    module = types.ModuleType("graftwork.adapters._triton_kernels")
+    module.add_change = add_change
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(_triton, "DEVICES", {"cpu"})
+    monkeypatch.setattr(_triton, "_installed", lambda: True)
+    return module, calls
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@torch.no_grad()
+def test_sites_add_in_place_where_the_device_can(stand_in, monkeypatch, family):
+    model = getattr(tiny, family)()
+    attach(model, "lora", name="small", seed=1, r=2)
+    attach(model, "lora", name="wide", seed=2, r=7, bias="lora_only").scale(0.5)
+    attach(model, "paca", name="paca", seed=3)
+    attach(model, "s2ft", name="rows", seed=4)
+    attach(model, "miss", name="miss", seed=5)
+    attach(model, "dora", name="dora", seed=6)
+    attach(model, "lora", name="part", seed=7, target_modules=["q"])  # of gpt2 a slice of the fused map
+    rows = ["small", None, "wide", "paca", "small", "rows", "miss", "part", "dora"]
+    ids = tiny.tokens(len(rows), 3)
+    module, calls = stand_in
+    with graftwork.routing(model, rows):
+        mixed = output(model, ids)
+        assert (len(rows), 3, model.config.hidden_size) in calls, "in place: all rows of the site at once"
+        counted = len(calls)
+        monkeypatch.setattr(_triton, "DEVICES", {"cuda"})
+        close(mixed, output(model, ids))
+        assert len(calls) == counted, "a CPU never takes them"
+
+
+@torch.no_grad()
+def test_a_kernel_that_the_device_refuses_is_given_up(stand_in, caplog):
+    model = tiny.llama()
+    attach(model, "lora", name="a", seed=1)
+    ids = tiny.tokens(2, 3)
+    module, calls = stand_in
+
+    def refused(*arguments):
+        calls.append(())
+        raise RuntimeError("no such instruction")
+
+    module.add_change = refused
+    with graftwork.routing(model, ["a", None]):
+        mixed = output(model, ids)
+        assert calls == [()] and _triton.DEVICES == set() and "no such instruction" in caplog.text
+        close(mixed, output(model, ids))
+    with graftwork.routing(model, ["a"]):
+        close(mixed[:1], output(model, ids[:1]))
+    assert calls == [()]
+
+
+def test_learning_and_positions_of_outputs_take_other_kernels(stand_in):
+    x = torch.randn(3, 1, IN)
+    bank = Bank.of(pairs_of("factors", [2]), (OUT, IN), torch.float32)
+    assert _triton.takes_triton(x, bank)
+    assert not _triton.takes_triton(x.clone().requires_grad_(), bank)
+    assert not _triton.takes_triton(x, Bank.of(pairs_of("outputs", [2]), (OUT, IN), torch.float32))
+    assert not _triton.takes_triton(x, Bank.of([(B, A.requires_grad_()) for B, A in pairs_of("factors", [2])], (OUT, IN), torch.float32))
 
 
 # -- the benchmark ------------------------------------------------------------------------------------------------------------

@@ -250,6 +250,7 @@ def test_sweep_runs_resumes_and_writes_tables(graft, place, tmp_path, monkeypatc
     assert all(tensors_of(Path(cell["folder"]) / "graft")[k].equal(alone[k]) for k in alone)
 
 
+@pytest.mark.slow
 def test_a_failing_cell_does_not_stop_the_others(graft, place, tmp_path):
     seen = graft("sweep", place / "recipe.yaml", "adapter.target_modules=[nosuch],[q_proj]", "train.max_steps=1", "-o", tmp_path / "s",
                  "--quiet", code=1)

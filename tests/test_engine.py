@@ -62,6 +62,7 @@ def test_mixed_requests_equal_each_alone(build, limits):
     assert [a.ids for a in again] == [w.ids for w in wanted], "the model is not what it was before the engine"
 
 
+@pytest.mark.slow
 def test_preemption_prefixes_and_churn_change_nothing():
     model, tokenizer = mixed()
     wanted, draw = alone(model, tokenizer), random.Random(0)

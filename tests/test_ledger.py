@@ -453,6 +453,7 @@ def test_ledger_agrees_with_the_profiler(method):
     assert meter.peak.peak_bytes > meter.peak.baseline_bytes > strangers
 
 
+@pytest.mark.slow
 def test_engine_additions_count_in_place_only_when_the_engine_adds_in_place():
     """Two gradients of 4 MB meet at one tensor: the profiler, without a dispatch mode, decides what is right."""
     def run(keep: bool):
@@ -493,6 +494,7 @@ def test_measured_peak_of_known_allocations_and_deaths():
     assert "result" not in peak.to_dict() and json.dumps(peak.to_dict())
 
 
+@pytest.mark.slow
 def test_baseline_counts_storages_once_with_gradients_unseen_by_python():
     before = measure_peak(lambda: None).baseline_bytes
     w = nn.Parameter(torch.ones(1000))
@@ -501,6 +503,7 @@ def test_baseline_counts_storages_once_with_gradients_unseen_by_python():
     assert measure_peak(lambda: None).baseline_bytes - before == 8000, views
 
 
+@pytest.mark.slow
 def test_an_exception_stops_the_meter_and_passes_through():
     with pytest.raises(KeyError):
         measure_peak(lambda: {}["x"])

@@ -202,6 +202,7 @@ def test_the_telling_micro_batches():
     assert telling([first]) == [first]
 
 
+@pytest.mark.slow
 def test_other_devices_need_no_wide_copies(folder, monkeypatch):
     monkeypatch.setattr(arithmetic, "slow_on_cpu", lambda dtype: dtype == torch.bfloat16)
     doc = document(folder, adapter={"method": "lora", "r": 1, "target_modules": ["down_proj"]},

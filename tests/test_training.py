@@ -218,6 +218,7 @@ def test_the_heaviest_step_has_the_largest_padded_micro_batch():
 
 
 # -- log, evaluation, checkpoints ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_log_lines_and_logging_steps(llama, rows, tmp_path):
     run(recipe(llama, rows, tmp_path / "a", train={"eval_steps": 3}, data={"eval_fraction": 0.25}))
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
@@ -297,6 +298,7 @@ def test_a_run_that_early_stopping_ended_does_not_train_on_after_a_kill(llama, t
     assert_identical(tensors_of(out / "graft"), before)
 
 
+@pytest.mark.slow
 def test_save_total_limit_and_what_a_checkpoint_holds(llama, rows, tmp_path):
     run(recipe(llama, rows, tmp_path / "o", train={"save_steps": 2, "save_total_limit": 2, "max_steps": 7}))
     kept = ckpt.complete(tmp_path / "o")
@@ -351,6 +353,7 @@ def test_tensorboard_gets_the_numbers_of_the_log(llama, rows, tmp_path):
     assert not (tmp_path / "p" / "tensorboard").exists()
 
 
+@pytest.mark.slow
 def test_the_peak_is_measured_and_reported(llama, rows, tmp_path):
     result = run(recipe(llama, rows, tmp_path / "o"), measure=True)
     weights = sum(t.nbytes for t in tensors_of(llama).values())
@@ -391,6 +394,7 @@ def test_galore_and_apollo_train_full_weights(llama, rows, tmp_path):
         assert result.loss < log_of(tmp_path / method)[0]["loss"]
 
 
+@pytest.mark.slow
 def test_a_fused_optimizer_does_what_the_unfused_one_does(llama, rows, tmp_path):
     logs = []
     for fused in (False, True):
@@ -437,6 +441,7 @@ def test_a_fully_trained_classifier_knows_its_labels(base, tmp_path):
     assert config["id2label"] == {"0": "maybe", "1": "no", "2": "yes"} and config["label2id"]["yes"] == 2
 
 
+@pytest.mark.slow
 def test_classification_by_writing_the_label(llama, tmp_path):
     data = write_rows(tmp_path / "d.jsonl", [{"prompt": words(i, 5), "completion": [" the", " user"][i % 2]} for i in range(8)])
     result = run(recipe(llama, data, tmp_path / "o", objective="classification", data={"eval": str(data)},

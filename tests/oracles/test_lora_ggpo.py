@@ -158,6 +158,7 @@ def trained(estimator, steps=4, **options):
     return model, graft, results
 
 
+@pytest.mark.slow
 def test_without_noise_training_is_that_of_backprop_to_the_last_bit_and_each_option_shows():
     _, plain, _ = trained(BackpropEstimator(None))
     _, same, results = trained(LoRAGGPOEstimator(LoRAGGPO(sigma=0, beta=0)))

@@ -148,6 +148,7 @@ def test_wrong_options(options):
         graftwork.attach(tiny.llama(), "prompt", **options)
 
 
+@pytest.mark.slow
 def test_a_recipe_is_planned_and_trained(tmp_path):
     model, file = folder(tmp_path), completions(tmp_path / "train.jsonl")
     adapter = {"method": "prompt", "num_virtual_tokens": 4, "init": "text", "init_text": "the end"}

@@ -256,6 +256,7 @@ def test_a_killed_run_resumes_identically(tmp_path, monkeypatch):
     assert any(not torch.equal(a.positions, one[f"{n}.positions"]) for n, a in fresh.adapters.items())
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_has_its_own_positions(tmp_path):
     import training_support as support
 

@@ -15,6 +15,8 @@ A line of A that is a row of the identity (PaCA, S2FT) is kept as its position: 
 In the same way B may be positions of outputs. Which kernel is quickest depends on the shapes and on the machine:
 `batched_table.json` holds times measured by benchmarks/batched.py, and `choose` takes the best of the nearest entry.
 
+On a GPU with Triton (CUDA, ROCm) inference takes kernels of its own, which read every factor where it lies (`_triton.py`).
+
 A row's output never depends on another row's adapter. `stacked` multiplies other adapters' B with zeros, so it is left out where
 B has infinities or NaNs (a diverged adapter would reach its neighbors), and in training, where the same holds of gradients.
 """
@@ -36,6 +38,7 @@ from torch import Tensor
 
 from ..modeling.arithmetic import product_dtype
 from ..modeling.protocols import has_values
+from ._triton import add_in_place, takes_triton
 
 #: where nothing was measured: one launch a product, and the host never waits for the index
 DEFAULT = "gathered"
@@ -179,6 +182,10 @@ KERNELS = {"stacked": stacked, "gathered": gathered, "grouped": grouped, "segmen
 def change_of_rows(x: Tensor, index: Tensor, bank: Bank) -> Tensor:
     """The change of the output, bias included, by the kernel that was quickest: x (N, T, in) in the bank's dtype, index (N,)
     -> (N, T, out)."""
+    if takes_triton(x, bank):
+        change = x.new_zeros(*x.shape[:2], bank.out_features)
+        if add_in_place(change, x, index, bank):
+            return change
     change = KERNELS[kernel_for(x, index, bank)](x, index, bank)
     return change if bank.bias is None else change + bank.bias.index_select(0, index).unsqueeze(1)
 

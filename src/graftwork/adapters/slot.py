@@ -18,6 +18,7 @@ from ..modeling.calls import keep_calls, owner_of, release_calls
 from ..modeling.experts import is_experts, run_expert_by_expert
 from ..modeling.protocols import Base, MovedRows, Product, RowsProduct
 from ..modeling.state import StateHolder
+from ._triton import add_in_place, takes_triton
 from .base import Adapter
 from .batched import row_index
 
@@ -185,8 +186,13 @@ class Slot(nn.Module):
         groups = self._groups(state, x.device)
         if not groups:
             return base(x)
-        added, replaced = [], []
+        added, replaced, in_place = [], [], []
         for cls, out_rows, keys, position, selected, local, shares in groups:
+            if _by_its_bank(cls) and not torch.is_grad_enabled() and takes_triton(x, bank := self._bank(cls, keys, x.dtype)):
+                factors = self._factors(keys, position.clamp(min=0), shares, torch.float32)
+                found = (each if index is None or each is None else each.index_select(0, index) for each in (position, factors))
+                in_place.append((bank, out_rows, *found))
+                continue
             if index is not None:
                 local = position.index_select(0, index)
                 shares = None if shares is None else shares.index_select(0, index)
@@ -199,13 +205,14 @@ class Slot(nn.Module):
                 shares = shares.index_select(0, selected)
             (replaced if cls.multiplicative else added).append((cls, out_rows, keys, selected, local, shares))
         y = self._replace(x, base, replaced) if replaced else base(x)
+        for bank, out_rows, of, factors in in_place:
+            if not add_in_place(y, x, of, bank, outputs=out_rows, factors=factors):
+                return self._by_row(x, base, state)  # from now on without them
         for cls, out_rows, keys, selected, local, shares in added:
             part = x if selected is None else x.index_select(0, selected)
             change = cls.forward_rows(self._bank(cls, keys, x.dtype), local, part, self._part(base, out_rows))
-            weights = [self.holder.grafts[self.owners[key][0]].weight for key in keys]
-            if shares is not None or any(w != 1.0 for w in weights):
-                factor = torch.tensor(weights, dtype=change.dtype, device=change.device).index_select(0, local)
-                factor = factor if shares is None else factor * shares.to(change.dtype)
+            factor = self._factors(keys, local, shares, change.dtype)
+            if factor is not None:
                 change = change * factor.view(-1, *[1] * (change.dim() - 1))
             if out_rows is not None:
                 padded = y.new_zeros(*change.shape[:-1], y.shape[-1])
@@ -213,6 +220,14 @@ class Slot(nn.Module):
                 change = padded
             y = y + change if selected is None else y.index_add(0, selected, change.to(y.dtype))
         return y
+
+    def _factors(self, keys: tuple[str, ...], local: Tensor, shares: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """What each row's change is multiplied by (rows,): its graft's weight and its share in a sum. None where all are 1."""
+        weights = [self.holder.grafts[self.owners[key][0]].weight for key in keys]
+        if shares is None and all(w == 1.0 for w in weights):
+            return None
+        factor = torch.tensor(weights, dtype=dtype, device=local.device).index_select(0, local)
+        return factor if shares is None else factor * shares.to(dtype)
 
     def _groups(self, state, device: torch.device) -> list[tuple]:
         """For the named rows: [(class, output slice, keys, position (rows,) in the bank of these keys or -1, the rows that are in
@@ -308,6 +323,11 @@ def bank_bytes(model: nn.Module) -> int:
         elif hasattr(thing, "__dict__") and not isinstance(thing, (nn.Module, type)) and not callable(thing):
             todo.append(vars(thing))
     return sum(found.values())
+
+
+def _by_its_bank(cls: type[Adapter]) -> bool:
+    """Whether what this class adds to rows is what their bank holds, and nothing of its own."""
+    return not cls.multiplicative and cls.forward_rows.__func__ is Adapter.forward_rows.__func__
 
 
 def _version(adapter: Adapter) -> tuple:

@@ -28,9 +28,8 @@ from torch import Tensor
 from ..errors import UsageError
 from ..modeling.protocols import StoredWeight
 from ..registry import MethodConfig, register
+from ._activations import ActivationPass, token_mask
 from .pissa import PiSSAInitializer
-
-_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids", "use_cache")
 
 
 class CorDA(MethodConfig):
@@ -76,56 +75,37 @@ class Covariance:
           bibtex="@inproceedings{yang2024corda, title={CorDA: Context-Oriented Decomposition Adaptation of Large Language Models "
                  "for Task-Aware Parameter-Efficient Fine-tuning}, author={Yang, Yibo and Li, Xiaojie and Zhou, Zhongzhu and "
                  "Song, Shuaiwen Leon and Wu, Jianlong and Nie, Liqiang and Ghanem, Bernard}, booktitle={NeurIPS}, year={2024}}")
-class CorDAInitializer(PiSSAInitializer):
-    needs = "activations"
-
-    @torch.no_grad()
+class CorDAInitializer(ActivationPass, PiSSAInitializer):
     def statistics(self, model, sites, config, batches):
         """{module: its Covariance}; modules with the same input share one object."""
         super().statistics(model, sites, config, batches)
-        if any(s.expert is not None for s in sites):
-            raise UsageError("corda reads the inputs of modules; fused experts have none of their own",
-                             remedy="exclude the experts: adapter.target_modules: attention")
         found: dict[str, Covariance] = {}
         names, left = list(dict.fromkeys(s.module_name for s in sites)), self.config.samples
-        trunk = f"{model.base_model_prefix}."
-        runs = model.base_model if all(name.startswith(trunk) for name in names) else model
-        was_training = model.training
-        model.eval()
-        try:
+        with self.evaluating(model):
             for batch in batches:
-                batch = {k: v[:left] if isinstance(v, Tensor) else v for k, v in batch.items() if k in _INPUTS}
-                self._look(model, runs, names, found, batch)
+                batch = {k: v[:left] if isinstance(v, Tensor) else v for k, v in batch.items()}
+                self._update(model, names, found, batch)
                 left -= batch["input_ids"].shape[0]
                 if left <= 0:
                     break
-        finally:
-            model.train(was_training)
         return found
 
-    @staticmethod
-    def _look(model, runs, names: list[str], found: dict[str, Covariance], batch: dict) -> None:
+    def _update(self, model, names: list[str], found: dict[str, Covariance], batch: dict) -> None:
         first, seen, alive = not found, {}, []
         counted: set[int] = set()
 
-        def hook(name: str):
-            def read(module, args):
-                x = args[0]
+        def reader(name: str):
+            def read(x):
                 if first:
                     alive.append(x)  # an id is only unique while its tensor lives
                     found[name] = seen.setdefault(id(x), Covariance())
                 own = found[name]
                 if id(own) not in counted:
                     counted.add(id(own))
-                    own.update(x, batch.get("attention_mask"))
+                    own.update(x, token_mask(batch))
             return read
 
-        handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-        try:
-            runs(**batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+        self.look(model, {name: reader(name) for name in names}, batch)
 
     @torch.no_grad()
     def build(self, site, product, adapter, statistics, generator):

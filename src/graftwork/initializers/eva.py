@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..registry import MethodConfig, register
-from .base import Initializer
+from ._activations import ActivationPass, counted_rows, token_mask
 
 
 class EVA(MethodConfig):
@@ -78,59 +78,48 @@ class PCA:
           bibtex="@article{paischer2024eva, title={One Initialization to Rule them All: Fine-tuning via Explained Variance "
                  "Adaptation}, author={Paischer, Fabian and Hauzenberger, Lukas and Schmied, Thomas and Alkin, Benedikt and "
                  "Deisenroth, Marc Peter and Hochreiter, Sepp}, journal={arXiv:2410.07170}, year={2024}}")
-class EVAInitializer(Initializer):
-    needs = "activations"
-
+class EVAInitializer(ActivationPass):
     def maximum(self, r: int) -> int:
         return round(self.config.rho * r)
 
     def plan(self, sites, config):
         return {s.name: min(self.maximum(config.r), s.in_features) for s in sites} if self.config.rho > 1 else {}
 
-    @torch.no_grad()
     def statistics(self, model, sites, config, batches):
         """{site: its PCA}; sites with the same input share one object."""
         super().statistics(model, sites, config, batches)
-        if any(s.expert is not None for s in sites):
-            raise UsageError("eva reads the inputs of modules; fused experts have none of their own",
-                             remedy="exclude the experts: adapter.target_modules: attention")
         kept, shared, done = [], {}, set()
         pcas = {s.name: PCA(min(self.maximum(config.r), s.in_features)) for s in sites}
         modules = {}
         for site in sites:
             modules.setdefault(site.module_name, []).append(site.name)
         source = iter(batches)
-        was_training = model.training
-        model.eval()
-        try:
+        with self.evaluating(model):
             for i in range(self.config.max_batches):
                 batch = next(source, None)
                 if batch is None and not kept:
                     raise UsageError("eva got no batch to look at", remedy="give data with at least one batch")
                 batch = batch if batch is not None else kept[i % len(kept)]
                 kept.append(batch) if i == len(kept) else None
-                self._look(model, {m: s for m, s in modules.items() if m not in done}, pcas, shared, batch, first=i == 0)
+                self._update({m: s for m, s in modules.items() if m not in done}, pcas, shared, batch, model, first=i == 0)
                 wanted = self._counts(sites, pcas, config.r)
                 if wanted is not None:  # judged anew each time: what a site needs moves with the others
                     done = {m for m, names in modules.items() if all(pcas[n].converged >= wanted[n] for n in names)}
                 if len(done) == len(modules):
                     break
-        finally:
-            model.train(was_training)
         missing = [s.name for s in sites if pcas[s.name].components is None]
         if missing:
             raise UsageError(f"eva saw fewer input rows than components ({self.maximum(config.r)}) at '{missing[0]}'",
                              remedy="use a larger batch_size or a smaller rank")
         return pcas
 
-    def _look(self, model, modules, pcas, shared, batch, *, first: bool) -> None:
-        mask = batch["labels"] != -100 if self.config.label_mask and "labels" in batch else batch.get("attention_mask")
+    def _update(self, modules, pcas, shared, batch, model, *, first: bool) -> None:
+        mask = token_mask(batch, self.config.label_mask)
         seen: dict[int, str] = {}
         alive = []
 
-        def hook(name: str):
-            def read(module, args):
-                x = args[0]
+        def reader(name: str):
+            def read(x):
                 if first:
                     leader = seen.setdefault(id(x), name)
                     alive.append(x)  # an id is only unique while its tensor lives
@@ -141,23 +130,14 @@ class EVAInitializer(Initializer):
                         return
                 if shared.get(name) in modules:
                     return
-                pca = pcas[modules[name][0]]
-                rows = x.reshape(-1, x.shape[-1])
-                if mask is not None and mask.numel() == rows.shape[0]:
-                    rows = rows[mask.reshape(-1).bool()]
+                pca, rows = pcas[modules[name][0]], counted_rows(x, mask)
                 if rows.shape[0] >= pca.k:
                     pca.update(rows.float(), self.config.tau)
                 for site in modules[name][1:]:
                     pcas[site] = pca
             return read
 
-        handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in modules]
-        try:
-            inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids", "token_type_ids", "use_cache")}
-            getattr(model, "base_model", model)(**inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        self.look(model, {name: reader(name) for name in modules}, batch)
 
     def _counts(self, sites, pcas, r: int) -> dict[str, int] | None:
         if any(pcas[s.name].components is None for s in sites):

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field
 
 from ..errors import UsageError
 from ..modeling.coupling import units_of
 from ..modeling.state import state_of
 from ..registry import MethodConfig, lookup, register
+from ._activations import ActivationPass, counted_rows, token_mask
 from ._gradients import GradientPass
 from .base import Initializer
 
@@ -83,27 +83,17 @@ class S2FTGradientsInitializer(UnitChoice, GradientPass):
 @register("initializer", "s2ft_activations", config=S2FTActivations, paper="2412.06289", bibtex=BIBTEX,
           title="S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity",
           summary="the units of S2FT with the largest or smallest activations (times weights) on your data")
-class S2FTActivationsInitializer(UnitChoice):
-    needs = "activations"
-
-    @torch.no_grad()
+class S2FTActivationsInitializer(UnitChoice, ActivationPass):
     def statistics(self, model, sites, config, batches):
         """{site: lines}."""
         super().statistics(model, sites, config, batches)
-        if any(s.expert is not None for s in sites):
-            raise UsageError(f"{self.method} reads the inputs of modules; fused experts have none of their own",
-                             remedy="exclude the experts: adapter.exclude_modules")
-        sums, counts, was_training, holder = {}, {}, model.training, state_of(model)
+        sums, counts, holder = {}, {}, state_of(model)
         by_module: dict[str, list] = {}
         for site in sites:
             by_module.setdefault(site.module_name, []).append(site)
-        model.eval()
-        try:
+        with self.evaluating(model), holder.scope(disabled=holder.current.disabled | set(holder.grafts)):
             for _, batch in zip(range(self.config.batches), batches):
-                with holder.scope(disabled=holder.current.disabled | set(holder.grafts)):
-                    self._look(model, by_module, sums, counts, batch)
-        finally:
-            model.train(was_training)
+                self._update(model, by_module, sums, counts, batch)
         missing = [s.name for s in sites if not counts.get(s.name)]
         if missing:
             raise UsageError(f"{self.method} saw no token at '{missing[0]}'", remedy="give data with at least one batch")
@@ -114,25 +104,15 @@ class S2FTActivationsInitializer(UnitChoice):
                 squares[site.name] = squares[site.name] * W.square().sum(0 if units_of(site).axis == "columns" else 1).cpu()
         return self.chosen(sites, config, squares)
 
-    def _look(self, model, by_module, sums, counts, batch) -> None:
-        masked = self.config.label_mask and "labels" in batch
-        mask = batch["labels"] != -100 if masked else batch.get("attention_mask")
+    def _update(self, model, by_module, sums, counts, batch) -> None:
+        mask = token_mask(batch, self.config.label_mask)
 
-        def hook(sites):
-            def read(module, args):
+        def reader(sites):
+            def read(x):
                 for site in sites:
-                    x = args[0] if units_of(site).axis == "columns" else site.product.product(args[0])
-                    rows = x.reshape(-1, x.shape[-1])
-                    if mask is not None and mask.numel() == rows.shape[0]:
-                        rows = rows[mask.reshape(-1).bool()]
+                    rows = counted_rows(x if units_of(site).axis == "columns" else site.product.product(x), mask)
                     sums[site.name] = sums.get(site.name, 0.0) + rows.double().square().sum(0).cpu()
                     counts[site.name] = counts.get(site.name, 0) + rows.shape[0]
             return read
 
-        handles = [model.get_submodule(name).register_forward_pre_hook(hook(sites)) for name, sites in by_module.items()]
-        try:
-            inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "position_ids", "token_type_ids", "use_cache")}
-            getattr(model, "base_model", model)(**inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        self.look(model, {name: reader(of) for name, of in by_module.items()}, batch)

@@ -26,15 +26,17 @@ from ...errors import GraftworkError, UsageError
 from ..engine import Engine
 from ..engine import Request as EngineRequest
 from ..generate import encode_prompt
+from ..sources import Reference
 from .adapters import Catalog
 from .answers import Answer, ChatForm, ClientGone, EventStream, Form, Json, unless_gone
 from .assets import add_page
 from .edge import FACTS, Edge
-from .errors import ApiError, UnknownAdapter, api_error, unknown_model
+from .errors import CODES, SCHEMA, ApiError, UnknownAdapter, api_error, unknown_model
 from .keys import Key, Keys
 from .loop import EngineLoop
 from .metrics import Metrics
 from .schemas import (
+    AliasRequest,
     Asked,
     ChatRequest,
     CompletionRequest,
@@ -50,14 +52,15 @@ MAX_CHOICES = 64  # of one call: prompts times n
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """model: the base's name for clients. allow_load: adapters may be loaded and unloaded. max_body: bytes of a request.
-    max_prompt: tokens, at most the context. max_queue: requests that wait; more get 429. max_seconds: of a request. chat_tokens: of a
-    chat answer that names no limit. deadline: seconds to the first token, for the policy early_abort. drain: seconds that a stop waits
-    for answers. page: whether there is one at `/`."""
+    """model: the base's name for clients. allow_load: adapters may be loaded and unloaded. max_body: bytes of a request, which have to
+    come within body_seconds. max_prompt: tokens, at most the context. max_queue: requests that wait; more get 429. max_seconds: of a
+    request. chat_tokens: of a chat answer that names no limit. deadline: seconds to the first token, for the policy early_abort. drain:
+    seconds that a stop waits for answers. page: whether there is one at `/`."""
 
     model: str
     allow_load: bool = False
     max_body: int = 4 << 20
+    body_seconds: float = 60.0
     max_prompt: int | None = None
     max_queue: int = 1024
     max_seconds: float = 600.0
@@ -72,7 +75,7 @@ class Service:
 
     def __init__(self, engine: Engine, options: ServerOptions, catalog: Catalog | None, keys: Keys | None):
         self.engine, self.options, self.catalog, self.keys = engine, options, catalog, keys
-        self.loop = EngineLoop(engine, pin=None if catalog is None else catalog.pin)
+        self.loop = EngineLoop(engine, catalog=catalog)
         self.metrics = Metrics(self.loop, options.model)
         self.watch = Watch(self.loop, catalog)
         self.loop.on_end = self.metrics.ended
@@ -104,7 +107,7 @@ class Service:
                 return None
             if self.catalog is not None:
                 try:
-                    self.catalog.folder(model)
+                    self.catalog.target(model)
                     return model
                 except UnknownAdapter:
                     pass
@@ -119,12 +122,14 @@ class Service:
         return found
 
     def entry(self, name: str, adapter: str | None) -> dict[str, Any]:
-        root = self.options.model
+        base = self.options.model
+        found = {"id": name, "object": "model", "created": self.started, "owned_by": "graftwork", "root": base, "parent": None,
+                 "max_model_len": self.engine.context}
         if adapter is not None:
-            where = self.catalog.entries.get(adapter) or adapter
-            root = str(self.catalog.root / where)
-        return {"id": name, "object": "model", "created": self.started, "owned_by": "graftwork", "root": root,
-                "parent": None if adapter is None else self.options.model, "max_model_len": self.engine.context}
+            found.update(root=self.catalog.where(adapter), parent=base)
+            alias = self.catalog.alias(adapter)
+            found.update({} if alias is None else {"alias_of": alias})
+        return found
 
     # -- tokens -----------------------------------------------------------------------------------------------------------------
     async def tokenized(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -203,23 +208,21 @@ class Service:
         return self.catalog
 
     async def load(self, asked: LoadRequest, key: Key | None) -> str:
-        catalog = self.managing(asked.lora_name, key)
-        path = catalog.allowed(asked.lora_path)
-
-        def run() -> bool:
-            try:
-                catalog.folder(asked.lora_name)
-                there = True
-            except UnknownAdapter:
-                there = False
-            if there and not asked.load_inplace:
-                raise UsageError(f"the lora adapter '{asked.lora_name}' has already been loaded",
-                                 remedy="to replace it, send load_inplace: true")
-            catalog.put(asked.lora_name, path, self.try_out)
-            return there
-
-        replaced = await self.loop.call(run)
-        return f"Success: LoRA adapter '{asked.lora_name}' {'replaced' if replaced else 'added'} successfully."
+        """The adapter is read, tried out in the engine, and only then written into the book."""
+        catalog, name = self.managing(asked.lora_name, key), asked.lora_name
+        place = catalog.allowed(asked.lora_path)
+        if not asked.load_inplace:
+            catalog.free(name)
+        target = await self.loop.aside(lambda: catalog.at(name, place))
+        hold = f"load-{uuid.uuid4().hex}"
+        try:
+            digest = await self.loop.read(target, hold)
+            await self.loop.call(lambda: self.try_out(digest))
+            there = target.place if isinstance(place, Reference) else place
+            replaced = await self.loop.aside(lambda: catalog.put(name, there, replace=bool(asked.load_inplace)))
+        finally:
+            self.loop.release(hold)
+        return f"Success: LoRA adapter '{name}' {'replaced' if replaced else 'added'} successfully."
 
     def try_out(self, digest: str) -> None:
         """In the engine's thread: read an adapter and put it into the pool, as far as there is room. Raises GraftworkError."""
@@ -231,17 +234,23 @@ class Service:
         memory.resident(digest)
 
     async def unload(self, asked: UnloadRequest, key: Key | None) -> str:
-        catalog = self.managing(asked.lora_name, key)
+        catalog, name = self.managing(asked.lora_name, key), asked.lora_name
+        digest = None if catalog.alias(name) else catalog.known(catalog.target(name))
+        await self.loop.aside(lambda: catalog.remove(name))
 
-        def run() -> None:
-            digest = catalog._digests.get(asked.lora_name)
-            catalog.remove(asked.lora_name)
-            resident = self.engine.memory.residents.get(digest) if digest is not None else None
-            if resident is not None and not resident.users and digest not in catalog._digests.values():
+        def drop() -> None:
+            resident = self.engine.memory.residents.get(digest)
+            if resident is not None and not resident.users:  # of another name's too, which loads it again
                 self.engine.memory.drop(digest)
 
-        await self.loop.call(run)
-        return f"Success: LoRA adapter '{asked.lora_name}' removed successfully."
+        await self.loop.call(drop)
+        return f"Success: LoRA adapter '{name}' removed successfully."
+
+    async def point(self, asked: AliasRequest, key: Key | None) -> dict[str, Any]:
+        self.managing(f"{asked.name}@{asked.version}", key)
+        catalog = self.managing(asked.name, key)
+        before = await self.loop.aside(lambda: catalog.point(asked.name, asked.version))
+        return {"id": asked.name, "alias_of": f"{asked.name}@{asked.version}", "before": before}
 
 
 def create_app(engine: Engine, options: ServerOptions, *, catalog: Catalog | None = None, keys: Keys | None = None) -> FastAPI:
@@ -259,9 +268,10 @@ def create_app(engine: Engine, options: ServerOptions, *, catalog: Catalog | Non
             await service.loop.stop(options.drain)
             service.encoder.shutdown(wait=False)
 
-    app = FastAPI(title="Graftwork", summary="Many adapters on one base", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Graftwork", summary="Many adapters on one base", lifespan=lifespan, docs_url=None, redoc_url=None,
+                  responses={"default": {"description": "What went wrong", "content": {"application/json": {"schema": SCHEMA}}}})
     app.state.service = service
-    app.add_middleware(Edge, max_body=options.max_body,
+    app.add_middleware(Edge, max_body=options.max_body, body_seconds=options.body_seconds,
                        answered=lambda route, status: service.metrics.answers.labels(route, str(status)).inc())
     for kind, handler in ((ApiError, _failed), (GraftworkError, _failed), (RequestValidationError, _invalid), (HTTPException, _refused)):
         app.add_exception_handler(kind, handler)
@@ -282,21 +292,27 @@ def _routes(app: FastAPI, service: Service) -> None:
     async def model(model: str, key=key_of) -> Response:
         return Json(service.entry(model, service.adapter(model, key)))
 
-    @app.post("/v1/completions", response_model=None)
+    streamed = {200: {"content": {"text/event-stream": {}}}}
+
+    @app.post("/v1/completions", response_model=None, responses=streamed)
     async def completions(asked: CompletionRequest, request: Request, key=key_of) -> Response:
         return await service.answer(request, key, asked, asked.prompts, Form, 16)  # OpenAI's default
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=streamed)
     async def chat(asked: ChatRequest, request: Request, key=key_of) -> Response:
         return await service.answer(request, key, asked, [asked.conversation], ChatForm, service.options.chat_tokens)
 
-    @app.post("/v1/load_lora_adapter", response_model=None)
+    @app.post("/v1/load_lora_adapter", response_model=None, response_class=PlainTextResponse)
     async def load(asked: LoadRequest, key=key_of) -> Response:
         return PlainTextResponse(await service.load(asked, key))
 
-    @app.post("/v1/unload_lora_adapter", response_model=None)
+    @app.post("/v1/unload_lora_adapter", response_model=None, response_class=PlainTextResponse)
     async def unload(asked: UnloadRequest, key=key_of) -> Response:
         return PlainTextResponse(await service.unload(asked, key))
+
+    @app.post("/v1/adapters/alias", response_model=None)
+    async def alias(asked: AliasRequest, key=key_of) -> Response:
+        return Json(await service.point(asked, key))
 
     @app.post("/tokenize", response_model=None)
     async def tokenize(asked: TokenizeRequest, key=key_of) -> Response:
@@ -323,18 +339,20 @@ def _routes(app: FastAPI, service: Service) -> None:
     async def status(key=key_of) -> Response:
         return Json(await asyncio.to_thread(show, *await service.watch.snapshot(), service.options.model, key))
 
-    @app.get("/health", response_model=None)
+    not_now = {503: {"description": "Not now", "content": {"application/json": {}}}}
+
+    @app.get("/health", response_model=None, responses=not_now)
     async def health() -> Response:
         failed = service.loop.failed
         if failed is None:
             return Json({"status": "ok"})
         return Json({"status": "failed", "error": type(failed).__name__}, status_code=503)
 
-    @app.get("/ready", response_model=None)
+    @app.get("/ready", response_model=None, responses=not_now)
     async def ready() -> Response:
         return Json({"status": "ready" if service.loop.ready else "not ready"}, status_code=200 if service.loop.ready else 503)
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_model=None, response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -346,7 +364,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 async def _refused(request: Request, error: HTTPException) -> Response:
-    found = ApiError(error.status_code, str(error.detail), headers=error.headers)
+    found = ApiError(error.status_code, str(error.detail), code=CODES.get(error.status_code, "invalid_request"), headers=error.headers)
     return Json(found.body(), status_code=found.status, headers=found.headers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -22,10 +23,11 @@ log = logging.getLogger("graftwork.serve")
 
 
 class Edge:
-    """Middleware. max_body: bytes. answered(route, status): called for every response."""
+    """Middleware. max_body: bytes. body_seconds: within which a body has to be there. answered(route, status): called for every
+    response."""
 
-    def __init__(self, app: ASGIApp, *, max_body: int, answered: Any):
-        self.app, self.max_body, self.answered = app, max_body, answered
+    def __init__(self, app: ASGIApp, *, max_body: int, body_seconds: float, answered: Any):
+        self.app, self.max_body, self.body_seconds, self.answered = app, max_body, body_seconds, answered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -35,7 +37,8 @@ class Edge:
         given = headers.get(b"x-request-id", b"").decode("latin-1")
         request_id = given if ID.fullmatch(given) else uuid.uuid4().hex
         facts = scope[FACTS] = {"id": request_id}
-        start, status, received = time.monotonic(), 0, 0
+        start, status, received, whole = time.monotonic(), 0, 0, False
+        until = asyncio.get_running_loop().time() + self.body_seconds
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -45,16 +48,22 @@ class Edge:
             await send(message)
 
         async def receiving() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, whole
+            try:
+                async with asyncio.timeout_at(None if whole else until):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, f"the request's body did not come within {self.body_seconds:g} seconds",
+                                    headers={"connection": "close"}) from None
+            whole = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > self.max_body:
                 raise HTTPException(413, self._too_large)
             return message
 
         try:
-            length = headers.get(b"content-length", b"")
-            if length.isdigit() and int(length) > self.max_body:
+            length = headers.get(b"content-length", b"").lstrip(b"0")
+            if length.isdigit() and (len(length) > 18 or int(length) > self.max_body):
                 await respond(ApiError(413, self._too_large, code="request_too_large"), sending)
             else:
                 await self.app(scope, receiving, sending)
@@ -76,9 +85,11 @@ class Edge:
 
 
 async def respond(error: ApiError, send: Send) -> None:
-    headers = [(b"content-type", b"application/json"), *((k.encode(), v.encode()) for k, v in error.headers.items())]
+    content = to_json(error.body())
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode()),
+               *((k.encode(), v.encode()) for k, v in error.headers.items())]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
-    await send({"type": "http.response.body", "body": to_json(error.body())})
+    await send({"type": "http.response.body", "body": content})
 
 
 def to_json(value: Any) -> bytes:

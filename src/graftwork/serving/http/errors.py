@@ -7,8 +7,16 @@ from typing import Any
 
 from ...errors import ArtifactError, GraftworkError, UsageError
 
-TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error",
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 408: "timeout_error", 429: "rate_limit_error",
          504: "timeout_error"}
+#: of errors that are seen before a route is: no such path, another method, ...
+CODES = {404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "request_too_large"}
+#: of every answer that is an error, for the OpenAPI document
+SCHEMA = {
+    "type": "object", "required": ["error"], "additionalProperties": False, "properties": {"error": {
+        "type": "object", "required": ["message", "type", "param", "code"], "additionalProperties": False, "properties": {
+            "message": {"type": "string", "minLength": 1}, "type": {"type": "string", "minLength": 1},
+            "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}}}}
 
 
 class ApiError(Exception):

@@ -34,6 +34,8 @@ class Metrics:
             "graftwork_requests_waiting": ("Requests in the queue", lambda: loop.waiting),
             "graftwork_pool_pages": ("Pages of the pool", lambda: engine.pool.pages),
             "graftwork_pool_pages_used": ("Pages in use: requests, prefixes and adapters", lambda: engine.pool.used),
+            "graftwork_pool_pages_idle": ("Of those in use, pages of prefixes and adapters that no request runs on",
+                                          lambda: engine.memory.available() - engine.pool.free),
             "graftwork_pool_bytes": ("Bytes of the pool", lambda: engine.pool.nbytes),
             "graftwork_adapters_resident": ("Adapters in the pool", lambda: len(engine.memory.residents)),
             "graftwork_adapter_loads": ("Adapters put into the pool so far", lambda: engine.memory.loads),
