@@ -166,6 +166,7 @@ def test_stop_ends_the_requests(tab, served):
         assert tab.evaluate("document.querySelector('#send').disabled")
         tab.until("document.querySelector('#running').textContent === '2'")
         assert tab.evaluate("[...document.querySelectorAll('#requests tr')].map((row) => row.children[1].textContent)") == ["writing"] * 2
+        assert tab.evaluate("document.querySelector('#requests td').offsetWidth") > 140  # room for a name
         tab.click("#stop")
         found = settled(tab)
         assert [(column["state"], column["finish"]) for column in found] == [("stopped", "stopped")] * 2
