@@ -21,6 +21,9 @@ from ..modeling.state import StateHolder
 from .base import Adapter
 from .batched import row_index
 
+#: what rows are routed to: a graft's name, or several with their weights
+Route = str | tuple[tuple[str, float], ...]
+
 
 class GraftPoint(nn.Module):
     """The one child that attaching adds to a module: its slots (one, or two per expert of an experts module)."""
@@ -87,6 +90,7 @@ class Slot(nn.Module):
         self.owners: dict[str, tuple[str, slice | None]] = {}
         self.taps: list[Callable[[Tensor, Tensor], None]] = []
         self.through: Callable[[Slot, Tensor], Tensor] | None = None  # set by a block that runs this map its own way
+        self.merged: dict[Route, Product] = {}  # the frozen map with a graft's change in it, see merged_copy.py
         self._plan: tuple | None = None
         self._banks: dict = {}
 
@@ -108,6 +112,7 @@ class Slot(nn.Module):
 
     def take(self, key: str) -> None:
         """Remove one adapter by its key."""
+        self.merged = {route: kept for route, kept in self.merged.items() if self.owners[key][0] not in dict(_parts(route))}
         del self.entries[key], self.owners[key]
         self._plan, self._banks = None, {}
 
@@ -118,7 +123,7 @@ class Slot(nn.Module):
     def plain(self, x: Tensor) -> Tensor:
         """The same with the adapters of this map alone."""
         state = self.holder.current
-        base = Base(self.frozen, self.holder)
+        base = Base(self.frozen if state.merged is None else self.merged.get(state.merged, self.frozen), self.holder)
         if state.rows is None:
             y = self._all(x, base, state)
         elif state.packed and x.dim() == 3:
@@ -222,7 +227,7 @@ class Slot(nn.Module):
         if self._plan is not None and self._plan[0] == token:
             return self._plan[1]
         sorted_keys: dict[tuple, list[str]] = {}
-        parts = [() if row is None else ((row, 1.0),) if isinstance(row, str) else row for row in state.rows]
+        parts = [_parts(row) for row in state.rows]
         wanted = {name for row in parts for name, _ in row if name not in state.disabled}
         for key, (name, rows) in self.owners.items():
             if name in wanted:
@@ -308,6 +313,10 @@ def bank_bytes(model: nn.Module) -> int:
         elif hasattr(thing, "__dict__") and not isinstance(thing, (nn.Module, type)) and not callable(thing):
             todo.append(vars(thing))
     return sum(found.values())
+
+
+def _parts(route: Route | None) -> tuple[tuple[str, float], ...]:
+    return () if route is None else ((route, 1.0),) if isinstance(route, str) else route
 
 
 def _version(adapter: Adapter) -> tuple:

@@ -25,14 +25,13 @@ from torch import Tensor, nn
 
 from ...adapters.graft import NAME, Graft
 from ...adapters.model_scope import PrefixAdapter
+from ...adapters.slot import Route
 from ...artifact import CARD, TENSORS, attach_read, attach_saved, describe, graft_tensors, read_card, read_tensors, seal
 from ...errors import ArtifactError, IncompatibleError, UsageError, nearest
 from ...modeling.state import state_of
 from ...registry import MethodInfo, lookup
 
-#: what rows are routed to: a graft's name, or several with their weights
 Parts = tuple[tuple[str, float], ...]
-Route = str | Parts
 Place = Callable[[int, Sequence[int], torch.dtype], Tensor]
 TO_LORA = "convert it to lora (exact, rank 2r): graft convert --to lora"
 PEFT_CARD, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"

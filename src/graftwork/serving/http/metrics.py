@@ -38,6 +38,8 @@ class Metrics:
             "graftwork_adapters_resident": ("Adapters in the pool", lambda: len(engine.memory.residents)),
             "graftwork_adapter_loads": ("Adapters put into the pool so far", lambda: engine.memory.loads),
             "graftwork_adapter_evictions": ("Adapters taken out of the pool so far", lambda: engine.memory.evictions),
+            "graftwork_merged_bytes": ("Bytes of weights that an adapter is merged into, beside the pool", lambda: engine.merged_bytes()),
+            "graftwork_merged_steps": ("Steps with merged weights so far", lambda: engine.merging.steps if engine.merging else 0),
             "graftwork_engine_steps": ("Steps so far", lambda: engine.steps),
             "graftwork_engine_up": ("1 while the engine works", lambda: int(loop.failed is None)),
         }
