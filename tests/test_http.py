@@ -397,7 +397,6 @@ def test_a_broken_adapter_fails_its_own_requests_only(fleet, saved):
 
             def waits():
                 pinned = service.catalog.pin("a0").removeprefix("=")
-                service.catalog.pin("copy")
                 service.catalog.hosts.clear()
                 return service.catalog.host(pinned).folder
 
@@ -677,7 +676,8 @@ def test_sigterm_lets_answers_end(saved, tmp_path):
 @pytest.mark.parametrize("options, words", [
     (["--policy", "early_abort"], "--deadline"), (["--deadline", "3"], "early_abort"), (["--policy", "fair"], "--api-keys"),
     (["--allow-load"], "--adapters"), (["--max-running", "0"], "--max-running"), (["--adapters", "nowhere"], "no folder nowhere"),
-    (["--merge", "--storage", "nf4"], "--storage says nf4"), (["--pool", "much"], "much"), (["--api-keys", "nowhere"], "nowhere"), (["--port", "99999"], "99999")])
+    (["--merge", "--storage", "nf4"], "--storage says nf4"),
+    (["--pool", "much"], "much"), (["--api-keys", "nowhere"], "nowhere"), (["--port", "99999"], "99999")])
 def test_wrong_options(options, words, capsys):
     from graftwork.cli.main import main
 

@@ -77,11 +77,12 @@ def clean() -> int:
                 continue
             freed += entry.bytes if not entry.path.exists() else 0
         for kind in _kinds():
-            freed += _clean_hidden(kind)
+            freed += clean_hidden(kind)
     return freed
 
 
-def _clean_hidden(kind: Path) -> int:
+def clean_hidden(kind: Path) -> int:
+    """Deletes what killed processes left in the folder of one kind; the bytes freed."""
     before = folder_bytes(kind)
     for child in list(kind.iterdir()):
         if child.suffix == ".tmp":  # .NAME.HOST-PID-TOKEN.tmp

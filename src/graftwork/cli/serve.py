@@ -37,6 +37,9 @@ def run(
                                                           "requests_per_minute, manage (default: no keys)."),
     allow_load: bool = typer.Option(False, "--allow-load", help="Clients may load and unload adapters."),
     allow_path: list[str] = typer.Option([], "--allow-path", help="Folder beside --adapters to load from; repeatable."),
+    allow_source: list[str] = typer.Option([], "--allow-source", help="URL below which adapters may be read, like s3://bucket/adapters; "
+                                                                      "repeatable (default: no URL is ever opened)."),
+    disk_cache: str = typer.Option(None, "--disk-cache", help="Disk that adapters from URLs may take in the cache (default: 20GiB)."),
     prefix_cache: bool = typer.Option(True, "--prefix-cache/--no-prefix-cache", help="Compute beginnings that prompts share once."),
     merge: bool = typer.Option(False, "--merge/--no-merge", help="Merge an adapter that most requests ask for into a copy of the weights "
                                                                  "while they do; needs a dense base, and memory for the copy."),
@@ -62,6 +65,10 @@ def run(
         raise UsageError("--policy fair shares the server among API keys, and there are none", remedy="add --api-keys FILE")
     if (allow_load or allow_path) and adapters is None:
         raise UsageError("adapters cannot be loaded without a folder of adapters", remedy="add --adapters FOLDER; it may be empty")
+    if allow_source and adapters is None:
+        raise UsageError("adapters from URLs need a folder whose book names them", remedy="add --adapters FOLDER; it may be empty")
+    if disk_cache is not None and not allow_source:
+        raise UsageError("--disk-cache says nothing without --allow-source", remedy="add --allow-source URL, or leave it out")
     if allow_path and not allow_load:
         raise UsageError("--allow-path says nothing without --allow-load", remedy="add --allow-load, or leave it out")
     if merge and storage not in (None, "dense", "none"):
@@ -75,12 +82,15 @@ def run(
     from ..serving.http.keys import read_keys
     from ..serving.http.server import bind, log_to_stderr
     from ..serving.http.server import run as serve
+    from ..serving.sources import Sources
 
-    sizes = {option: parse_bytes(text) for option, text in (("pool", pool), ("host", host_memory), ("body", max_body))}
+    sizes = {option: parse_bytes(text) for option, text in (("pool", pool), ("host", host_memory), ("body", max_body),
+                                                                 ("disk", disk_cache or "20GiB"))}
     for folder in (adapters, *allow_path):
         if folder is not None and not Path(folder).is_dir():
             raise UsageError(f"there is no folder {folder}", remedy="name a folder whose subfolders are saved adapters")
     keys = None if api_keys is None else read_keys(api_keys)
+    sources = Sources(allow_source, disk_bytes=sizes["disk"], largest=sizes["host"]) if allow_source else None
     listening = bind(host, port)  # before the model is read: a port that is taken is known at once
     try:
         from ..api import load
@@ -96,7 +106,8 @@ def run(
         if tokenizer is None:
             raise UsageError(f"{model} has no tokenizer", remedy="add the tokenizer files to the model folder")
         named = name or Path(model.rstrip("/")).name.removesuffix(".gguf") or "base"
-        catalog = None if adapters is None else Catalog(base, adapters, base=named, roots=allow_path, host_bytes=sizes["host"])
+        catalog = None if adapters is None else Catalog(base, adapters, base=named, roots=allow_path, host_bytes=sizes["host"],
+                                                        sources=sources)
         engine = Engine(base, tokenizer, pool_bytes=sizes["pool"], adapters=catalog, policy=policy, prefix_cache=prefix_cache, merge=merge,
                         limits=Limits(max_running=max_running, chunk=chunk))
         app = create_app(engine, ServerOptions(

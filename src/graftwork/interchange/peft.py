@@ -13,9 +13,11 @@ would change the result (aLoRA, an initialization that rewrote the base, ...) ar
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +47,53 @@ IGNORED = ("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_we
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
+@dataclass(frozen=True)
+class PeftFiles:
+    """A folder's files as they were read once. sha256: of both, the config first (hex)."""
+
+    config: AdapterConfig
+    document: dict[str, Any]
+    tensors: dict[str, Tensor]
+    sha256: str
+
+
+def read_peft(folder: str | Path) -> PeftFiles:
+    """Both files of a PEFT folder, each opened once, so that the sum is of what is returned. Raises ArtifactError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = Path(folder) / TENSORS
+    text = _content(Path(folder) / CONFIG)
+    try:
+        content = path.read_bytes()
+        tensors = {key.removeprefix(PREFIX): value for key, value in load(content).items()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error})", remedy="the file is missing or truncated; get it again") from None
+    _refuse_not_finite(path, tensors)
+    document = _document(text, Path(folder) / CONFIG)
+    config = _config(document, folder, lambda: {key: tuple(value.shape) for key, value in tensors.items()})
+    total = hashlib.sha256(text)
+    total.update(content)
+    return PeftFiles(config, document, tensors, total.hexdigest())
+
+
 def read_document(folder: str | Path) -> dict[str, Any]:
     """adapter_config.json as it is. Raises ArtifactError when it is missing or damaged."""
     path = Path(folder) / CONFIG
+    return _document(_content(path), path)
+
+
+def _content(path: Path) -> bytes:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        document["peft_type"]
+        return path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read ({error.strerror})", remedy="name a folder written by PEFT") from None
+
+
+def _document(content: bytes, path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(content.decode("utf-8"))
+        document["peft_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged ({error})", remedy="restore the folder from a copy") from None
     return document
@@ -60,7 +101,10 @@ def read_document(folder: str | Path) -> dict[str, Any]:
 
 def read_config(folder: str | Path) -> AdapterConfig:
     """The options of a PEFT folder. Raises ArtifactError naming what a graft cannot express."""
-    document = read_document(folder)
+    return _config(read_document(folder), folder, lambda: _shapes(Path(folder)))
+
+
+def _config(document: dict[str, Any], folder: str | Path, shapes: Callable[[], dict[str, tuple[int, ...]]]) -> AdapterConfig:
     exchange = exchange_of(document)
     if exchange is None:
         known = sorted({e.template["peft_type"] for e in EXCHANGES.values()})
@@ -90,7 +134,7 @@ def read_config(folder: str | Path) -> AdapterConfig:
             target, excluded = _targets(document, folder)
             where = {"target_modules": target, "exclude_modules": excluded,
                      "layers_to_transform": [layers] if isinstance(layers, int) else layers or None}
-        return info.config(**exchange.options(document, lambda: _shapes(Path(folder))), **where,
+        return info.config(**exchange.options(document, shapes), **where,
                            modules_to_save=sorted(document.get("modules_to_save") or []),
                            trainable_tokens=document.get("trainable_token_indices") or [])
     except (ValueError, TypeError, KeyError) as error:
@@ -127,12 +171,14 @@ def _suffixes(names: list[str]) -> str:
 
 
 def attach_peft(model: nn.Module, folder: str | Path, *, name: str | None = None, trainable: bool = False,
-                allow_zero: bool = False) -> Graft:
-    """Attach a PEFT folder as a graft. Every tensor must find its place and every place its tensor.
+                allow_zero: bool = False, files: PeftFiles | None = None) -> Graft:
+    """Attach a PEFT folder as a graft. Every tensor must find its place and every place its tensor. files: what was read of it already.
 
     Raises ArtifactError with what is missing, unexpected, of another shape, not finite or not readable."""
-    config, document = read_config(folder), read_document(folder)
-    tensors = _read_tensors(Path(folder))
+    if files is None:
+        config, document, tensors = read_config(folder), read_document(folder), _read_tensors(Path(folder))
+    else:
+        config, document, tensors = files.config, files.document, dict(files.tensors)
     seed = EXCHANGES[config.method].seed
     graft = attach(model, config, name=name or "default", loading=True, seed=document.get(seed, 0) if seed else 0)
     try:
@@ -173,10 +219,14 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / TENSORS
     tensors = _opened(folder, lambda handle: {key: handle.get_tensor(key) for key in handle.keys()})
+    _refuse_not_finite(path, tensors)
+    return tensors
+
+
+def _refuse_not_finite(path: Path, tensors: dict[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ArtifactError(f"{path}: {key} has NaN or infinite values", remedy="the file is damaged, or training diverged")
-    return tensors
 
 
 def _fill(graft: Graft, tensors: dict[str, Tensor], document: dict[str, Any]) -> list[str]:

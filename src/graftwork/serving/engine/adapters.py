@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +25,16 @@ from torch import Tensor, nn
 from ...adapters.graft import NAME, Graft
 from ...adapters.model_scope import PrefixAdapter
 from ...adapters.slot import Route
-from ...artifact import CARD, TENSORS, attach_read, attach_saved, describe, graft_tensors, read_card, read_tensors, seal
+from ...artifact import attach_read, describe, graft_tensors
 from ...errors import ArtifactError, IncompatibleError, UsageError, nearest
 from ...modeling.state import state_of
 from ...registry import MethodInfo, lookup
+from .hosts import Foreign, Host, Hosts, content_digest, read_adapter, refuse_links
 
 Parts = tuple[tuple[str, float], ...]
 Place = Callable[[int, Sequence[int], torch.dtype], Tensor]
 TO_LORA = "convert it to lora (exact, rank 2r): graft convert --to lora"
-PEFT_CARD, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+FACTS = 1 << 16  # adapters of which facts are kept
 
 
 class Attached:
@@ -121,50 +121,28 @@ def virtual_tokens(length: int, reads_prompt: bool, prompt: Sequence[int]) -> tu
     return (-2 - int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "little"),) * length
 
 
-def content_digest(path: Path) -> str:
-    """Of what a folder's adapter computes. Raises ArtifactError for a folder without an adapter."""
-    if (path / CARD).is_file():
-        card = read_card(path)
-        return hashlib.sha256(f"{seal(card)}/{card['sha256']}".encode()).hexdigest()[:32]
-    if (path / PEFT_CARD).is_file() and (path / PEFT_TENSORS).is_file():
-        return hashlib.sha256((path / PEFT_CARD).read_bytes() + (path / PEFT_TENSORS).read_bytes()).hexdigest()[:32]
-    raise ArtifactError(f"adapter '{path.name}' has neither {CARD} nor {PEFT_CARD} with {PEFT_TENSORS}",
-                        remedy="put a folder written by graft.save or PEFT there")
+@dataclass(frozen=True)
+class Facts:
+    """What is asked of an adapter before it runs. sizes: bytes of its tensors. length: of its virtual tokens; by_prompt: they depend on
+    the prompt."""
 
-
-def refuse_links(name: str, path: Path) -> Path:
-    """The folder itself. Raises ArtifactError where one of its files is a link, which could lead anywhere."""
-    for file in (CARD, TENSORS, PEFT_CARD, PEFT_TENSORS):
-        if (path / file).is_symlink():
-            raise ArtifactError(f"adapter '{name}': {file} is a link", remedy="put the file itself there")
-    return path
-
-
-@dataclass
-class Host:
-    """An adapter in host memory: the card and the tensors of an artifact."""
-
-    card: dict[str, Any]
-    tensors: dict[str, Tensor]
-    folder: Path
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+    sizes: tuple[int, ...]
+    length: int
+    by_prompt: bool
 
 
 class AdapterFolder:
     """root: a folder with one adapter a subfolder (ours or PEFT's). host_bytes: of adapters kept in host memory."""
 
     def __init__(self, model: nn.Module, root: str | Path, *, host_bytes: int = 1 << 30):
-        self.model, self.root, self.host_bytes = model, Path(root).resolve(), host_bytes
+        self.model, self.root = model, Path(root).resolve()
         if not self.root.is_dir():
             raise UsageError(f"there is no folder {root}", remedy="name a folder whose subfolders are saved adapters")
-        self.hosts: OrderedDict[str, Host] = OrderedDict()
+        self.hosts = Hosts(host_bytes)
         self._digests: dict[str, str] = {}
         self._folders: dict[str, Path] = {}
-        self._sizes: dict[str, list[int]] = {}
-        self._virtual: dict[str, tuple[int, bool]] = {}
+        self._facts: OrderedDict[str, Facts] = OrderedDict()
+        self._alike: dict[Facts, Facts] = {}
         self.reads = 0
 
     def names(self) -> list[str]:
@@ -197,26 +175,33 @@ class AdapterFolder:
             self._digests[name], self._folders[found] = found, path
         return found
 
-    def sizes(self, digest: str) -> list[int]:
+    def sizes(self, digest: str) -> Sequence[int]:
         parts = sum_of(digest)
         if parts:
-            return [size for part, _ in parts for size in self.sizes(part)]
-        found = self._sizes.get(digest)
-        if found is None:
-            tensors = self.host(digest).tensors
-            found = self._sizes[digest] = [tensors[key].numel() * tensors[key].element_size() for key in sorted(tensors)]
-        return found
+            return tuple(size for part, _ in parts for size in self.sizes(part))
+        return self._known(digest).sizes
 
     def virtual(self, digest: str, prompt: Sequence[int]) -> tuple[int, ...]:
         if sum_of(digest):
             return ()
-        found = self._virtual.get(digest)
+        facts = self._known(digest)
+        return virtual_tokens(facts.length, facts.by_prompt, prompt)
+
+    def _known(self, digest: str) -> Facts:
+        """Kept for the adapters that were asked for last: many of them look alike, and one that left is asked for again."""
+        found = self._facts.get(digest)
         if found is None:
-            card = self.host(digest).card
-            cls = lookup("adapter", card["method"]).cls
-            length = card["config"]["num_virtual_tokens"] if issubclass(cls, PrefixAdapter) else 0
-            found = self._virtual[digest] = (length, length > 0 and cls.reads_prompt)
-        return virtual_tokens(*found, prompt)
+            host = self.host(digest)
+            cls = lookup("adapter", host.card["method"]).cls
+            length = host.card["config"]["num_virtual_tokens"] if issubclass(cls, PrefixAdapter) else 0
+            found = Facts(tuple(host.tensors[key].numel() * host.tensors[key].element_size() for key in sorted(host.tensors)), length,
+                          length > 0 and cls.reads_prompt)
+            found = self._facts[digest] = self._alike.setdefault(found, found)
+            if len(self._facts) > FACTS:
+                self._facts.popitem(last=False)
+            if len(self._alike) > FACTS:
+                self._alike.clear()
+        return found
 
     def load(self, digest: str, place: Place) -> tuple[Route, Callable[[], None]]:
         parts = sum_of(digest)
@@ -263,27 +248,30 @@ class AdapterFolder:
     # -- host memory ----------------------------------------------------------------------------------------------------------------
     def host(self, digest: str) -> Host:
         """The adapter in host memory, read if it is not there."""
-        found = self.hosts.get(digest)
-        if found is None:
-            folder = self._folders[digest]
-            if content_digest(folder) != digest:
-                raise ArtifactError(f"adapter '{folder.name}' was replaced while it was served under its old content",
-                                    remedy="load it again, so that requests get the new one")
-            found = self.hosts[digest] = self._read(folder)
-            self.reads += 1
-            while len(self.hosts) > 1 and sum(h.nbytes for h in self.hosts.values()) > self.host_bytes:
-                self.hosts.popitem(last=False)
-        self.hosts.move_to_end(digest)
+        found = self.hosts.get(digest) or self.read(digest)
+        if isinstance(found, Foreign):
+            found = self._as_artifact(found)
+            self.hosts.put(digest, found)
         return found
 
-    def _read(self, folder: Path) -> Host:
-        if (folder / CARD).is_file():
-            card = read_card(folder)
-            return Host(card, read_tensors(folder, card), folder)
-        graft: Graft = attach_saved(self.model, folder, name="reading")
+    def read(self, digest: str) -> Host | Foreign:
+        """Read an adapter into host memory. Raises ArtifactError when its files are no longer what its digest is of."""
+        folder = self._folders[digest]
+        found, content = read_adapter(folder)
+        if found != digest:
+            raise ArtifactError(f"adapter '{folder.name}' was replaced while it was served under its old content",
+                                remedy="load it again, so that requests get the new one")
+        self.hosts.put(digest, content)
+        self.reads += 1
+        return content
+
+    def _as_artifact(self, found: Foreign) -> Host:
+        from ...interchange.peft import attach_peft
+
+        graft = attach_peft(self.model, found.folder, name="reading", files=found.files)
         try:
             tensors, card = graft_tensors(graft), describe(graft)
         finally:
             graft.detach()
         card["tensors"] = {k: [list(t.shape), str(t.dtype).removeprefix("torch.")] for k, t in tensors.items()}
-        return Host(card, tensors, folder)
+        return Host(card, tensors, found.folder)

@@ -66,6 +66,7 @@ class Engine:
         self.texts: dict[str, Detokenizer] = {}
         self._guides: Guides | None = None
         self.steps = 0
+        self.absent: Callable[[Request], None] | None = None  # told of a request whose adapter has to be read before it waits again
         self._open = ExitStack()
         self._open.enter_context(attention_of(model, NAME))
         self._head_rows: torch.Tensor | None = None  # of the tokens that the output head sees in the step that runs
@@ -126,6 +127,15 @@ class Engine:
             self._end(request, "abort")
         return request is not None
 
+    def fail(self, request: Request, error: Exception) -> None:
+        """End a request with an error."""
+        request.error = error
+        self._end(request, "error")
+
+    def load_ahead(self, count: int = 4) -> bool:
+        """Copy the adapter of one of the next requests into free pages; whether there was one to copy."""
+        return any(self.memory.load_ahead(request) for request in self.scheduler.waiting[:count])
+
     def bank_bytes(self) -> int:
         """Bytes that sites keep beside the pool: adapters side by side as the kernels read them. A cache: it goes when one of its
         adapters leaves the pool."""
@@ -137,7 +147,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.requests)
+        return bool(self.scheduler.waiting or self.scheduler.running)
 
     def run(self) -> None:
         """Step until nothing is left. Raises GraftworkError if requests wait for memory that never comes."""
@@ -159,11 +169,12 @@ class Engine:
                 except GraftworkError as error:  # of this request's adapter: the others go on
                     step.failed.append((request, error))
         for request, error in step.failed:
-            request.error = error
-            self._end(request, "error")
+            self.fail(request, error)
+        for request in step.absent:
+            self.absent(request)
         step.work = [(request, count) for request, count in step.work if request.error is None]
         if not step.work:
-            return bool(step.aborted or step.failed)
+            return bool(step.aborted or step.failed or step.absent)
         self.steps += 1
         begin = self.clock()
         merged = None if self.merging is None else self._copy.ready(step, self.merging)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from ...errors import GraftworkError
 from .pool import Packing, Pool
 from .prefixes import Prefixes
 from .request import Request
@@ -60,7 +61,9 @@ class Memory:
         self.running: dict[str, Request] = {}
         self.keys: dict[str, list[bytes]] = {}  # request -> keys of its full pages
         self.page_tokens = pool.page_tokens
-        self.loads = self.evictions = 0
+        self.loads = self.evictions = self.ahead = 0  # ahead: of the loads, those before a request was admitted
+        self.there: Callable[[str], bool] | None = None  # says what is in host memory; None: reading is for `load` to do
+        self._broken: set[str] = set()  # could not be loaded ahead; whoever runs on them is told why
         self.resident_pages = self.busy_pages = 0  # of adapters in the pool; of those, that requests run on
         self._packings: OrderedDict[tuple[int, ...], Packing] = OrderedDict()  # by sizes, least recently used first
 
@@ -87,6 +90,12 @@ class Memory:
         if resident is not None:
             return 0 if resident.users else resident.pages  # idle pages count as available until somebody runs on them
         return self.packing(digest).pages
+
+    def absent(self, request: Request) -> bool:
+        if request.adapter is None or self.there is None:
+            return False
+        digest = self.content(request)
+        return digest not in self.residents and not self.there(digest)
 
     def prepare(self, request: Request) -> bool:
         """Make the request's adapter resident and give it the pages of its prompt that are known. Raises GraftworkError for an
@@ -161,19 +170,45 @@ class Memory:
             start = self._run(packing.pages, digest)
             if start is None:
                 return None
-
-            def place(i: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-                return self.pool.piece(start, packing.places[i], shape, dtype)
-
-            try:
-                route, unload = self.source.load(digest, place)
-            except BaseException:
-                self.pool.give(range(start, start + packing.pages))
-                raise
-            self.loads += 1
-            self.resident_pages += packing.pages
-            found = self.residents[digest] = Resident(digest, route, start, packing.pages, unload)
+            found = self._load(digest, packing, start)
         self.residents.move_to_end(digest)
+        return found
+
+    def load_ahead(self, request: Request) -> bool:
+        """Copy the adapter of a request that waits into pages that are free and not about to be written: nothing is moved or gives
+        way. Whether it was. A broken one is left to its request."""
+        if request.adapter is None or self.absent(request):
+            return False
+        digest = self.content(request)
+        if digest in self.residents or digest in self._broken:
+            return False
+        try:
+            packing = self.packing(digest)
+            start = None if packing.pages + len(self.running) > self.pool.free else self.pool.take_run(packing.pages, digest)
+            if start is None:
+                return False
+            self._load(digest, packing, start)
+        except GraftworkError:
+            self._broken.add(digest)
+            return False
+        self.ahead += 1
+        return True
+
+    def _load(self, digest: str, packing: Packing, start: int) -> Resident:
+        """Load an adapter into the run of pages that was taken for it."""
+
+        def place(i: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+            return self.pool.piece(start, packing.places[i], shape, dtype)
+
+        self._broken.discard(digest)
+        try:
+            route, unload = self.source.load(digest, place)
+        except BaseException:
+            self.pool.give(range(start, start + packing.pages))
+            raise
+        self.loads += 1
+        self.resident_pages += packing.pages
+        found = self.residents[digest] = Resident(digest, route, start, packing.pages, unload)
         return found
 
     def drop(self, digest: str) -> None:

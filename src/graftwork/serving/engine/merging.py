@@ -106,7 +106,7 @@ class Merging:
         step = scheduler.step(chosen)
         if chosen is not None and not step.work:  # its requests do not fit beside those that are left out
             more = scheduler.step()
-            for lists in ("aborted", "failed", "preempted"):
+            for lists in ("aborted", "failed", "preempted", "absent"):
                 getattr(more, lists)[:0] = getattr(step, lists)
             return more
         step.merged = chosen

@@ -67,6 +67,7 @@ Sum = Sequence[tuple[str, float]]
 
 
 class Status(Enum):
+    READING = "reading"  # its adapter has to come into host memory before it can wait
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"

@@ -39,6 +39,9 @@ class Memory(Protocol):
     def adapter_pages(self, request: Request) -> int:
         """Pages that the request's adapter takes from the others; 0 where it is in use already or needs none."""
 
+    def absent(self, request: Request) -> bool:
+        """Whether the request's adapter has to be read before it can run, which is not the scheduler's to wait for."""
+
     def reserve(self, request: Request, tokens: int) -> bool:
         """Take the pages for this many more tokens of a request, or say that they are not there."""
 
@@ -70,6 +73,7 @@ class Step:
     preempted: list[Request] = field(default_factory=list)
     aborted: list[Request] = field(default_factory=list)
     failed: list[tuple[Request, Exception]] = field(default_factory=list)
+    absent: list[Request] = field(default_factory=list)  # left the queue until their adapters have been read
 
     @property
     def tokens(self) -> int:
@@ -108,7 +112,15 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         self.policy.arrived(request, self.waiting)
-        self.waiting.append(request)
+        self.resume(request)
+
+    def resume(self, request: Request) -> None:
+        """Queue a request by its arrival; one that was put back in its time goes to the head, as it was then."""
+        at = 0 if request.preempted else len(self.waiting)
+        while at and self.waiting[at - 1].arrived > request.arrived and not self.waiting[at - 1].preempted:
+            at -= 1
+        request.status = Status.WAITING
+        self.waiting.insert(at, request)
 
     def step(self, only: str | None = None) -> Step:
         """Decide the next step. Empty when nothing can run. only: requests with this adapter content; the others keep what they have,
@@ -152,7 +164,8 @@ class Scheduler:
         """A request has ended, wherever it was."""
         self.memory.release(request)
         if request.status is not Status.FINISHED:
-            (self.running if request.status is Status.RUNNING else self.waiting).remove(request)
+            if request.status is not Status.READING:
+                (self.running if request.status is Status.RUNNING else self.waiting).remove(request)
             request.status = Status.FINISHED
 
     # -- inside ---------------------------------------------------------------------------------------------------------------
@@ -165,6 +178,11 @@ class Scheduler:
             if budget == 0 or len(self.running) >= most:
                 return
             try:
+                if self.memory.absent(request):
+                    self.waiting.remove(request)
+                    request.status = Status.READING
+                    step.absent.append(request)
+                    continue
                 content = "" if only is None else self.memory.content(request)
                 if not self._fits(request, budget, writing, reading, sum(pages for other, pages in aside.items() if other != content)):
                     return

@@ -26,6 +26,7 @@ from ...errors import GraftworkError, UsageError
 from ..engine import Engine
 from ..engine import Request as EngineRequest
 from ..generate import encode_prompt
+from ..sources import Reference
 from .adapters import Catalog
 from .answers import Answer, ChatForm, ClientGone, EventStream, Form, Json, unless_gone
 from .edge import FACTS, Edge
@@ -34,6 +35,7 @@ from .keys import Key, Keys
 from .loop import EngineLoop
 from .metrics import Metrics
 from .schemas import (
+    AliasRequest,
     Asked,
     ChatRequest,
     CompletionRequest,
@@ -69,7 +71,7 @@ class Service:
 
     def __init__(self, engine: Engine, options: ServerOptions, catalog: Catalog | None, keys: Keys | None):
         self.engine, self.options, self.catalog, self.keys = engine, options, catalog, keys
-        self.loop = EngineLoop(engine, pin=None if catalog is None else catalog.pin)
+        self.loop = EngineLoop(engine, catalog=catalog)
         self.metrics = Metrics(self.loop, options.model)
         self.loop.on_end = self.metrics.ended
         # the engine's thread decodes with the other one; one thread, since a tokenizer is not to be used by several
@@ -100,7 +102,7 @@ class Service:
                 return None
             if self.catalog is not None:
                 try:
-                    self.catalog.folder(model)
+                    self.catalog.target(model)
                     return model
                 except UnknownAdapter:
                     pass
@@ -115,12 +117,14 @@ class Service:
         return found
 
     def entry(self, name: str, adapter: str | None) -> dict[str, Any]:
-        root = self.options.model
+        base = self.options.model
+        found = {"id": name, "object": "model", "created": self.started, "owned_by": "graftwork", "root": base, "parent": None,
+                 "max_model_len": self.engine.context}
         if adapter is not None:
-            where = self.catalog.entries.get(adapter) or adapter
-            root = str(self.catalog.root / where)
-        return {"id": name, "object": "model", "created": self.started, "owned_by": "graftwork", "root": root,
-                "parent": None if adapter is None else self.options.model, "max_model_len": self.engine.context}
+            found.update(root=self.catalog.where(adapter), parent=base)
+            alias = self.catalog.alias(adapter)
+            found.update({} if alias is None else {"alias_of": alias})
+        return found
 
     # -- tokens -----------------------------------------------------------------------------------------------------------------
     async def tokenized(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -199,23 +203,21 @@ class Service:
         return self.catalog
 
     async def load(self, asked: LoadRequest, key: Key | None) -> str:
-        catalog = self.managing(asked.lora_name, key)
-        path = catalog.allowed(asked.lora_path)
-
-        def run() -> bool:
-            try:
-                catalog.folder(asked.lora_name)
-                there = True
-            except UnknownAdapter:
-                there = False
-            if there and not asked.load_inplace:
-                raise UsageError(f"the lora adapter '{asked.lora_name}' has already been loaded",
-                                 remedy="to replace it, send load_inplace: true")
-            catalog.put(asked.lora_name, path, self.try_out)
-            return there
-
-        replaced = await self.loop.call(run)
-        return f"Success: LoRA adapter '{asked.lora_name}' {'replaced' if replaced else 'added'} successfully."
+        """The adapter is read, tried out in the engine, and only then written into the book."""
+        catalog, name = self.managing(asked.lora_name, key), asked.lora_name
+        place = catalog.allowed(asked.lora_path)
+        if not asked.load_inplace:
+            catalog.free(name)
+        target = await self.loop.aside(lambda: catalog.at(name, place))
+        hold = f"load-{uuid.uuid4().hex}"
+        try:
+            digest = await self.loop.read(target, hold)
+            await self.loop.call(lambda: self.try_out(digest))
+            there = target.place if isinstance(place, Reference) else place
+            replaced = await self.loop.aside(lambda: catalog.put(name, there, replace=bool(asked.load_inplace)))
+        finally:
+            self.loop.release(hold)
+        return f"Success: LoRA adapter '{name}' {'replaced' if replaced else 'added'} successfully."
 
     def try_out(self, digest: str) -> None:
         """In the engine's thread: read an adapter and put it into the pool, as far as there is room. Raises GraftworkError."""
@@ -227,17 +229,23 @@ class Service:
         memory.resident(digest)
 
     async def unload(self, asked: UnloadRequest, key: Key | None) -> str:
-        catalog = self.managing(asked.lora_name, key)
+        catalog, name = self.managing(asked.lora_name, key), asked.lora_name
+        digest = None if catalog.alias(name) else catalog.known(catalog.target(name))
+        await self.loop.aside(lambda: catalog.remove(name))
 
-        def run() -> None:
-            digest = catalog._digests.get(asked.lora_name)
-            catalog.remove(asked.lora_name)
-            resident = self.engine.memory.residents.get(digest) if digest is not None else None
-            if resident is not None and not resident.users and digest not in catalog._digests.values():
+        def drop() -> None:
+            resident = self.engine.memory.residents.get(digest)
+            if resident is not None and not resident.users:  # of another name's too, which loads it again
                 self.engine.memory.drop(digest)
 
-        await self.loop.call(run)
-        return f"Success: LoRA adapter '{asked.lora_name}' removed successfully."
+        await self.loop.call(drop)
+        return f"Success: LoRA adapter '{name}' removed successfully."
+
+    async def point(self, asked: AliasRequest, key: Key | None) -> dict[str, Any]:
+        self.managing(f"{asked.name}@{asked.version}", key)
+        catalog = self.managing(asked.name, key)
+        before = await self.loop.aside(lambda: catalog.point(asked.name, asked.version))
+        return {"id": asked.name, "alias_of": f"{asked.name}@{asked.version}", "before": before}
 
 
 def create_app(engine: Engine, options: ServerOptions, *, catalog: Catalog | None = None, keys: Keys | None = None) -> FastAPI:
@@ -290,6 +298,10 @@ def _routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/unload_lora_adapter", response_model=None)
     async def unload(asked: UnloadRequest, key=key_of) -> Response:
         return PlainTextResponse(await service.unload(asked, key))
+
+    @app.post("/v1/adapters/alias", response_model=None)
+    async def alias(asked: AliasRequest, key=key_of) -> Response:
+        return Json(await service.point(asked, key))
 
     @app.post("/tokenize", response_model=None)
     async def tokenize(asked: TokenizeRequest, key=key_of) -> Response:

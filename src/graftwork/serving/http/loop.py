@@ -1,6 +1,7 @@
 """The engine in a thread of its own, and its answers as asynchronous streams.
 
-Everything that touches the engine runs in its thread: requests that come and go, and functions (`call`) between two steps.
+Everything that touches the engine runs in its thread: requests that come and go, and functions (`call`) between two steps. Adapters
+are read in others (readahead.py): a request joins the engine's queue when its adapter is in host memory.
 What a step wrote goes to the event loop in one message. An error in a step ends all requests with that error and the engine
 with it: a server that may compute nonsense answers nothing, and says so (`failed`).
 """
@@ -19,7 +20,10 @@ from typing import Any, TypeVar
 from ...errors import GraftworkError
 from ..engine import Engine, Request
 from ..engine.request import TokenLogprob
+from .adapters import Catalog
 from .errors import Unavailable
+from .readahead import ReadAhead
+from .targets import PINNED, Target
 
 T = TypeVar("T")
 log = logging.getLogger("graftwork.serve")
@@ -57,12 +61,14 @@ class Stream:
 
 
 class EngineLoop:
-    """engine: belongs to the loop from now on; `stop` closes it. pin: a name -> what the engine is asked for, so that a request keeps
-    the content it began with. on_end(request, name): called in the event loop when a request has ended, however it did."""
+    """engine: belongs to the loop from now on; `stop` closes it. catalog: the engine's adapters; a request is tied to the content that
+    its name stands for when it comes. on_end(request, name): called in the event loop when a request has ended, however it did."""
 
-    def __init__(self, engine: Engine, *, pin: Callable[[str], str] | None = None,
-                 on_end: Callable[[Request, str | None], None] | None = None):
-        self.engine, self.pin, self.on_end = engine, pin, on_end
+    def __init__(self, engine: Engine, *, catalog: Catalog | None = None, on_end: Callable[[Request, str | None], None] | None = None):
+        self.engine, self.catalog, self.on_end = engine, catalog, on_end
+        self.reader = None if catalog is None else ReadAhead(catalog, self._later)
+        if catalog is not None:
+            engine.memory.there, engine.absent = catalog.hosts.__contains__, self._absent
         self.failed: BaseException | None = None
         self.draining = False
         self.open = 0  # requests that have not ended; of the event loop
@@ -71,6 +77,7 @@ class EngineLoop:
         self._inbox: deque[tuple[Callable[[], None], Callable[[BaseException], None]]] = deque()
         self._outbox: list[tuple[Stream, int, Piece]] = []
         self._live: dict[str, tuple[Stream, int]] = {}
+        self._reading: set[str] = set()  # of those, requests that are not in the engine yet
         self._stopping = self._ended = False
         self._aio: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -110,19 +117,11 @@ class EngineLoop:
 
     def cancel(self, request: Request) -> None:
         """End a request; one that has ended already stays as it is."""
-        try:
-            self._post(lambda: self.engine.cancel(request.id), lambda error: None)
-        except Unavailable:
-            pass
+        self._later(lambda: self._cancel(request))
 
     async def call(self, function: Callable[[], T]) -> T:
         """function() in the engine's thread, between two steps. Raises what it raises, and Unavailable."""
-        assert self._aio is not None
-        future: asyncio.Future[T] = self._aio.create_future()
-
-        def settle(result: Any, error: BaseException | None) -> None:
-            if not future.done():
-                future.set_result(result) if error is None else future.set_exception(error)
+        future, settle = self._future()
 
         def run() -> None:
             try:
@@ -134,6 +133,34 @@ class EngineLoop:
 
         self._post(run, lambda error: self._send(settle, None, error))
         return await future
+
+    async def aside(self, function: Callable[[], T]) -> T:
+        """function() in one of the threads that read adapters. Raises what it raises."""
+        assert self.reader is not None
+        future, settle = self._future()
+
+        def run() -> None:
+            try:
+                result = function()
+            except BaseException as error:
+                self._send(settle, None, error)
+            else:
+                self._send(settle, result, None)
+
+        self.reader.workers.submit(run)
+        return await future
+
+    async def read(self, target: Target, key: str) -> str:
+        """The digest of an adapter that is in host memory now, and stays there until `release`. Raises what reading it raises."""
+        assert self.reader is not None
+        future, settle = self._future()
+        self._post(lambda: self.reader.want(target, key, lambda digest, error: self._send(settle, digest, error)),
+                   lambda error: self._send(settle, None, error))
+        return await future
+
+    def release(self, key: str) -> None:
+        """Nobody needs what was read under this key any more, or waits for it."""
+        self._later(lambda: (self.reader.cancel(key), self.reader.release(key)))
 
     async def stop(self, drain: float = 0.0) -> None:
         """Take no more requests, wait up to `drain` seconds for those that run, abort what is left, close the engine."""
@@ -156,6 +183,17 @@ class EngineLoop:
                     self.on_end(stream.requests[i], stream.names[i])
             stream._queue.put_nowait((i, piece))
 
+    def _future(self) -> tuple[asyncio.Future[Any], Callable[[Any, BaseException | None], None]]:
+        """A future, and what settles it, in the event loop."""
+        assert self._aio is not None
+        future: asyncio.Future[Any] = self._aio.create_future()
+
+        def settle(result: Any, error: BaseException | None) -> None:
+            if not future.done():
+                future.set_result(result) if error is None else future.set_exception(error)
+
+        return future, settle
+
     # -- of both ------------------------------------------------------------------------------------------------------------------
     def _post(self, run: Callable[[], None], refuse: Callable[[BaseException], None]) -> None:
         with self._lock:
@@ -163,6 +201,13 @@ class EngineLoop:
                 raise self._unavailable()
             self._inbox.append((run, refuse))
             self._lock.notify()
+
+    def _later(self, run: Callable[[], None]) -> None:
+        """run() in the engine's thread, if there is one still."""
+        try:
+            self._post(run, lambda error: None)
+        except Unavailable:
+            pass
 
     def _unavailable(self) -> Unavailable:
         if self.failed is None:
@@ -186,31 +231,92 @@ class EngineLoop:
                 # a step that only puts requests back into the queue computes nothing, so one more says that nothing can
                 if self.engine.busy and not self.engine.step() and self.engine.busy and not self.engine.step():
                     self._unblock()
+                if self.engine.scheduler.waiting:
+                    self.engine.load_ahead()
                 self._flush()
+            for request_id in list(self._reading):
+                stream, i = self._live[request_id]
+                self._cancel(stream.requests[i])
             self.engine.close()
             self._flush()
         except BaseException as error:
             self._fail(error)
+        finally:
+            if self.reader is not None:
+                self.reader.stop()
 
     def _add(self, stream: Stream, i: int) -> None:
         request = stream.requests[i]
+        self._live[request.id] = (stream, i)
+        if request.adapter is None or self.catalog is None:
+            self._enter(stream, i)
+            return
         try:
-            if request.adapter is not None and self.pin is not None:
-                request.adapter = self.pin(request.adapter)
-            self._live[request.id] = (stream, i)
-            self.engine.add(request)
-        except BaseException as error:  # a panic of a grammar compiler is no Exception
-            self._live.pop(request.id, None)
-            if not isinstance(error, GraftworkError):
-                log.error("a request could not be added", exc_info=error, extra={"facts": {"request": request.id}})
-            self._end(stream, i, error)
-        finally:
-            with self._lock:
-                self._adding -= 1
+            target = self.catalog.target(request.adapter)
+        except BaseException as error:
+            self._leave(stream, i, error)
+            return
+        self._reading.add(request.id)
+        self.reader.want(target, request.id, lambda digest, error: self._found(stream, i, digest, error))
 
-    def _refuse(self, stream: Stream, i: int, error: BaseException) -> None:
+    def _found(self, stream: Stream, i: int, digest: str | None, error: BaseException | None) -> None:
+        """The adapter of a request is in host memory, or cannot be."""
+        request = stream.requests[i]
+        self._reading.discard(request.id)
+        if error is not None:
+            self._leave(stream, i, error)
+            return
+        request.adapter = PINNED + digest
+        self._enter(stream, i)
+
+    def _enter(self, stream: Stream, i: int) -> None:
+        try:
+            self.engine.add(stream.requests[i])
+        except BaseException as error:  # a panic of a grammar compiler is no Exception
+            self._leave(stream, i, error)
+        else:
+            self._added()
+
+    def _leave(self, stream: Stream, i: int, error: BaseException) -> None:
+        """A request that does not come into the engine."""
+        request = stream.requests[i]
+        self._live.pop(request.id, None)
+        if self.reader is not None:
+            self.reader.release(request.id)
+        if not isinstance(error, GraftworkError):
+            log.error("a request could not be added", exc_info=error, extra={"facts": {"request": request.id}})
+        self._end(stream, i, error)
+        self._added()
+
+    def _added(self) -> None:
         with self._lock:
             self._adding -= 1
+
+    def _cancel(self, request: Request) -> None:
+        if self.engine.cancel(request.id) or request.id not in self._reading:
+            return
+        self._reading.discard(request.id)
+        self.reader.cancel(request.id)
+        stream, i = self._live.pop(request.id)
+        request.finish_reason = "abort"
+        self._outbox.append((stream, i, Piece("", finish_reason="abort")))
+        self._added()
+
+    def _absent(self, request: Request) -> None:
+        """The adapter of a request in the queue has left the pool and host memory: it is read again, and the request waits again."""
+
+        def back(digest: str | None, error: BaseException | None) -> None:
+            if request.finish_reason is not None:
+                self.reader.release(request.id)
+            elif error is not None:
+                self.engine.fail(request, error)
+            else:
+                self.engine.scheduler.resume(request)
+
+        self.reader.want(request.adapter.removeprefix(PINNED), request.id, back)
+
+    def _refuse(self, stream: Stream, i: int, error: BaseException) -> None:
+        self._added()
         self._end(stream, i, error)
 
     def _end(self, stream: Stream, i: int, error: BaseException) -> None:
@@ -220,6 +326,8 @@ class EngineLoop:
 
     def _heard(self, stream: Stream, i: int, tokens: list[int]) -> None:
         request = stream.requests[i]
+        if self.reader is not None:
+            self.reader.release(request.id)  # it has run, or will not
         last = request.finish_reason is not None
         text = self.engine.text(request).take(final=last)
         logprobs = request.logprobs[stream._told[i]:]

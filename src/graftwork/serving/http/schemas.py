@@ -232,12 +232,17 @@ class ChatRequest(Asked):
 
 class LoadRequest(Strict):
     lora_name: str = Field(max_length=512)
-    lora_path: str = Field(max_length=4096)
+    lora_path: str = Field(max_length=4096, description="a folder, or a URL, with #sha256=... where its content is known")
     load_inplace: bool | None = Field(None, description="replace an adapter of that name")
 
 
 class UnloadRequest(Strict):
     lora_name: str = Field(max_length=512)
+
+
+class AliasRequest(Strict):
+    name: str = Field(max_length=512)
+    version: str = Field(max_length=512, description="`name` stands for `name@version` from now on")
 
 
 class TokenizeRequest(Strict):

@@ -1,0 +1,59 @@
+"""What the name of an adapter stands for at one moment, and whose fault it is when that cannot be read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...artifact import CARD
+from ...errors import ArtifactError, GraftworkError
+from ..engine.hosts import FILES
+from ..sources import Reference
+from .errors import UnknownAdapter
+
+PINNED = "="  # before a digest, in place of a name; no name begins with it
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a name stood for when it was looked up: a folder whose files had these times and sizes, or a reference to a URL."""
+
+    place: Path | Reference
+    stamps: tuple[tuple[int, int, int], ...] = ()
+    name: str = field(default="", compare=False)  # for messages
+
+
+class Foreigner:
+    """Whatever a folder from elsewhere makes go wrong is the adapter's fault, and fails its requests only."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if not isinstance(error, Exception) or isinstance(error, (ArtifactError, UnknownAdapter)):
+            return
+        if isinstance(error, GraftworkError):
+            raise ArtifactError(f"adapter '{self.name}': {error.message}", remedy=error.remedy) from error
+        raise ArtifactError(f"adapter '{self.name}' cannot be read: {type(error).__name__}: {str(error)[:300]}",
+                            remedy="save it again") from error
+
+
+def adapter_in(path: Path) -> Path:
+    """The adapter of a run folder, or the folder itself."""
+    inner = path / "graft"
+    return inner if not (path / CARD).exists() and (inner / CARD).is_file() and not inner.is_symlink() else path
+
+
+def stamps_of(folder: Path) -> tuple[tuple[int, int, int], ...]:
+    """What changes when one of an adapter's files is replaced: inode, time and size of each, 0 where there is none."""
+    found = []
+    for file in (file for pair in FILES for file in pair):
+        try:
+            seen = (folder / file).stat()
+            found.append((seen.st_ino, seen.st_mtime_ns, seen.st_size))
+        except OSError:
+            found.append((0, 0, 0))
+    return tuple(found)
