@@ -25,6 +25,11 @@ from .batched import row_index
 Route = str | tuple[tuple[str, float], ...]
 
 
+def parts_of(route: Route | None) -> tuple[tuple[str, float], ...]:
+    """What a row is routed to as (name, weight) pairs; none for the bare base."""
+    return () if route is None else ((route, 1.0),) if isinstance(route, str) else route
+
+
 class GraftPoint(nn.Module):
     """The one child that attaching adds to a module: its slots (one, or two per expert of an experts module)."""
 
@@ -112,7 +117,7 @@ class Slot(nn.Module):
 
     def take(self, key: str) -> None:
         """Remove one adapter by its key."""
-        self.merged = {route: kept for route, kept in self.merged.items() if self.owners[key][0] not in dict(_parts(route))}
+        self.merged = {route: kept for route, kept in self.merged.items() if self.owners[key][0] not in dict(parts_of(route))}
         del self.entries[key], self.owners[key]
         self._plan, self._banks = None, {}
 
@@ -227,7 +232,7 @@ class Slot(nn.Module):
         if self._plan is not None and self._plan[0] == token:
             return self._plan[1]
         sorted_keys: dict[tuple, list[str]] = {}
-        parts = [_parts(row) for row in state.rows]
+        parts = [parts_of(row) for row in state.rows]
         wanted = {name for row in parts for name, _ in row if name not in state.disabled}
         for key, (name, rows) in self.owners.items():
             if name in wanted:
@@ -313,10 +318,6 @@ def bank_bytes(model: nn.Module) -> int:
         elif hasattr(thing, "__dict__") and not isinstance(thing, (nn.Module, type)) and not callable(thing):
             todo.append(vars(thing))
     return sum(found.values())
-
-
-def _parts(route: Route | None) -> tuple[tuple[str, float], ...]:
-    return () if route is None else ((route, 1.0),) if isinstance(route, str) else route
 
 
 def _version(adapter: Adapter) -> tuple:

@@ -7,7 +7,7 @@ import weakref
 from torch import nn
 
 from ...adapters.merged_copy import merge_beside, unmerge_beside
-from ...adapters.slot import Route
+from ...adapters.slot import Route, parts_of
 from ...errors import GraftworkError, IncompatibleError
 from ...modeling.protocols import StoredWeight
 from ...modeling.state import state_of
@@ -70,4 +70,4 @@ class MergedCopy:
 
     def _parts(self, route: Route) -> list[tuple]:
         grafts = state_of(self.model).grafts
-        return [(grafts[name], weight) for name, weight in (((route, 1.0),) if isinstance(route, str) else route)]
+        return [(grafts[name], weight) for name, weight in parts_of(route)]

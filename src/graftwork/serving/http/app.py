@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 from ...errors import GraftworkError, UsageError
 from ..engine import Engine
 from ..engine import Request as EngineRequest
+from ..engine.request import Sum
 from ..generate import encode_prompt
 from ..sources import Reference
 from .adapters import Catalog
@@ -95,8 +96,8 @@ class Service:
             key.count(self.keys.clock())
         return key
 
-    def adapter(self, model: str, key: Key | None) -> str | None:
-        """The adapter of a model's name, None for the base. Raises ApiError 404."""
+    def adapter(self, model: str, key: Key | None, param: str = "model") -> str | None:
+        """The adapter of a model's name, None for the base. param: the field that named it. Raises ApiError 404."""
         if key is None or key.may_use(model):
             if model == self.options.model:
                 return None
@@ -106,7 +107,21 @@ class Service:
                     return model
                 except UnknownAdapter:
                     pass
-        raise unknown_model(model)
+        raise unknown_model(model, param)
+
+    def chosen(self, asked: Asked, key: Key | None) -> str | Sum | None:
+        """What a request runs on: an adapter, the sum of several, or None for the base. Raises ApiError 404, and 400 where `adapters` go
+        with something else than the base."""
+        model = self.adapter(asked.model, key)
+        if asked.adapters is None:
+            return model
+        if model is not None:
+            raise ApiError(400, f"adapters are added up on the base: send model '{self.options.model}'", param="adapters")
+        parts = tuple((part.name, part.weight) for part in asked.adapters)
+        for name, _ in parts:
+            if self.adapter(name, key, "adapters") is None:
+                raise ApiError(400, f"'{name}' is the base and no adapter", param="adapters")
+        return parts
 
     def models(self, key: Key | None) -> list[dict[str, Any]]:
         base = self.options.model
@@ -154,7 +169,9 @@ class Service:
         until = asyncio.get_running_loop().time() + options.max_seconds
         n, call = asked.n or 1, uuid.uuid4().hex
         facts.update(model=asked.model[:200], stream=bool(asked.stream))
-        adapter = self.adapter(asked.model, key)
+        adapter = self.chosen(asked, key)
+        if asked.adapters is not None:
+            facts.update(adapters=[part.name[:200] for part in asked.adapters])
         asked.check_tokens(self.vocabulary)
         if not prompts or len(prompts) * n > MAX_CHOICES:
             raise ApiError(400, f"{len(prompts)} prompts with {n} answers each; a call has 1 to {MAX_CHOICES} answers", param="prompt")

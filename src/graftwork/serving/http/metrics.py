@@ -5,10 +5,12 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..engine import Request
+from ..engine.request import Sum
 from .loop import EngineLoop
 
 FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+SUMS = "(sum)"  # the label of requests for several adapters; no adapter has this name
 WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -46,8 +48,8 @@ class Metrics:
         for name, (text, value) in gauges.items():
             Gauge(name, text, **own).set_function(value)
 
-    def ended(self, request: Request, name: str | None) -> None:
-        adapter = self.base if name is None else name
+    def ended(self, request: Request, name: str | Sum | None) -> None:
+        adapter = self.base if name is None else name if isinstance(name, str) else SUMS
         self.requests.labels(adapter, request.finish_reason).inc()
         self.prompt.labels(adapter).inc(len(request.prompt))
         self.cached.labels(adapter).inc(min(request.cached, len(request.prompt)))
