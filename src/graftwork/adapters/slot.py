@@ -303,10 +303,32 @@ class Slot(nn.Module):
 def bank_bytes(model: nn.Module) -> int:
     """Bytes of what the sites keep beside the adapters' own tensors: banks, and what these made of the rows they last saw."""
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    return tensor_bytes([slot._banks for slot in model.modules() if isinstance(slot, Slot)], known)
+
+
+def bytes_beside(model: nn.Module, pool: Tensor) -> int:
+    """Bytes that the attached adapters take outside of `pool`, in which their tensors lie: those banks, tensors that a method draws from
+    a seed or takes from the weights when it is loaded, and all of an adapter that was never put there."""
+    base = {name: module for name, module in model.named_modules() if not any(part.startswith("graft") for part in name.split("."))}
+    tensors = [t for module in base.values() for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
+    known = {t.untyped_storage().data_ptr() for t in (*tensors, pool)}
+    holder: StateHolder | None = model.__dict__.get("graft_state")
+    grafts = [] if holder is None else list(holder.grafts.values())
+    roots = [module for graft in grafts for _, module in graft.named_modules()]
+    banks = [slot._banks for slot in model.modules() if isinstance(slot, Slot)]
+    return tensor_bytes([*roots, *banks], known, {id(thing) for thing in (*base.values(), *grafts, holder)})
+
+
+def tensor_bytes(things: list[Any], known: set[int], skip: set[int] = frozenset()) -> int:
+    """Bytes of the tensors that these lead to, each storage once. known: data pointers of storages that do not count; skip: ids of
+    objects that are not followed."""
     found: dict[int, int] = {}
-    todo: list[Any] = [slot._banks for slot in model.modules() if isinstance(slot, Slot)]
+    todo, seen = list(things), set(skip)
     while todo:
         thing = todo.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
         if isinstance(thing, Tensor):
             storage = thing.untyped_storage()
             if storage.data_ptr() not in known:
@@ -315,7 +337,7 @@ def bank_bytes(model: nn.Module) -> int:
             todo += thing.values()
         elif isinstance(thing, (list, tuple)):
             todo += thing
-        elif hasattr(thing, "__dict__") and not isinstance(thing, (nn.Module, type)) and not callable(thing):
+        elif isinstance(thing, nn.Module) or (hasattr(thing, "__dict__") and not isinstance(thing, type) and not callable(thing)):
             todo.append(vars(thing))
     return sum(found.values())
 

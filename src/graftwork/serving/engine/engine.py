@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ...adapters.model_scope import PrefixScope, Prompts
-from ...adapters.slot import Route, bank_bytes
+from ...adapters.slot import Route, bank_bytes, bytes_beside
 from ...errors import GraftworkError, UsageError
 from ...modeling.state import state_of
 from ..generate import end_tokens, positions
@@ -140,6 +140,12 @@ class Engine:
         """Bytes that sites keep beside the pool: adapters side by side as the kernels read them. A cache: it goes when one of its
         adapters leaves the pool."""
         return bank_bytes(self.model)
+
+    def bytes_beside(self) -> int:
+        """Bytes that adapters take beside the pool: those banks, and what a method draws from a seed or takes from the weights when it
+        is loaded. They go with the adapter; what they may be at most depends on the adapters that the pool has room for. For the
+        thread that steps."""
+        return bytes_beside(self.model, self.pool.buffer)
 
     def merged_bytes(self) -> int:
         """Bytes of merged weights, which lie beside the base and the pool; they stay until another adapter is merged."""

@@ -31,7 +31,7 @@ from ..sources import Reference
 from .adapters import Catalog
 from .answers import Answer, ChatForm, ClientGone, EventStream, Form, Json, unless_gone
 from .edge import FACTS, Edge
-from .errors import ApiError, UnknownAdapter, api_error, unknown_model
+from .errors import ApiError, Unavailable, UnknownAdapter, api_error, unknown_model
 from .keys import Key, Keys
 from .loop import EngineLoop
 from .metrics import Metrics
@@ -354,6 +354,10 @@ def _routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
+        try:  # between two steps, as adapters come and go in them
+            service.metrics.beside.set(await service.loop.call(service.engine.bytes_beside))
+        except Unavailable:  # the last figure stays
+            pass
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -30,6 +30,7 @@ class Metrics:
         self.first = Histogram("graftwork_time_to_first_token_seconds", "From arrival to the first token", buckets=FIRST, **own)
         self.token = Histogram("graftwork_time_per_output_token_seconds", "Mean time between the tokens of a request", buckets=TOKEN, **own)
         self.whole = Histogram("graftwork_request_seconds", "From arrival to the end", buckets=WHOLE, **own)
+        self.beside = Gauge("graftwork_adapter_bytes_beside_pool", "Bytes of adapters in use that do not lie in the pool", **own)
         engine = loop.engine
         gauges = {
             "graftwork_requests_running": ("Requests in the batch", lambda: len(engine.scheduler.running)),
