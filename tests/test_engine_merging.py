@@ -216,3 +216,23 @@ def test_a_base_in_four_bits_refuses(tmp_path):
         Engine(model, tokenizer, pool_bytes=1 << 20, merge=True)
     with Engine(model, tokenizer, pool_bytes=1 << 20) as engine:
         assert engine.merging is None and engine.merged_bytes() == 0
+
+
+def test_the_verb_and_the_metrics(tmp_path, monkeypatch):
+    pytest.importorskip("fastapi")
+    from graftwork.cli.main import main
+    from graftwork.serving.http import server
+
+    model, apps = tiny.save(tiny.llama(), tmp_path / "base"), []
+    monkeypatch.setattr(server, "run", lambda app, *rest, **options: apps.append(app))
+    for options in (["--merge"], []):
+        main(["serve", "--model", str(model), "--port", "0", "--pool", "1MiB", "--quiet", *options])
+    with_merge, without = (app.state.service for app in apps)
+    assert isinstance(with_merge.engine.merging, Merging) and without.engine.merging is None
+    attach(with_merge.engine.model, "lora", name="x")
+    with_merge.engine.add(Request("0", [5, 6, 7], "x", Sampling(max_tokens=3, ignore_eos=True)))
+    with_merge.engine.run()
+    shown = with_merge.metrics.text().decode()
+    assert f"graftwork_merged_bytes {float(with_merge.engine.merged_bytes())}" in shown and with_merge.engine.merged_bytes()
+    assert f"graftwork_merged_steps {float(with_merge.engine.merging.steps)}" in shown and with_merge.engine.merging.steps
+    assert "graftwork_merged_bytes 0.0" in without.metrics.text().decode()

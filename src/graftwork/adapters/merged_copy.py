@@ -87,9 +87,9 @@ def _merged_product(slot: Slot, entries: Sequence[tuple[Graft, str, float]]) -> 
         if change is None:
             raise IncompatibleError(f"'{name}': the change depends on the input and cannot be merged", remedy="serve it beside the base")
         rows = slice(None) if site.rows is None else site.rows
-        new[rows] += change * weight
+        new[rows].add_(change, alpha=weight)
         moved = bias_change(adapter, site) if saved else adapter.delta_bias()
         if moved is not None:
             bias = new.new_zeros(new.shape[0]) if bias is None else bias.clone()
-            bias[rows] += moved.float() * weight
+            bias[rows].add_(moved.float(), alpha=weight)
     return MergedProduct(new.to(whole.dtype), None if bias is None else bias.to(whole.dtype if own_bias is None else own_bias.dtype))
