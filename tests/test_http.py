@@ -58,9 +58,9 @@ def fleet(saved, tmp_path):
     return tmp_path / "fleet"
 
 
-def make_app(folder, *, keys=None, roots=(), pool_bytes=1 << 20, limits=None, **options):
+def make_app(folder, *, keys=None, roots=(), pool_bytes=1 << 20, limits=None, sources=None, host_bytes=1 << 30, **options):
     model = tiny.llama()
-    catalog = Catalog(model, folder, base="tiny", roots=roots)
+    catalog = Catalog(model, folder, base="tiny", roots=roots, sources=sources, host_bytes=host_bytes)
     engine = Engine(model, tiny.tokenizer(), pool_bytes=pool_bytes, page_tokens=8, adapters=catalog, limits=limits or Limits(chunk=16))
     return create_app(engine, ServerOptions(model="tiny", drain=5, **options), catalog=catalog, keys=keys)
 
@@ -677,6 +677,8 @@ def test_sigterm_lets_answers_end(saved, tmp_path):
     (["--policy", "early_abort"], "--deadline"), (["--deadline", "3"], "early_abort"), (["--policy", "fair"], "--api-keys"),
     (["--allow-load"], "--adapters"), (["--max-running", "0"], "--max-running"), (["--adapters", "nowhere"], "no folder nowhere"),
     (["--merge", "--storage", "nf4"], "--storage says nf4"),
+    (["--allow-source", "memory://ok"], "--adapters"), (["--disk-cache", "1GiB"], "--allow-source"),
+    (["--adapters", ".", "--allow-source", "nosuch://a"], "nosuch"), (["--adapters", ".", "--allow-source", "a/b"], "no URL"),
     (["--pool", "much"], "much"), (["--api-keys", "nowhere"], "nowhere"), (["--port", "99999"], "99999")])
 def test_wrong_options(options, words, capsys):
     from graftwork.cli.main import main

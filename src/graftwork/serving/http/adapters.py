@@ -49,7 +49,8 @@ class Catalog(AdapterFolder):
         state = self.book.read()
         offered = self._of_book(state)
         found = {name for name in super().names() if offered.get(name, "") is not None}
-        return sorted((found | {name for name, where in offered.items() if where is not None} | set(state.aliases)) - {self.base})
+        found |= {name for name, where in offered.items() if where is not None}
+        return sorted((found | {name for name, target in state.aliases.items() if target in found}) - {self.base})
 
     def alias(self, name: str) -> str | None:
         """What a name is an alias of, or None."""
@@ -98,7 +99,8 @@ class Catalog(AdapterFolder):
         self._check_name(name)
         if isinstance(place, Reference):
             if place.sha256 is None:
-                place = self.sources.fetch(place)[1]
+                with Foreigner(name):
+                    place = self.sources.fetch(place)[1]
             return Target(place, name=name)
         path = refuse_links(name, adapter_in(place))
         return Target(path, stamps_of(path), name)
