@@ -344,7 +344,7 @@ def test_status_is_true_at_every_moment(fleet, patient):
                 assert known == {tuple(a["names"]) for a in status["adapters"]["list"]} <= {("a0",), ("a1",)}
                 assert {r["model"] for r in listed} <= set(names)
                 seen.add((status["running"], status["waiting"], len(known)))
-            assert {(0, 4, 0), (3, 1, 2), (1, 0, 2)} <= seen
+            assert {(3, 1, 2), (1, 0, 2)} <= seen and (0, 4) in {counts[:2] for counts in seen}
             still.left = 10**9
             await asyncio.gather(*tasks)
             last = (await client.get("/v1/status")).json()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from ..engine.hosts import Foreign, Host, read_adapter, refuse_links
 from ..registry import BOOK, Book, State, Where
 from ..sources import Reference, Sources, is_url
 from .errors import UnknownAdapter
-from .targets import PINNED, Foreigner, Target, adapter_in, stamps_of
+from .targets import PINNED, Foreigner, Names, Target, adapter_in, stamps_of
 
 
 class Catalog(AdapterFolder):
@@ -38,6 +38,7 @@ class Catalog(AdapterFolder):
         self.base, self.sources = base, sources
         self.roots = [self.root, *(Path(each).resolve() for each in roots)]
         self.book = Book(self.root / BOOK)
+        self.asked = Names(FACTS)
         self._lock = threading.Lock()
         self._digests: OrderedDict[Target, str] = OrderedDict()
         self._places: dict[str, dict[Target, None]] = {}  # digest -> where it was found
@@ -63,6 +64,14 @@ class Catalog(AdapterFolder):
 
     def target(self, name: str) -> Target:
         """What a name stands for. Raises UnknownAdapter, and ArtifactError for one whose files are links."""
+        found = None
+        try:
+            found = self._look_up(name)
+        finally:
+            self.asked.put(name, found)
+        return found
+
+    def _look_up(self, name: str) -> Target:
         state = self.book.read()
         own = state.aliases.get(name, name)
         where = self._where(state, name) if NAME.fullmatch(name) and name != self.base else None
@@ -125,8 +134,9 @@ class Catalog(AdapterFolder):
             where = place if isinstance(place, Reference) else str(place.relative_to(self.root) if inside else place)
             return state.with_adapter(name, where)
 
-        self._check_name(name)
+        target = self.at(name, place)
         self.book.change(edit)
+        self.asked.put(name, target)
         return there
 
     def remove(self, name: str) -> None:
@@ -143,6 +153,7 @@ class Catalog(AdapterFolder):
             return state.with_adapter(name, None) if (self.root / name).is_dir() else state.without_adapter(name)
 
         self.book.change(edit)
+        self.asked.put(name, None)
 
     def point(self, name: str, version: str) -> str | None:
         """`name` is an alias of `name@version` from now on; what it was an alias of before. Raises UsageError for a name that is an
@@ -163,6 +174,7 @@ class Catalog(AdapterFolder):
         if "@" in name:
             raise UsageError(f"'{name[:200]}' is no name for an alias", remedy="an alias has no '@'; its versions do")
         self.book.change(edit)
+        self.asked.put(name, None)
         return before
 
     # -- contents -----------------------------------------------------------------------------------------------------------------
@@ -242,6 +254,12 @@ class Catalog(AdapterFolder):
         with Foreigner(self._named(digest)):
             return super().load(digest, place)
 
+    def names_of(self, digests: Iterable[str]) -> dict[str, list[str]]:
+        """{digest: the names that stand for it, aliases among them, of those that were asked for}."""
+        with self._lock:
+            places = {digest: list(self._places.get(digest, ())) for digest in digests}
+        return {digest: self.asked.of(targets) for digest, targets in places.items()}
+
     # -- inside -------------------------------------------------------------------------------------------------------------------
     def _forget(self, target: Target) -> None:
         digest = self._digests.pop(target, None)
@@ -302,16 +320,3 @@ class Catalog(AdapterFolder):
             return where is not None
         path = self.root / where
         return NAME.fullmatch(name) is not None and not path.is_symlink() and path.is_dir()
-
-    def names_of(self, digests: Container[str]) -> dict[str, list[str]]:
-        """{digest: the names that stand for it, aliases among them, of those that were asked for}."""
-        with self._lock:
-            current = {target.name: digest for target, digest in self._digests.items()}  # the last asked for is last
-        for alias, name in self.book.read().aliases.items():
-            if name in current:
-                current[alias] = current[name]
-        found: dict[str, list[str]] = {}
-        for name, digest in current.items():
-            if digest in digests:
-                found.setdefault(digest, []).append(name)
-        return found

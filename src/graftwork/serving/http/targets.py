@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +24,40 @@ class Target:
     place: Path | Reference
     stamps: tuple[tuple[int, int, int], ...] = ()
     name: str = field(default="", compare=False)  # for messages
+
+
+class Names:
+    """Which names stand for which targets, of those that were asked for; at most `most`, the oldest are forgotten. For any thread."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self._lock = threading.Lock()
+        self._targets: OrderedDict[str, Target] = OrderedDict()
+        self._names: dict[Target, dict[str, None]] = {}
+
+    def put(self, name: str, target: Target | None) -> None:
+        """The name stands for this target from now on, or for nothing that is known."""
+        with self._lock:
+            before = self._targets.get(name)
+            if before == target:
+                return
+            if before is not None:
+                self._drop(name)
+            if target is not None:
+                self._targets[name] = target
+                self._names.setdefault(target, {})[name] = None
+                if len(self._targets) > self.most:
+                    self._drop(next(iter(self._targets)))
+
+    def of(self, targets: Iterable[Target]) -> list[str]:
+        with self._lock:
+            return [name for target in targets for name in self._names.get(target, ())]
+
+    def _drop(self, name: str) -> None:
+        target = self._targets.pop(name)
+        del self._names[target][name]
+        if not self._names[target]:
+            del self._names[target]
 
 
 class Foreigner:
