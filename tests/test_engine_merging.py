@@ -8,9 +8,11 @@ import tiny
 from adapter_support import attach
 from graftwork.adapters.slot import Slot
 from graftwork.errors import IncompatibleError
+from graftwork.registry import make_config
 from graftwork.serving.engine import Engine, Limits, Request, Sampling
 from graftwork.serving.engine.adapters import AdapterFolder
 from graftwork.serving.engine.merging import Merging
+from graftwork.storage.base import apply_storage
 from test_engine_methods import Heard, agree, forced, seeded
 from test_merging import Eager
 
@@ -210,8 +212,9 @@ def test_attached_grafts_are_merged_on_the_engines_own_clock():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_a_base_in_four_bits_refuses(tmp_path):
-    model, tokenizer = graftwork.load(tiny.save(tiny.llama(), tmp_path / "base"), storage="nf4", dtype="fp32")
+def test_a_base_in_four_bits_refuses():
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    apply_storage(model, make_config("storage", "nf4"))
     with pytest.raises(IncompatibleError, match="kept as nf4"):
         Engine(model, tokenizer, pool_bytes=1 << 20, merge=True)
     with Engine(model, tokenizer, pool_bytes=1 << 20) as engine:
