@@ -243,9 +243,9 @@ def test_nothing_is_left_of_ten_thousand_requests():
 
 @pytest.fixture
 def fleet(tmp_path):
-    """200 adapters with contents of their own on one site each."""
+    """100 adapters with contents of their own on one site each."""
     model = small()
-    for i in range(200):
+    for i in range(100):
         method = ("lora", "vera", "paca", "nola", "randlora")[i % 5]
         graft = attach(model, method, name="x", seed=i, target_modules=["q_proj"])
         graft.save(tmp_path / f"n{i}")
@@ -260,7 +260,7 @@ def test_memory_is_flat_while_200_adapters_come_and_go(fleet):
     pages, beside, alive = [], [], []
     with Engine(model, tiny.tokenizer(), pool_bytes=24 * PAGE, page_tokens=8, adapters=source) as engine:
         for i in range(200):
-            engine.add(Request("0", [5, 6, 7], f"n{i}", Sampling(max_tokens=2, ignore_eos=True)))
+            engine.add(Request("0", [5, 6, 7], f"n{i % 100}", Sampling(max_tokens=2, ignore_eos=True)))
             engine.run()
             pages.append(engine.pool.used)
             if i % 3 == 0:  # coprime to the five methods
@@ -290,7 +290,7 @@ def test_bytes_beside_the_pool_are_those_that_methods_make(tmp_path):
         engine.memory.resident(source.digest("v"))
         pair = 4 * 6 * (max(tiny.HIDDEN, tiny.FFN) + tiny.HIDDEN)
         assert engine.bytes_beside() == pair
-        engine.add(Request("0", [5, 6], "l", Sampling(max_tokens=2, ignore_eos=True)))
+        engine.add(Request("0", [5, 6], "l", Sampling(max_tokens=30, ignore_eos=True)))
         engine.run()
         assert engine.bytes_beside() == pair + engine.bank_bytes() > pair
     assert engine.bytes_beside() == 0

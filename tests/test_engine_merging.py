@@ -6,11 +6,14 @@ import torch
 import graftwork
 import tiny
 from adapter_support import attach
+from graftwork.adapters.merged_copy import merge_beside, unmerge_beside
 from graftwork.adapters.slot import Slot
 from graftwork.errors import IncompatibleError
+from graftwork.registry import make_config
 from graftwork.serving.engine import Engine, Limits, Request, Sampling
 from graftwork.serving.engine.adapters import AdapterFolder
 from graftwork.serving.engine.merging import Merging
+from graftwork.storage.base import apply_storage
 from test_engine_methods import Heard, agree, forced, seeded
 from test_merging import Eager
 
@@ -108,6 +111,30 @@ def test_sums_and_whole_modules_are_merged_as_well(tmp_path, heard):
     requests, steps, _ = served(model, tmp_path, names, prompts, rule)
     check(heard, model, tmp_path, requests)
     assert {whole, "w"} <= set().union(*(adapters for content, adapters, _ in steps if content)) and not rule.refused
+
+
+@pytest.mark.parametrize("kind", tiny.CAUSAL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["lora", "flora"])
+def test_the_copies_are_what_merging_in_place_writes(kind, dtype, method):
+    """Bit for bit, in the base's own type; `Graft.merge` is the other way to get there, and changes the base."""
+    model = tiny.CAUSAL[kind](dtype=dtype)
+    graft = attach(model, method, name="x")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    slots = {name: slot for name, slot in model.named_modules() if isinstance(slot, Slot)}
+    nbytes = merge_beside("x", [(graft, 1.0)])
+    copies = {name: slot.merged["x"] for name, slot in slots.items()}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    graft.merge()
+    for name, copy in copies.items():
+        frozen = slots[name].frozen
+        assert torch.equal(copy.dense(), frozen.dense()) and copy.dtype == dtype
+        assert (copy.bias is None) == (frozen.bias is None) and (copy.bias is None or torch.equal(copy.bias, frozen.bias))
+    assert nbytes == sum(slot.frozen.dense().nbytes + (0 if slot.frozen.bias is None else slot.frozen.bias.nbytes)
+                         for slot in slots.values())
+    graft.unmerge()
+    unmerge_beside(model)
+    assert not any(slot.merged for slot in slots.values()) and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 def test_gpt2s_slices_of_a_fused_map(tmp_path, heard):
@@ -210,8 +237,9 @@ def test_attached_grafts_are_merged_on_the_engines_own_clock():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_a_base_in_four_bits_refuses(tmp_path):
-    model, tokenizer = graftwork.load(tiny.save(tiny.llama(), tmp_path / "base"), storage="nf4", dtype="fp32")
+def test_a_base_in_four_bits_refuses():
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    apply_storage(model, make_config("storage", "nf4"))
     with pytest.raises(IncompatibleError, match="kept as nf4"):
         Engine(model, tokenizer, pool_bytes=1 << 20, merge=True)
     with Engine(model, tokenizer, pool_bytes=1 << 20) as engine:

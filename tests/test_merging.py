@@ -153,7 +153,7 @@ def test_a_merged_step_that_nothing_fits_into_is_an_ordinary_one():
     assert step.merged is None and [r.id for r, _ in step.work] == ["cold"]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(traffic(), LIMITS, st.sampled_from(sorted(POLICIES)), st.booleans(), st.sampled_from([1.0, 4.0, 64.0]))
 def test_merging_never_puts_anyone_back_and_all_finish(load, limits, policy, cache, patience):
     rule = Eager(patience=patience)
