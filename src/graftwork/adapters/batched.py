@@ -46,7 +46,13 @@ class KeepsRows:
     """A bank that keeps what it made of the last index: a decode repeats it at every step."""
 
     def made_of(self, index: Tensor, make: Callable[[Any, Tensor], Any], keep: bool = True) -> Any:
-        """make(bank, index), kept for the next calls with the very same index tensor."""
+        """make(bank, index), kept for the next calls with the very same index tensor; what depends on the ranks alone is kept with
+        the index, for the banks of all sites."""
+        if make in OF_RANKS:
+            shared, key = index.__dict__.setdefault("made", {}), (make, self.ranks)
+            if key not in shared:
+                shared[key] = make(self, index)
+            return shared[key]
         before = self.__dict__.get("_kept")
         if before is None or before[0] is not index:
             before = self._kept = (index, {})
@@ -186,10 +192,11 @@ def change_of_rows(x: Tensor, index: Tensor, bank: Bank) -> Tensor:
 def kernel_for(x: Tensor, index: Tensor, bank: Bank) -> str:
     """The name of the kernel that `change_of_rows` takes. Kept with the bank, since a decode step asks at every site."""
     learning = torch.is_grad_enabled() and (bank.learns or x.requires_grad)
-    names, place = bank.made_of(index, _no_names), (x.device, x.shape[0], x.shape[1], learning)
-    if place not in names:
-        names[place] = _pick(*place, index, bank)
-    return names[place]
+    place = (x.device, x.shape[0], x.shape[1], learning)
+    names, key = bank.made_of(index, _no_names), (*place, bank.in_features, bank.out_features, bank.dtype, bank.kind, bank.finite)
+    if key not in names:
+        names[key] = _pick(*place, index, bank)
+    return names[key]
 
 
 def _pick(device: torch.device, rows: int, tokens: int, learning: bool, index: Tensor, bank: Bank) -> str:
@@ -323,6 +330,9 @@ def _sorted_runs(bank: Bank, index: Tensor) -> tuple[list[tuple[int, slice]], Te
     back = sorted(range(len(order)), key=order.__getitem__)
     return ([(len(list(run)), bank.bounds(k)) for k, run in groupby(sorted(numbers))],
             torch.tensor(order, device=index.device), torch.tensor(back, device=index.device))
+
+
+OF_RANKS = frozenset((numbers_of, _no_names, _others, _groups, _runs, _sorted_runs))
 
 
 # -- the two products ---------------------------------------------------------------------------------------------------------
