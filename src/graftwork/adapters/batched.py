@@ -39,6 +39,8 @@ from ..modeling.protocols import has_values
 
 #: where nothing was measured: one launch a product, and the host never waits for the index
 DEFAULT = "gathered"
+#: things that are kept with an index
+KEPT = 64
 TABLE = Path(__file__).with_name("batched_table.json")
 
 
@@ -51,6 +53,8 @@ class KeepsRows:
         if make in OF_RANKS:
             shared, key = index.__dict__.setdefault("made", {}), (make, self.ranks)
             if key not in shared:
+                if len(shared) >= KEPT:  # an index lives as long as the rows stay in this order, whoever the adapters are
+                    shared.clear()
                 shared[key] = make(self, index)
             return shared[key]
         before = self.__dict__.get("_kept")

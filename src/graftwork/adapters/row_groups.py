@@ -22,12 +22,10 @@ from torch import Tensor
 
 from ..modeling.arithmetic import product_dtype
 from .base import Adapter
-from .batched import row_index
+from .batched import KEPT, row_index
 
 #: forwards with the same rows after which a bank is made
 SETTLED = 3
-#: indices that are kept for a model
-KEPT = 64
 _WRITES = attrgetter("_version")
 
 
@@ -113,6 +111,8 @@ class Group:
                 if number >= 0:
                     found.append((slice(start, stop), number))
                 start = stop
+            if len(made) >= KEPT:
+                made.clear()
             made["runs", place] = found
         return made["runs", place]
 
@@ -133,7 +133,7 @@ class Group:
 
 
 def shared_index(numbers: Sequence[int], device: torch.device, kept: dict | None) -> Tensor:
-    """`row_index`, the same tensor for all sites that ask with the same dictionary."""
+    """`row_index`, the same tensor for all sites that ask with the same dictionary, which keeps a bounded number of them."""
     if kept is None:
         return row_index(numbers, device)
     key = (tuple(numbers), device, torch.is_inference_mode_enabled())

@@ -65,9 +65,9 @@ class Engine:
         self._guides: Guides | None = None
         self.steps = 0
         self._open = ExitStack()
-        self._open.enter_context(attention_of(model, NAME))
         if packed_head:
             self._open.callback(pack_head(model))
+        self._open.enter_context(attention_of(model, NAME))
         self._head_rows: torch.Tensor | None = None  # of the tokens that the output head sees in the step that runs
         head = model.get_output_embeddings()
         if head is not None:
