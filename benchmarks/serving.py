@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from serving_common import Results, load
+from serving_common import TARGETS, Results, load
 from serving_decode import bare, decode
 from serving_many import ablations, many
 from serving_virtual import overload, pools
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS), help="of the part decode")
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32])
     for name, value in FULL.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, nargs="+" if isinstance(value, list) else None)

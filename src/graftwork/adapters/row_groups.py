@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
@@ -49,7 +49,7 @@ class Group:
     uses: int = 0
 
     def __post_init__(self) -> None:
-        simple = all(not a._modules and type(a).borrowed is Adapter.borrowed and None not in a._parameters.values() for a in self.adapters)
+        simple = all(not a._modules and type(a).borrowed is Adapter.borrowed for a in self.adapters)
         self._own = [a._parameters for a in self.adapters] if simple else None
 
     @property
@@ -61,7 +61,7 @@ class Group:
     def version(self) -> tuple:
         """Changes whenever a tensor that an adapter reads is replaced or written. Runs at every site of every decode step."""
         if self._own is not None:
-            tensors = [*chain.from_iterable(map(dict.values, self._own))]
+            tensors = [p for own in self._own for p in own.values() if p is not None]
         else:
             tensors = [p for a in self.adapters for p in (*a.parameters(), *a.borrowed())]
         return tuple(map(id, tensors)), tuple(map(_WRITES, tensors))
