@@ -21,7 +21,7 @@ from serving_virtual import overload, pools
 from graftwork.modeling.arithmetic import slow_on_cpu
 
 PARTS = {"decode": decode, "bare": bare, "many": many, "ablations": ablations, "pools": pools, "overload": overload}
-QUICK = {"steps": 5, "bare_rows": [8, 32], "requests": 32, "counts": [1, 100, 2000]}
+QUICK = {"steps": 5, "bare_rows": [32], "requests": 16, "counts": [1, 2000]}
 FULL = {"steps": 16, "bare_rows": [1, 8, 32, 64], "requests": 192, "counts": [1, 8, 32, 100, 500, 2000]}
 
 
