@@ -11,10 +11,11 @@ import torch
 from serving_common import TARGETS, EngineRun, GenerateRun, Results, median, prompts, race, ratio, twin, with_grafts
 from torch import nn
 
+from graftwork.adapters.row_groups import SETTLED
 from graftwork.serving.engine import Engine, Limits, Request, Sampling
 
 #: steps after which an engine has made its banks
-WARM = 6
+WARM = SETTLED + 3
 
 
 def decode(options: argparse.Namespace, results: Results, model: nn.Module, tokenizer: Any) -> None:

@@ -5,12 +5,13 @@ kept while they stay the same, and what a packed step makes of the rows of its t
 sites of the step see.
 
 Bringing adapters together into a bank pays when the same rows come again. Rows that are new are answered from the adapters' own
-tensors, one after the other (`add_directly`): in traffic of many adapters no two steps have the same rows, and a bank a step would
-copy every adapter.
+tensors, one after the other (`add_directly`): in traffic of many adapters hardly two steps have the same rows, and a bank a step
+would copy every adapter. Where the kernel for these rows goes adapter by adapter anyway, there never is a bank.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from ..modeling.arithmetic import product_dtype
 from .base import Adapter
-from .batched import KEPT, row_index
+from .batched import KEPT, choose, row_index
 
-#: forwards with the same rows after which a bank is made
-SETTLED = 3
+#: forwards with the same rows after which a bank is made: about as many as lose what making it costs (32 adapters of rank 8 on q and
+#: v of 30 layers: 0.25 s against 15 ms a step)
+SETTLED = 16
 _WRITES = attrgetter("_version")
 
 
@@ -49,6 +51,7 @@ class Group:
     uses: int = 0
 
     def __post_init__(self) -> None:
+        self._loops: dict[int, bool] = {}
         simple = all(not a._modules and type(a).borrowed is Adapter.borrowed for a in self.adapters)
         self._own = [a._parameters for a in self.adapters] if simple else None
 
@@ -122,6 +125,21 @@ class Group:
             return None
         found = [adapter.own_factors() for adapter in self.adapters]
         return found if all(pair is not None and pair[0].dtype == pair[1].dtype == x.dtype == y.dtype for pair in found) else None
+
+    def waits(self, runs: Sequence[tuple[slice, int]], pairs: Sequence[tuple[Tensor, Tensor, float]]) -> bool:
+        """Whether to go without a bank: its rows are new, or a bank would be read adapter by adapter too."""
+        if self.uses <= SETTLED:
+            return True
+        rows = sum(part.stop - part.start for part, _ in runs)
+        if rows not in self._loops:
+            counts: Counter[int] = Counter()
+            for part, k in runs:
+                counts[k] += part.stop - part.start
+            ranks, (B, A, _) = [pairs[k][1].shape[0] for k in counts], pairs[0]
+            kernel = choose(rows, 1, len(counts), max(1, round(sum(ranks) / len(ranks))), A.shape[1], B.shape[0], A.dtype, A.device,
+                            widest=max(ranks), fullest=max(counts.values()))
+            self._loops[rows] = kernel in ("looped", "segmented")
+        return self._loops[rows]
 
     def add_directly(self, y: Tensor, x: Tensor, runs: Iterable[tuple[slice, int]], pairs: Sequence[tuple[Tensor, Tensor, float]]) -> None:
         """y (T, out) += the change of x (T, in), in place and without a bank; no gradients."""

@@ -19,7 +19,7 @@ from ..modeling.experts import is_experts, run_expert_by_expert
 from ..modeling.protocols import Base, MovedRows, Product, RowsProduct
 from ..modeling.state import StateHolder
 from .base import Adapter
-from .row_groups import SETTLED, Group, shared_index, shares_of
+from .row_groups import Group, shared_index, shares_of
 
 
 class GraftPoint(nn.Module):
@@ -192,9 +192,9 @@ class Slot(nn.Module):
         for group, selected, local, shares in placed:
             if group.cls.multiplicative:
                 continue
-            if state.packed and group.uses <= SETTLED and group.keys not in self._banks and not torch.is_grad_enabled():
+            if state.packed and group.keys not in self._banks and not torch.is_grad_enabled():
                 runs, pairs = group.runs(index), group.pairs(x, y)
-                if runs is not None and pairs is not None:
+                if runs is not None and pairs is not None and group.waits(runs, pairs):
                     direct.append((group, runs, pairs))
                     continue
             part = x if selected is None else x.index_select(0, selected)
