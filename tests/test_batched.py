@@ -135,6 +135,17 @@ def test_mixed_models_by_every_kernel(name, monkeypatch):
 
 
 @torch.no_grad()
+def test_what_an_index_keeps_for_banks_is_bounded():
+    """In traffic of many adapters the same order of rows meets ever other ranks."""
+    x, index = torch.randn(3, 1, IN), row_index([0, 1, 0], CPU)
+    for first in range(1, 8):
+        for second in range(1, 20):
+            pairs = [pairs_of("factors", [rank])[0] for rank in (first, second)]
+            change_of_rows(x, index, Bank.of(pairs, (OUT, IN), torch.float32))
+    assert 0 < len(index.made) <= batched.KEPT
+
+
+@torch.no_grad()
 def test_what_is_made_of_an_index_is_kept_with_it():
     bank = Bank.of(pairs_of("factors", [2, 3, 1]), (OUT, IN), torch.float32)
     x, index, other = torch.randn(4, 1, IN), row_index([2, 0, 1, 0], CPU), row_index([0, 0, 1, 2], CPU)

@@ -699,3 +699,12 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch, capsys):
         main(["serve", "--model", "x"])
     err = capsys.readouterr().err
     assert ended.value.code == 2 and "graftwork[serve]" in err
+
+
+def test_packed_head_reaches_the_engine(tmp_path, capsys):
+    from graftwork.cli.main import main
+
+    base = tiny.save(tiny.llama().double(), tmp_path / "wide")
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--model", str(base), "--dtype", "float64", "--port", "0", "--packed-head"])
+    assert ended.value.code in (1, 2) and "packed" in capsys.readouterr().err

@@ -110,6 +110,10 @@ class Adapter(nn.Module):
         """(B (out, r), A (r, in)), exact, scale folded in; None where the change is not low-rank."""
         return None
 
+    def own_factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """(B (out, r), A (r, in), s), stored tensors whose s B A is all that the adapter does in evaluation; None where it is not."""
+        return None
+
     def delta_weight(self, base: Base) -> Tensor | None:
         """Exact change of W, (out, in) in fp32; None when it depends on the input."""
         pair = self.factors(base)

@@ -42,6 +42,8 @@ from ._triton import add_in_place, takes_triton
 
 #: where nothing was measured: one launch a product, and the host never waits for the index
 DEFAULT = "gathered"
+#: things that are kept with an index
+KEPT = 64
 TABLE = Path(__file__).with_name("batched_table.json")
 
 
@@ -49,7 +51,15 @@ class KeepsRows:
     """A bank that keeps what it made of the last index: a decode repeats it at every step."""
 
     def made_of(self, index: Tensor, make: Callable[[Any, Tensor], Any], keep: bool = True) -> Any:
-        """make(bank, index), kept for the next calls with the very same index tensor."""
+        """make(bank, index), kept for the next calls with the very same index tensor; what depends on the ranks alone is kept with
+        the index, for the banks of all sites."""
+        if make in OF_RANKS:
+            shared, key = index.__dict__.setdefault("made", {}), (make, self.ranks)
+            if key not in shared:
+                if len(shared) >= KEPT:  # an index lives as long as the rows stay in this order, whoever the adapters are
+                    shared.clear()
+                shared[key] = make(self, index)
+            return shared[key]
         before = self.__dict__.get("_kept")
         if before is None or before[0] is not index:
             before = self._kept = (index, {})
@@ -193,10 +203,11 @@ def change_of_rows(x: Tensor, index: Tensor, bank: Bank) -> Tensor:
 def kernel_for(x: Tensor, index: Tensor, bank: Bank) -> str:
     """The name of the kernel that `change_of_rows` takes. Kept with the bank, since a decode step asks at every site."""
     learning = torch.is_grad_enabled() and (bank.learns or x.requires_grad)
-    names, place = bank.made_of(index, _no_names), (x.device, x.shape[0], x.shape[1], learning)
-    if place not in names:
-        names[place] = _pick(*place, index, bank)
-    return names[place]
+    place = (x.device, x.shape[0], x.shape[1], learning)
+    names, key = bank.made_of(index, _no_names), (*place, bank.in_features, bank.out_features, bank.dtype, bank.kind, bank.finite)
+    if key not in names:
+        names[key] = _pick(*place, index, bank)
+    return names[key]
 
 
 def _pick(device: torch.device, rows: int, tokens: int, learning: bool, index: Tensor, bank: Bank) -> str:
@@ -330,6 +341,9 @@ def _sorted_runs(bank: Bank, index: Tensor) -> tuple[list[tuple[int, slice]], Te
     back = sorted(range(len(order)), key=order.__getitem__)
     return ([(len(list(run)), bank.bounds(k)) for k, run in groupby(sorted(numbers))],
             torch.tensor(order, device=index.device), torch.tensor(back, device=index.device))
+
+
+OF_RANKS = frozenset((numbers_of, _no_names, _others, _groups, _runs, _sorted_runs))
 
 
 # -- the two products ---------------------------------------------------------------------------------------------------------

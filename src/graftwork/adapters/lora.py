@@ -78,6 +78,14 @@ class LoRAAdapter(Adapter):
             B, A = torch.cat([B, self.lora_B0], 1), torch.cat([A, -self.lora_A0], 0)
         return B, A
 
+    def own_factors(self):
+        own = self._parameters  # past nn.Module's own lookup: asked for at every site of a server's step
+        if type(self).factors is not LoRAAdapter.factors or own["bias_change"] is not None:
+            return None
+        if own["lora_A0"] is not None and not self.pair_in_storage:
+            return None
+        return own["lora_B"], own["lora_A"], self.scale
+
     def forward(self, x, base):
         dropping = self.dropout and self.training and torch.is_grad_enabled()
         if dropping or not base.frozen.frozen:

@@ -18,9 +18,9 @@ from ..modeling.calls import keep_calls, owner_of, release_calls
 from ..modeling.experts import is_experts, run_expert_by_expert
 from ..modeling.protocols import Base, MovedRows, Product, RowsProduct
 from ..modeling.state import StateHolder
-from ._triton import add_in_place, takes_triton
+from . import _triton
 from .base import Adapter
-from .batched import row_index
+from .row_groups import Group, shared_index, shares_of
 
 #: what rows are routed to: a graft's name, or several with their weights
 Route = str | tuple[tuple[str, float], ...]
@@ -196,55 +196,59 @@ class Slot(nn.Module):
         groups = self._groups(state, x.device)
         if not groups:
             return base(x)
-        added, replaced, in_place = [], [], []
-        for cls, out_rows, keys, position, selected, local, shares in groups:
-            if _by_its_bank(cls) and not torch.is_grad_enabled() and takes_triton(x, bank := self._bank(cls, keys, x.dtype)):
-                factors = self._factors(keys, position.clamp(min=0), shares, torch.float32)
-                found = (each if index is None or each is None else each.index_select(0, index) for each in (position, factors))
-                in_place.append((bank, out_rows, *found))
-                continue
-            if index is not None:
-                local = position.index_select(0, index)
-                shares = None if shares is None else shares.index_select(0, index)
-                if selected is not None:
-                    selected = torch.where(local >= 0)[0]
-                    local = local.index_select(0, selected)
-                elif state.token_rows is None:  # every row as often as any other, see `row_index`: known without asking the device
-                    local.numbers = tuple(n for n in position.numbers for _ in range(x.shape[0] // len(state.rows)))
-            if shares is not None and selected is not None:
-                shares = shares.index_select(0, selected)
-            (replaced if cls.multiplicative else added).append((cls, out_rows, keys, selected, local, shares))
+        placed, in_place, triton = [], [], x.device.type in _triton.DEVICES and not torch.is_grad_enabled()
+        for group in groups:
+            if triton and _by_its_bank(group.cls) and _triton.takes_triton(x, bank := self._bank(group, x.dtype)):
+                factors = self._factors(group, group.position.clamp(min=0), group.shares, torch.float32)
+                found = (each if index is None or each is None else each.index_select(0, index) for each in (group.position, factors))
+                in_place.append((bank, group.out_rows, *found))
+            else:
+                placed.append((group, *group.placed(index, x.shape[0], state)))
+        replaced = [each for each in placed if each[0].cls.multiplicative]
         y = self._replace(x, base, replaced) if replaced else base(x)
-        for bank, out_rows, of, factors in in_place:
-            if not add_in_place(y, x, of, bank, outputs=out_rows, factors=factors):
-                return self._by_row(x, base, state)  # from now on without them
-        for cls, out_rows, keys, selected, local, shares in added:
+        direct = []
+        for group, selected, local, shares in placed:
+            if group.cls.multiplicative:
+                continue
+            if state.packed and group.keys not in self._banks and not torch.is_grad_enabled():
+                runs, pairs = group.runs(index), group.pairs(x, y)
+                if runs is not None and pairs is not None and group.waits(runs, pairs):
+                    direct.append((group, runs, pairs))
+                    continue
             part = x if selected is None else x.index_select(0, selected)
-            change = cls.forward_rows(self._bank(cls, keys, x.dtype), local, part, self._part(base, out_rows))
-            factor = self._factors(keys, local, shares, change.dtype)
+            change = group.cls.forward_rows(self._bank(group, x.dtype), local, part, self._part(base, group.out_rows))
+            factor = self._factors(group, local, shares, change.dtype)
             if factor is not None:
                 change = change * factor.view(-1, *[1] * (change.dim() - 1))
-            if out_rows is not None:
+            if group.out_rows is not None:
                 padded = y.new_zeros(*change.shape[:-1], y.shape[-1])
-                padded[..., out_rows] = change
+                padded[..., group.out_rows] = change
                 change = padded
             y = y + change if selected is None else y.index_add(0, selected, change.to(y.dtype))
+        # last, as they write into y, which may be what `base` remembers
+        for bank, out_rows, of, factors in in_place:
+            if not _triton.add_in_place(y, x, of, bank, outputs=out_rows, factors=factors):
+                return self._by_row(x, base, state)  # from now on without them
+        for group, runs, pairs in direct:
+            group.add_directly(y, x, runs, pairs)
         return y
 
-    def _factors(self, keys: tuple[str, ...], local: Tensor, shares: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    @staticmethod
+    def _factors(group: Group, local: Tensor, shares: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """What each row's change is multiplied by (rows,): its graft's weight and its share in a sum. None where all are 1."""
-        weights = [self.holder.grafts[self.owners[key][0]].weight for key in keys]
-        if shares is None and all(w == 1.0 for w in weights):
+        weights = group.weights
+        if shares is None and weights is None:
             return None
-        factor = torch.tensor(weights, dtype=dtype, device=local.device).index_select(0, local)
+        factor = torch.tensor(weights or [1.0] * len(group.keys), dtype=dtype, device=local.device).index_select(0, local)
         return factor if shares is None else factor * shares.to(dtype)
 
-    def _groups(self, state, device: torch.device) -> list[tuple]:
-        """For the named rows: [(class, output slice, keys, position (rows,) in the bank of these keys or -1, the rows that are in
-        it (None: all), their positions, shares (rows,) of it or None)]. A row with a sum of grafts is in one group for each of them.
-        Kept while the rows stay the same: what a bank makes of the positions is kept with these very tensors."""
+    def _groups(self, state, device: torch.device) -> list[Group]:
+        """For the named rows; a row with a sum of grafts is in one group for each of them. Kept while the rows stay the same: what a
+        bank makes of the positions is kept with these very tensors."""
         token = (state.rows, state.disabled, device, torch.is_inference_mode_enabled())
         if self._plan is not None and self._plan[0] == token:
+            for group in self._plan[1]:
+                group.uses += 1
             return self._plan[1]
         sorted_keys: dict[tuple, list[str]] = {}
         parts = [parts_of(row) for row in state.rows]
@@ -253,7 +257,7 @@ class Slot(nn.Module):
             if name in wanted:
                 bounds = None if rows is None else (rows.start, rows.stop)
                 sorted_keys.setdefault((type(self.entries[key]), bounds), []).append(key)
-        groups = []
+        kept, groups = self.holder.indices if state.packed else None, []
         for (cls, bounds), keys in sorted_keys.items():
             place = {self.owners[key][0]: i for i, key in enumerate(keys)}
             for turn in range(max(map(len, parts))):
@@ -261,41 +265,41 @@ class Slot(nn.Module):
                 chosen = [i for i, number in enumerate(numbers) if number >= 0]
                 if not chosen:
                     continue
-                shares = [row[turn][1] if turn < len(row) else 1.0 for row in parts]
+                shares = tuple(row[turn][1] if turn < len(row) else 1.0 for row in parts)
                 if cls.multiplicative and any(isinstance(state.rows[i], tuple) for i in chosen):
                     raise IncompatibleError(f"'{cls.method}' changes the frozen product and cannot be part of a sum of grafts",
                                             remedy="choose it alone")
-                groups.append((cls, None if bounds is None else slice(*bounds), tuple(keys), row_index(numbers, device),
-                               None if len(chosen) == len(numbers) else torch.tensor(chosen, device=device),
-                               row_index([numbers[i] for i in chosen], device),
-                               None if all(share == 1.0 for share in shares) else torch.tensor(shares, device=device)))
+                groups.append(Group(cls, None if bounds is None else slice(*bounds), tuple(keys), [self.entries[key] for key in keys],
+                                    [self.holder.grafts[self.owners[key][0]] for key in keys], shared_index(numbers, device, kept),
+                                    None if len(chosen) == len(numbers) else torch.tensor(chosen, device=device),
+                                    shared_index([numbers[i] for i in chosen], device, kept),
+                                    None if all(share == 1.0 for share in shares) else shares_of(shares, device)))
         self._plan = (token, groups)
         return groups
 
-    def _bank(self, cls: type[Adapter], keys: tuple[str, ...], dtype: torch.dtype):
-        adapters = [self.entries[key] for key in keys]
-        if torch.is_grad_enabled() and any(p.requires_grad for a in adapters for p in (*a.parameters(), *a.borrowed())):
-            return cls.stack(adapters, dtype)
-        version = (dtype, torch.is_inference_mode_enabled(), tuple(map(_version, adapters)))
-        kept = self._banks.get(keys)
+    def _bank(self, group: Group, dtype: torch.dtype):
+        if torch.is_grad_enabled() and any(p.requires_grad for a in group.adapters for p in (*a.parameters(), *a.borrowed())):
+            return group.cls.stack(group.adapters, dtype)
+        version = (dtype, torch.is_inference_mode_enabled(), group.version())
+        kept = self._banks.get(group.keys)
         if kept is None or kept[0] != version:
             self._banks = {} if len(self._banks) > 8 else self._banks
-            self._banks[keys] = kept = (version, cls.stack(adapters, dtype))
+            self._banks[group.keys] = kept = (version, group.cls.stack(group.adapters, dtype))
         return kept[1]
 
-    def _replace(self, x: Tensor, base: Base, groups: list[tuple]) -> Tensor:
+    def _replace(self, x: Tensor, base: Base, placed: list[tuple]) -> Tensor:
         """Rows of multiplicative adapters get their product, all other rows the plain one: one product in all."""
         device, total = x.device, x.shape[0]
         pieces, order, sizes, parts = [], [], [], []
         taken = torch.zeros(total, dtype=torch.bool, device=device)
-        for cls, out_rows, keys, selected, local, _ in groups:
-            if out_rows is not None:
-                raise IncompatibleError(f"'{cls.method}' on a slice of a fused projection cannot be chosen per row",
+        for group, selected, local, _ in placed:
+            if group.out_rows is not None:
+                raise IncompatibleError(f"'{group.cls.method}' on a slice of a fused projection cannot be chosen per row",
                                         remedy="target the whole projection, or attach it alone")
             chosen = torch.arange(total, device=device) if selected is None else selected
             taken = taken.index_fill(0, chosen, True)
             part = x if selected is None else x.index_select(0, selected)
-            inputs = cls.rows_inputs(self._bank(cls, keys, x.dtype), local, part)
+            inputs = group.cls.rows_inputs(self._bank(group, x.dtype), local, part)
             pieces.append(inputs)
             parts.append(part)
             order.append(chosen)
@@ -307,9 +311,9 @@ class Slot(nn.Module):
             order.append(rest)
             sizes.append(rest.shape[0])
         products = base.product(torch.cat(pieces)).split(sizes)
-        outputs = [cls.rows_combine(self._bank(cls, keys, x.dtype), local, z, part, base)
-                   for (cls, _, keys, _, local, _), z, part in zip(groups, products, parts)]
-        outputs += list(products[len(groups):])
+        outputs = [group.cls.rows_combine(self._bank(group, x.dtype), local, z, part, base)
+                   for (group, _, local, _), z, part in zip(placed, products, parts)]
+        outputs += list(products[len(placed):])
         back = torch.argsort(torch.cat(order))
         y = torch.cat(outputs).index_select(0, back)
         return y if base.bias is None else y + base.bias.to(y.dtype)
@@ -360,10 +364,3 @@ def tensor_bytes(things: list[Any], known: set[int], skip: set[int] = frozenset(
 def _by_its_bank(cls: type[Adapter]) -> bool:
     """Whether what this class adds to rows is what their bank holds, and nothing of its own."""
     return not cls.multiplicative and cls.forward_rows.__func__ is Adapter.forward_rows.__func__
-
-
-def _version(adapter: Adapter) -> tuple:
-    """Changes whenever a tensor that the adapter reads is replaced or written. Walks the plain dict where there are no submodules:
-    this runs at every site of every decode step."""
-    parameters = adapter.parameters() if adapter._modules else adapter._parameters.values()
-    return tuple((id(p), p._version) for p in (*parameters, *adapter.borrowed()) if p is not None)

@@ -184,15 +184,14 @@ class TokenSlot(Slot):
         if state.packed and x.shape[0] == 1 < x.shape[1]:
             return self._of_rows(x.T, y.transpose(0, 1), state).transpose(0, 1)
         index = self.holder.row_index(x)
-        for cls, _, keys, position, *_ in self._groups(state, x.device):
-            bank = self._bank(cls, keys, y.dtype)
-            local = position if index is None else position.index_select(0, index)
+        for group in self._groups(state, x.device):
+            bank = self._bank(group, y.dtype)
+            local = group.position if index is None else group.position.index_select(0, index)
             inside, flat = local.clamp(min=0), x.reshape(x.shape[0], -1)
             place, hit = _find(bank.ids.index_select(0, inside), flat)
             hit = (hit & (local >= 0).unsqueeze(1)).view(x.shape)
-            weights = [self.holder.grafts[self.owners[key][0]].weight for key in keys]
-            rows = bank.rows
-            if any(w != 1.0 for w in weights):
+            weights, rows = group.weights, bank.rows
+            if weights is not None:
                 rows = bank.origin + (rows - bank.origin) * torch.tensor(weights, device=rows.device).view(-1, 1, 1)
             place = (place + inside.unsqueeze(1) * rows.shape[1]).view(x.shape)
             y = torch.where(hit.unsqueeze(-1), self.frozen.of(F.embedding(place, rows.flatten(0, 1))), y)

@@ -39,7 +39,11 @@ def dtype_for(x: Tensor) -> torch.dtype:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, (..., in) -> (..., out) in x's dtype; as F.linear, but wide where that is quicker."""
+    """x W^T + b, (..., in) -> (..., out) in x's dtype; as F.linear, but wide where that is quicker, and from the packed form of a
+    weight that has one (see packed.py)."""
+    packed = weight.__dict__.get("graft_packed")
+    if packed is not None and packed.serves(x, weight):
+        return packed(x, bias)
     return F.linear(x, weight, bias) if dtype_for(x) == x.dtype else _Wide.apply(x, weight, bias)
 
 
@@ -87,7 +91,7 @@ class _Wide(torch.autograd.Function):
 
 
 class WideLinear:
-    """Mixed into the class of an nn.Linear or Conv1D (see `widen`)."""
+    """Mixed into the class of an nn.Linear or Conv1D (see `widen`): its product is `linear`."""
 
     plain_linear: type
 
@@ -109,6 +113,12 @@ def widen(model: nn.Module) -> None:
         if not (kind is nn.Linear or is_conv1d(module)) or isinstance(module, WideLinear):
             continue
         if module.weight.device.type == "cpu" and slow_on_cpu(module.weight.dtype):
-            if kind not in _WIDE:
-                _WIDE[kind] = type(kind.__name__, (WideLinear, kind), {"plain_linear": kind})
-            module.__class__ = _WIDE[kind]
+            use_linear(module)
+
+
+def use_linear(module: nn.Module) -> None:
+    """Let a plain nn.Linear or Conv1D multiply by `linear`."""
+    kind = type(module)
+    if kind not in _WIDE:
+        _WIDE[kind] = type(kind.__name__, (WideLinear, kind), {"plain_linear": kind})
+    module.__class__ = _WIDE[kind]

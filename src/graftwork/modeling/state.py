@@ -54,6 +54,7 @@ class StateHolder:
     def __init__(self) -> None:
         self.current = ForwardState()
         self.grafts: dict = {}  # name -> Graft, in the order of attaching
+        self.indices: dict = {}  # of named rows in packed steps, which all sites share; bounded by who fills it
 
     @contextmanager
     def scope(self, **changes) -> Iterator[ForwardState]:

@@ -7,7 +7,8 @@ new keys and values into the request's cells and attends to all of its cells, an
     new cells  K_l[c] = k_t, V_l[c] = v_t      o_t = softmax(q_t K_l[cells of the request up to t]^T * scaling) V_l[...]
 
 A request whose cells lie in one piece is read in place; others are gathered. Queries that share a key/value head stand as
-rows of one product, so grouped queries repeat nothing.
+rows of one product, so grouped queries repeat nothing. What a segment needs in every layer (views of its cells, its mask) is made
+once a step: a decode step is many small products, and what stands around each of them costs as much as the product.
 
 Virtual tokens of an adapter stand before the text in cells of their own; where the adapter sets their keys and values
 (`Given`), these go into the pool and not what the model made of the placeholders. A forward without a pool, as an adapter runs
@@ -16,7 +17,7 @@ it on the bare decoder to make a prefix from a prompt, is causal attention witho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,7 +41,8 @@ class Segment:
     start: int
     stop: int
     cells: slice | Tensor
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple, Tensor] = field(default_factory=dict)
+    seen: dict[int | None, list[Tensor]] = field(default_factory=dict)
 
     @property
     def new(self) -> int:
@@ -50,18 +52,32 @@ class Segment:
     def length(self) -> int:
         return self.cells.stop - self.cells.start if isinstance(self.cells, slice) else self.cells.numel()
 
+    def read(self, window: int | None, pool: Pool, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, G, cells, D) of one layer that its new tokens may see: views where the cells lie in one piece."""
+        shown = window if self.new == 1 and window is not None and window < self.length else None
+        cells = self.cells
+        if shown is not None:
+            cells = slice(cells.stop - shown, cells.stop) if isinstance(cells, slice) else cells[-shown:]
+        if not isinstance(cells, slice):
+            k, v = (lane.index_select(0, cells).transpose(0, 1).unsqueeze(0) for lane in (pool.keys[layer], pool.values[layer]))
+            return k, v
+        views = self.seen.get(shown)
+        if views is None:
+            views = self.seen[shown] = pool.views(cells)
+        return views[2 * layer], views[2 * layer + 1]
+
     def mask(self, window: int | None, heads: int, device: torch.device) -> Tensor | None:
-        """(heads * new, length) bool, what each new token may see; None: everything. Made once for all layers."""
-        if self.new == 1 and (window is None or window >= self.length):
+        """(heads * new, length) bool, what each new token may see of what `read` gives; None: everything. Made once for all layers."""
+        if self.new == 1:
             return None
-        if window not in self.masks:
+        if (window, heads) not in self.masks:
             place = torch.arange(self.length, device=device)
             own = place[-self.new:, None]
             seen = place <= own
             if window is not None:
                 seen &= place > own - window
-            self.masks[window] = seen
-        return self.masks[window].repeat(heads, 1) if heads > 1 else self.masks[window]
+            self.masks[window, heads] = seen.repeat(heads, 1) if heads > 1 else seen
+        return self.masks[window, heads]
 
 
 @dataclass
@@ -99,8 +115,9 @@ def paged_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     logit per head that takes part in the softmax and has no value."""
     if packed is None:
         whole = [Segment(0, query.shape[2], slice(0, key.shape[2]))]
-        return torch.stack([_attend(q, k.transpose(0, 1), v.transpose(0, 1), whole, scaling, sliding_window, softcap, s_aux)
-                            for q, k, v in zip(query, key, value)]), None
+        rows = [_attend(q, lambda _, own=(k.unsqueeze(0), v.unsqueeze(0)): own, whole, k.shape[0], scaling, sliding_window, softcap, s_aux)
+                for q, k, v in zip(query, key, value)]
+        return torch.stack(rows), None
     layer, pool = module.layer_idx, packed.pool
     lanes = pool.keys[layer], pool.values[layer]
     for which, (lane, new) in enumerate(zip(lanes, (key, value))):
@@ -108,34 +125,33 @@ def paged_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
         for given in packed.given:
             own = given.table[layer, which].to(lane.dtype, copy=True)  # it may itself lie in the pool, and a copy onto itself is refused
             lane.index_copy_(0, given.cells, own.view(-1, *lane.shape[1:]))
-    return _attend(query[0], *lanes, packed.segments, scaling, sliding_window, softcap, s_aux).unsqueeze(0), None
+    return _attend(query[0], lambda segment: segment.read(sliding_window, pool, layer), packed.segments, key.shape[1], scaling,
+                   sliding_window, softcap, s_aux).unsqueeze(0), None
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, segments: Sequence[Segment], scaling: float | None,
-            sliding_window: int | None, softcap: float | None, s_aux: Tensor | None) -> Tensor:
-    """query (H, T, D), keys (cells, G, D), values (cells, G, E) -> (T, H, E)."""
-    heads, groups = query.shape[0], keys.shape[1]
-    share = heads // groups
-    out = query.new_empty(query.shape[1], heads, values.shape[-1])
-    for segment in segments:
-        cells = segment.cells
-        if segment.new == 1 and sliding_window is not None and segment.length > sliding_window:
-            cells = slice(cells.stop - sliding_window, cells.stop) if isinstance(cells, slice) else cells[-sliding_window:]
-            mask = None
-        else:
-            mask = segment.mask(sliding_window, share, query.device)
-        k, v = (lane[cells] if isinstance(cells, slice) else lane.index_select(0, cells) for lane in (keys, values))
-        # (1, G, share * new, D): the queries of a group are rows of one product with its keys
-        q = query[:, segment.start: segment.stop].reshape(1, groups, share * segment.new, -1)
-        k, v = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
-        k, v = k.to(q.dtype), v.to(q.dtype)
+def _attend(query: Tensor, read: Callable[[Segment], tuple[Tensor, Tensor]], segments: Sequence[Segment], groups: int,
+            scaling: float | None, sliding_window: int | None, softcap: float | None, s_aux: Tensor | None) -> Tensor:
+    """query (H, T, D); read(segment): keys (1, G, cells, D) and values (1, G, cells, E), G = groups -> (T, H, E)."""
+    heads, share = query.shape[0], query.shape[0] // groups
+    singles = next((i for i, segment in enumerate(segments) if segment.new > 1), len(segments))  # they come first in most steps
+    # (1, G, share * new, D): the queries of a group are rows of one product with its keys
+    asked = list(query[:, :singles].transpose(0, 1).reshape(singles, 1, groups, share, -1).unbind(0)) if singles else []
+    asked += [query[:, s.start: s.stop].reshape(1, groups, share * s.new, -1) for s in segments[singles:]]
+    found = []
+    for segment, q in zip(segments, asked):
+        mask, (k, v) = segment.mask(sliding_window, share, query.device), read(segment)
+        if k.dtype != q.dtype:
+            k, v = k.to(q.dtype), v.to(q.dtype)
         if softcap is None and s_aux is None:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
         else:
             sinks = None if s_aux is None else s_aux.view(groups, share, 1).expand(-1, -1, segment.new).reshape(1, groups, -1, 1)
             y = _explicit(q, k, v, mask, scaling, softcap, sinks)
-        out[segment.start: segment.stop] = y.view(heads, segment.new, -1).transpose(0, 1)
-    return out
+        found.append(y)
+    out = [y.view(heads, s.new, -1).transpose(0, 1) for s, y in zip(segments[singles:], found[singles:])]
+    if singles:
+        out.insert(0, torch.cat(found[:singles]).view(singles, heads, -1))
+    return torch.cat(out) if len(out) > 1 else out[0]
 
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, softcap: float | None,

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...adapters.batched import row_index
 from ...adapters.model_scope import PrefixScope, Prompts
 from ...adapters.slot import Route, bank_bytes, bytes_beside
 from ...errors import GraftworkError, UsageError
+from ...modeling.packed import pack_head
 from ...modeling.state import state_of
 from ..generate import end_tokens, positions
 from .adapters import Attached, checked_sum, prefix_of
@@ -43,12 +45,14 @@ class Engine:
     pool_bytes: of keys, values and adapters together. adapters: where they come from; left out, requests name grafts that are
     attached to the model. gaps: record the difference of the two highest logits of every step. merge: an adapter that most requests
     ask for is merged into a copy of the weights, and runs alone in steps without its cost (merging.py says when); the copy lies beside
-    the pool. Raises IncompatibleError for models whose layers are not softmax attention, and for merge on a base that is not dense;
-    UsageError for a pool without room."""
+    the pool. packed_head: multiply the output head from a packed copy of its weight (see modeling/packed.py). Raises
+    IncompatibleError for models whose layers are not softmax attention, and for merge on a base that is not dense; UsageError for a
+    pool without room, and a head that cannot be packed."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, pool_bytes: int = 1 << 30, page_tokens: int = 16,
                  adapters: Source | None = None, limits: Limits | None = None, policy: str | Policy = "fcfs",
-                 prefix_cache: bool = True, gaps: bool = False, merge: bool = False, clock: Callable[[], float] = time.monotonic):
+                 prefix_cache: bool = True, gaps: bool = False, merge: bool = False, packed_head: bool = False,
+                 clock: Callable[[], float] = time.monotonic):
         self.model, self.tokenizer, self.gaps, self.clock = model, tokenizer, gaps, clock
         self.merging = Merging() if merge else None
         self._copy = MergedCopy(model) if merge else None
@@ -68,6 +72,8 @@ class Engine:
         self.steps = 0
         self.absent: Callable[[Request], None] | None = None  # told of a request whose adapter has to be read before it waits again
         self._open = ExitStack()
+        if packed_head:
+            self._open.callback(pack_head(model))
         self._open.enter_context(attention_of(model, NAME))
         self._head_rows: torch.Tensor | None = None  # of the tokens that the output head sees in the step that runs
         head = model.get_output_embeddings()
@@ -207,6 +213,8 @@ class Engine:
         last: list[int] = []
         segments, names, writers, given = [], [], [], []
         embedded: list[tuple[int, torch.Tensor]] = []
+        # single tokens first, neighbors by adapter: each adapter's rows are one piece
+        step.work.sort(key=lambda each: (each[1] > 1, "" if each[0].resident is None else each[0].resident.digest))
         for number, (request, count) in enumerate(step.work):
             first, stop = request.computed, request.computed + count
             cells = cells_of(request.pages, stop, self.pool.page_tokens, self.device)
@@ -226,9 +234,9 @@ class Engine:
                 writers.append(request)
         packed = Packed(self.pool, torch.cat(new), segments, given)
         # a step that only decodes has its rows in order, and what sites make of them is kept from step to step
-        token_rows = None if len(ids) == len(names) else torch.tensor(rows, device=self.device)
+        token_rows = None if len(ids) == len(names) else row_index(rows, self.device)
         keep = torch.tensor(last or [0], device=self.device)  # without a writer one token all the same: empty products are a special case
-        self._head_rows = None if token_rows is None else token_rows.index_select(0, keep)
+        self._head_rows = None if token_rows is None else row_index([rows[at] for at in last or [0]], self.device)
         with state_of(self.model).scope(rows=tuple(names), token_rows=token_rows, packed=True, merged=merged):
             row = torch.tensor([ids], device=self.device)
             text = {"input_ids": row}

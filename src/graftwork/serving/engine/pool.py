@@ -65,10 +65,19 @@ class Pool:
                       for start, size in zip(starts, self.cell_bytes)]
         cells = [lane.view(dtype).view(pages * page_tokens, heads, width) for lane, (heads, width) in zip(self.lanes, widths)]
         self.keys, self.values = cells[0::2], cells[1::2]
+        even = len(set(widths)) == 1 and len(self.buffer) == sum(map(len, self.lanes))
+        self._all = self.buffer.view(dtype).view(len(cells), *cells[0].shape) if even else None
         self.users = np.zeros(pages, dtype=np.int32)
         self.free = pages  # how many have no user; counted along, as it is asked for in every step
         self.owner: list[str | None] = [None] * pages
         self.fixed = np.zeros(pages, dtype=bool)  # pages of a run, which cannot be moved one by one
+
+    def views(self, cells: slice) -> list[Tensor]:
+        """Neighbouring cells of every lane, keys and values of each layer in turn: (1, heads, cells, width) each. One call for all
+        of them where the layers are alike: each step asks for the cells of each of its requests."""
+        if self._all is not None:
+            return list(self._all[:, cells].transpose(1, 2).unsqueeze(1).unbind(0))
+        return [lane[cells].transpose(0, 1).unsqueeze(0) for pair in zip(self.keys, self.values) for lane in pair]
 
     # -- counts -------------------------------------------------------------------------------------------------------------
     @property
