@@ -79,8 +79,12 @@ def refuse_links(name: str, path: Path) -> Path:
     """The folder itself. Raises ArtifactError where one of its files is a link, which could lead anywhere."""
     for file in (file for pair in FILES for file in pair):
         if (path / file).is_symlink():
-            raise ArtifactError(f"adapter '{name}': {file} is a link", remedy="put the file itself there")
+            raise link_error(name, file)
     return path
+
+
+def link_error(name: str, file: str) -> ArtifactError:
+    return ArtifactError(f"adapter '{name}': {file} is a link", remedy="put the file itself there")
 
 
 def _card_digest(card: dict[str, Any]) -> str:

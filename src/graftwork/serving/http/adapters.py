@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...adapters.graft import NAME
 from ...errors import ArtifactError, UsageError
 from ..engine.adapters import FACTS, AdapterFolder, Parts, sum_of
-from ..engine.hosts import Foreign, Host, read_adapter, refuse_links
+from ..engine.hosts import Foreign, Host, read_adapter
 from ..registry import BOOK, Book, State, Where
 from ..sources import Reference, Sources, is_url
 from .errors import UnknownAdapter
@@ -80,8 +80,8 @@ class Catalog(AdapterFolder):
         path = None if where is None else self.root / where
         if path is None or path.is_symlink() or not path.is_dir():
             raise UnknownAdapter(f"there is no adapter '{name[:200]}'", remedy="GET /v1/models lists them")
-        path = refuse_links(own, adapter_in(path))
-        return Target(path, stamps_of(path), own)
+        path = adapter_in(path)
+        return Target(path, stamps_of(own, path), own)
 
     def allowed(self, text: str) -> Path | Reference:
         """The URL that a client named, or the folder, absolute or inside the folder of adapters. Raises UsageError for one outside of
@@ -111,8 +111,8 @@ class Catalog(AdapterFolder):
                 with Foreigner(name):
                     place = self.sources.fetch(place)[1]
             return Target(place, name=name)
-        path = refuse_links(name, adapter_in(place))
-        return Target(path, stamps_of(path), name)
+        path = adapter_in(place)
+        return Target(path, stamps_of(name, path), name)
 
     def free(self, name: str) -> None:
         """Raises UsageError for a name that is taken, before anything is read."""

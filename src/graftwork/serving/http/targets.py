@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from ...artifact import CARD
 from ...errors import ArtifactError, GraftworkError
-from ..engine.hosts import FILES
+from ..engine.hosts import FILES, link_error
 from ..sources import Reference
 from .errors import UnknownAdapter
 
@@ -84,13 +86,17 @@ def adapter_in(path: Path) -> Path:
     return inner if not (path / CARD).exists() and (inner / CARD).is_file() and not inner.is_symlink() else path
 
 
-def stamps_of(folder: Path) -> tuple[tuple[int, int, int], ...]:
-    """What changes when one of an adapter's files is replaced: inode, time and size of each, 0 where there is none."""
+def stamps_of(name: str, folder: Path) -> tuple[tuple[int, int, int], ...]:
+    """What changes when one of an adapter's files is replaced: inode, time and size of each, 0 where there is none. One look at each, as
+    every request asks. Raises ArtifactError where one is a link."""
     found = []
     for file in (file for pair in FILES for file in pair):
         try:
-            seen = (folder / file).stat()
-            found.append((seen.st_ino, seen.st_mtime_ns, seen.st_size))
+            seen = os.lstat(f"{folder}/{file}")
         except OSError:
             found.append((0, 0, 0))
+            continue
+        if stat.S_ISLNK(seen.st_mode):
+            raise link_error(name, file)
+        found.append((seen.st_ino, seen.st_mtime_ns, seen.st_size))
     return tuple(found)
