@@ -195,7 +195,8 @@ def page(raw: dict) -> str:
         "of other data are read in between), rows have their adapters in shuffled order, as many rows each. With 1 token a row what a "
         "kernel makes of the index is kept, as in a decode; with 64 it is made in every call, as in a prefill. Other thread counts, other "
         "processors and backward passes were not measured. On a GPU inference takes Triton kernels (`src/graftwork/adapters/_triton.py`), "
-        "which have only run in Triton's interpreter (`make test-triton`), never on a GPU; elsewhere, and without Triton, the choice is "
+        "which ran in Triton's interpreter and were compiled (`make test-triton`), but never ran on a GPU; elsewhere, and without Triton, "
+        "the choice is "
         f"`{batched.DEFAULT}`, unmeasured.", "",
         "## Is the choice any good?", "",
         "Time of the choice over the time of the best kernel, over all points. For the first line each point "

@@ -47,13 +47,14 @@ def catalog_seconds(root: Path) -> dict[str, float]:
 
     from graftwork.serving.http.adapters import Catalog
 
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     catalog = Catalog(torch.nn.Linear(1, 1), root, base="base")
     names = catalog.names()
-    listed = time.perf_counter()
+    listed, listed_cpu = time.perf_counter(), time.process_time()
     for name in names:
         catalog.target(name)
-    return {"names": round(listed - start, 4), "look_up_all": round(time.perf_counter() - listed, 4), "files_read": catalog.reads}
+    return {"names": round(listed - start, 4), "names_cpu": round(listed_cpu - cpu, 4),
+            "each_lookup_cpu": round((time.process_time() - listed_cpu) / len(names), 6), "files_read": catalog.reads}
 
 
 def server_seconds(root: Path, name: str) -> dict[str, float]:

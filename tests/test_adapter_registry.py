@@ -417,6 +417,44 @@ def test_an_adapter_is_loaded_from_a_url(fleet, saved, monkeypatch, tmp_path):
     asyncio.run(main())
 
 
+def test_no_more_is_read_ahead_than_host_memory_may_hold(saved):
+    pytest.importorskip("fastapi")
+    from queue import SimpleQueue
+
+    from graftwork.serving.http.readahead import ReadAhead
+
+    catalog, tasks, there = Catalog(saved[1], saved[0], base="tiny", host_bytes=1), SimpleQueue(), []
+    reader = ReadAhead(catalog, tasks.put)
+
+    def want(name, key):
+        reader.want(catalog.target(name), key, lambda digest, error: there.append((name, key, error)))
+
+    def work():
+        while reader.active:
+            tasks.get(timeout=60)()
+
+    want("a0", "first")
+    work()
+    want("a1", "second"), want("a0", "third")  # there already
+    assert there == [("a0", "first", None), ("a0", "third", None)] and not reader.active and reader.waiting == 1
+    want("a2", "first")  # it could not run, and give way, without
+    work()
+    assert there[2:] == [("a2", "first", None)] and not reader.active
+    reader.release("third")
+    assert not reader.active
+    reader.release("first")
+    work()
+    assert there[3:] == [("a1", "second", None)] and catalog.reads == 3
+    assert reader.cancel("second") is False
+    reader.release("second")
+    assert catalog.hosts.held == 0 and len(catalog.hosts) == 1
+    want("a0", "gone")
+    assert reader.cancel("gone")
+    work()
+    assert there[4:] == [] and catalog.hosts.held == 0
+    reader.stop()
+
+
 class Gate:
     """Reads of some adapters wait until they are let through; who read what, in which thread."""
 

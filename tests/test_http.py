@@ -676,6 +676,7 @@ def test_sigterm_lets_answers_end(saved, tmp_path):
 @pytest.mark.parametrize("options, words", [
     (["--policy", "early_abort"], "--deadline"), (["--deadline", "3"], "early_abort"), (["--policy", "fair"], "--api-keys"),
     (["--allow-load"], "--adapters"), (["--max-running", "0"], "--max-running"), (["--adapters", "nowhere"], "no folder nowhere"),
+    (["--merge", "--storage", "nf4"], "--storage says nf4"),
     (["--allow-source", "memory://ok"], "--adapters"), (["--disk-cache", "1GiB"], "--allow-source"),
     (["--adapters", ".", "--allow-source", "nosuch://a"], "nosuch"), (["--adapters", ".", "--allow-source", "a/b"], "no URL"),
     (["--pool", "much"], "much"), (["--api-keys", "nowhere"], "nowhere"), (["--port", "99999"], "99999")])

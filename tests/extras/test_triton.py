@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter: each equals a loop over the rows in float64. Run by `make test-triton`.
 
-The interpreter computes what a kernel says, on CPU tensors. It shows nothing of speed, nor of what a device's compiler accepts."""
+The interpreter computes what a kernel says, on CPU tensors. It shows nothing of speed. test_triton_compiles.py compiles them."""
 
 from __future__ import annotations
 

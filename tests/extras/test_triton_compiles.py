@@ -8,8 +8,9 @@ import pytest
 
 if os.environ.get("TRITON_INTERPRET") is not None:
     pytest.skip("needs Triton without its interpreter: make test-triton", allow_module_level=True)
-triton = pytest.importorskip("triton", reason="make test-triton")
+pytest.importorskip("triton", reason="make test-triton")
 
+import triton
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 

@@ -2,8 +2,8 @@
 
     y_n += f_n (B_k A_k x_n + b_k),   k = index[n], nothing where it is -1;   x (N, T, in), A_k (r_k, in), B_k (r_k, out), y (N, T, out)
 
-**Not run on a GPU.** They were checked in Triton's interpreter only (TRITON_INTERPRET=1, on CPU tensors: `make test-triton`), which
-shows what they compute and neither how fast nor whether a device's compiler takes them. Block sizes are guesses.
+**Not run on a GPU.** `make test-triton` runs them in Triton's interpreter (TRITON_INTERPRET=1, CPU tensors) and compiles them for
+sm_80, sm_90 and gfx942. That shows what they compute and that compilers take them, and nothing of their speed: block sizes are guesses.
 
 The factors are those of a `Bank`: all lines of A, and of B, one below the other, and where each adapter's begin. So an adapter has its
 own rank, whatever the others have, and nothing is padded or copied in global memory. A may be positions (PaCA, S2FT): the columns of x.

@@ -31,7 +31,7 @@ def merge_sites(graft: Graft, *, requantize: bool, force: bool) -> MergeReport:
     report = MergeReport("requantized" if stored and requantize else "dense")
     planned: list[tuple[Site, Tensor, Tensor | None]] = []
     for name, adapter in {**graft.adapters, **graft.saved_modules}.items():
-        site = graft.sites.get(name) or _saved_site(graft, name)
+        site = graft.sites.get(name) or saved_site(graft, name)
         if requantize and site.rows is not None and isinstance(site.module, StoredWeight):
             raise IncompatibleError(f"'{name}' is a slice of a fused projection and cannot be quantised on its own",
                                     remedy="merge into dense weights (the default), or target the whole projection")
@@ -45,7 +45,7 @@ def merge_sites(graft: Graft, *, requantize: bool, force: bool) -> MergeReport:
             new = again.dequantize()
         size = change.norm().item()
         report.errors[name] = ((new.float() - exact).norm().item() / size) if size else 0.0
-        bias = adapter.delta_bias() if name in graft.adapters else _bias_change(adapter, site)
+        bias = adapter.delta_bias() if name in graft.adapters else bias_change(adapter, site)
         planned.append((site, new, None if bias is None else bias * graft.weight))
     if requantize and report.worst > LOSS_LIMIT and not force:
         raise GraftworkError(
@@ -77,16 +77,16 @@ def unmerge_sites(graft: Graft) -> None:
         weight.data.index_copy_(0, ids, before)
     originals = graft.__dict__.pop("_originals")
     for name, kept in reversed(originals.items()):  # slices of one module were written on top of each other
-        site = graft.sites.get(name) or _saved_site(graft, name)
+        site = graft.sites.get(name) or saved_site(graft, name)
         _restore(site, kept)
 
 
-def _saved_site(graft: Graft, name: str) -> Site:
+def saved_site(graft: Graft, name: str) -> Site:
     module = graft.model.get_submodule(name)
     return Site(name, name, module, module._modules["graft"].slot("whole").frozen, "saved", -1)
 
 
-def _bias_change(adapter, site: Site) -> Tensor | None:
+def bias_change(adapter, site: Site) -> Tensor | None:
     return None if adapter.bias is None else adapter.bias.float() - site.product.bias.float()
 
 
@@ -155,7 +155,7 @@ def _refuse_tied(graft: Graft) -> None:
     for name, parameter in graft.model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), name)
     for name in [*graft.adapters, *graft.saved_modules]:
-        site = graft.sites.get(name) or _saved_site(graft, name)
+        site = graft.sites.get(name) or saved_site(graft, name)
         weight = getattr(site.module, "weight", None)
         first = owners.get(id(weight))
         if isinstance(weight, nn.Parameter) and first is not None and not first.startswith(site.module_name + "."):

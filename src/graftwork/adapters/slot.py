@@ -22,6 +22,14 @@ from ._triton import add_in_place, takes_triton
 from .base import Adapter
 from .batched import row_index
 
+#: what rows are routed to: a graft's name, or several with their weights
+Route = str | tuple[tuple[str, float], ...]
+
+
+def parts_of(route: Route | None) -> tuple[tuple[str, float], ...]:
+    """What a row is routed to as (name, weight) pairs; none for the bare base."""
+    return () if route is None else ((route, 1.0),) if isinstance(route, str) else route
+
 
 class GraftPoint(nn.Module):
     """The one child that attaching adds to a module: its slots (one, or two per expert of an experts module)."""
@@ -88,6 +96,7 @@ class Slot(nn.Module):
         self.owners: dict[str, tuple[str, slice | None]] = {}
         self.taps: list[Callable[[Tensor, Tensor], None]] = []
         self.through: Callable[[Slot, Tensor], Tensor] | None = None  # set by a block that runs this map its own way
+        self.merged: dict[Route, Product] = {}  # the frozen map with a graft's change in it, see merged_copy.py
         self._plan: tuple | None = None
         self._banks: dict = {}
 
@@ -109,6 +118,7 @@ class Slot(nn.Module):
 
     def take(self, key: str) -> None:
         """Remove one adapter by its key."""
+        self.merged = {route: kept for route, kept in self.merged.items() if self.owners[key][0] not in dict(parts_of(route))}
         del self.entries[key], self.owners[key]
         self._plan, self._banks = None, {}
 
@@ -119,7 +129,7 @@ class Slot(nn.Module):
     def plain(self, x: Tensor) -> Tensor:
         """The same with the adapters of this map alone."""
         state = self.holder.current
-        base = Base(self.frozen, self.holder)
+        base = Base(self.frozen if state.merged is None else self.merged.get(state.merged, self.frozen), self.holder)
         if state.rows is None:
             y = self._all(x, base, state)
         elif state.packed and x.dim() == 3:
@@ -237,7 +247,7 @@ class Slot(nn.Module):
         if self._plan is not None and self._plan[0] == token:
             return self._plan[1]
         sorted_keys: dict[tuple, list[str]] = {}
-        parts = [() if row is None else ((row, 1.0),) if isinstance(row, str) else row for row in state.rows]
+        parts = [parts_of(row) for row in state.rows]
         wanted = {name for row in parts for name, _ in row if name not in state.disabled}
         for key, (name, rows) in self.owners.items():
             if name in wanted:
@@ -308,10 +318,32 @@ class Slot(nn.Module):
 def bank_bytes(model: nn.Module) -> int:
     """Bytes of what the sites keep beside the adapters' own tensors: banks, and what these made of the rows they last saw."""
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    return tensor_bytes([slot._banks for slot in model.modules() if isinstance(slot, Slot)], known)
+
+
+def bytes_beside(model: nn.Module, pool: Tensor) -> int:
+    """Bytes that the attached adapters take outside of `pool`, in which their tensors lie: those banks, tensors that a method draws from
+    a seed or takes from the weights when it is loaded, and all of an adapter that was never put there."""
+    base = {name: module for name, module in model.named_modules() if not any(part.startswith("graft") for part in name.split("."))}
+    tensors = [t for module in base.values() for t in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
+    known = {t.untyped_storage().data_ptr() for t in (*tensors, pool)}
+    holder: StateHolder | None = model.__dict__.get("graft_state")
+    grafts = [] if holder is None else list(holder.grafts.values())
+    roots = [module for graft in grafts for _, module in graft.named_modules()]
+    banks = [slot._banks for slot in model.modules() if isinstance(slot, Slot)]
+    return tensor_bytes([*roots, *banks], known, {id(thing) for thing in (*base.values(), *grafts, holder)})
+
+
+def tensor_bytes(things: list[Any], known: set[int], skip: set[int] = frozenset()) -> int:
+    """Bytes of the tensors that these lead to, each storage once. known: data pointers of storages that do not count; skip: ids of
+    objects that are not followed."""
     found: dict[int, int] = {}
-    todo: list[Any] = [slot._banks for slot in model.modules() if isinstance(slot, Slot)]
+    todo, seen = list(things), set(skip)
     while todo:
         thing = todo.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
         if isinstance(thing, Tensor):
             storage = thing.untyped_storage()
             if storage.data_ptr() not in known:
@@ -320,7 +352,7 @@ def bank_bytes(model: nn.Module) -> int:
             todo += thing.values()
         elif isinstance(thing, (list, tuple)):
             todo += thing
-        elif hasattr(thing, "__dict__") and not isinstance(thing, (nn.Module, type)) and not callable(thing):
+        elif isinstance(thing, nn.Module) or (hasattr(thing, "__dict__") and not isinstance(thing, type) and not callable(thing)):
             todo.append(vars(thing))
     return sum(found.values())
 

@@ -47,6 +47,8 @@ def run(
                                                        "requests go to the same one."),
     count_requests: bool = typer.Option(True, "--count-requests/--no-count-requests", hidden=True),  # a router counts them
     page: bool = typer.Option(True, "--page/--no-page", help="A page at / to compare adapters and watch the engine."),
+    merge: bool = typer.Option(False, "--merge/--no-merge", help="Merge an adapter that most requests ask for into a copy of the weights "
+                                                                 "while they do; needs a dense base, and memory for the copy."),
     quiet: bool = typer.Option(False, "--quiet", help="Warnings and errors only."),
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's API does (/v1/completions, /v1/chat/completions)."""
@@ -78,6 +80,8 @@ def run(
         raise UsageError("--disk-cache says nothing without --allow-source", remedy="add --allow-source URL, or leave it out")
     if allow_path and not allow_load:
         raise UsageError("--allow-path says nothing without --allow-load", remedy="add --allow-load, or leave it out")
+    if merge and storage not in (None, "dense", "none"):
+        raise UsageError(f"--merge needs a dense base, and --storage says {storage}", remedy="leave one of the two out")
     for option, value in (("--max-running", max_running), ("--chunk", chunk), ("--max-queue", max_queue), ("--chat-tokens", chat_tokens),
                           ("--max-prompt", max_prompt), ("--timeout", timeout), ("--deadline", deadline), ("--replicas", replicas)):
         if value is not None and not value > 0:
@@ -117,7 +121,7 @@ def run(
         named = name or Path(model.rstrip("/")).name.removesuffix(".gguf") or "base"
         catalog = None if adapters is None else Catalog(base, adapters, base=named, roots=allow_path, host_bytes=sizes["host"],
                                                         sources=sources)
-        engine = Engine(base, tokenizer, pool_bytes=sizes["pool"], adapters=catalog, policy=policy, prefix_cache=prefix_cache,
+        engine = Engine(base, tokenizer, pool_bytes=sizes["pool"], adapters=catalog, policy=policy, prefix_cache=prefix_cache, merge=merge,
                         limits=Limits(max_running=max_running, chunk=chunk))
         app = create_app(engine, ServerOptions(
             model=named, allow_load=allow_load, max_body=sizes["body"], max_prompt=max_prompt, max_queue=max_queue, max_seconds=timeout,

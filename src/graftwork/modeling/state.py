@@ -26,6 +26,8 @@ class ForwardState:
     places: beside it, where each of these tokens stands in the flat batch (row * T + t), where the caller knows.
     packed: the batch is one row (1, M, ...) with the tokens of all rows, told apart by token_rows; without, one token a row.
     disabled: names of grafts that are off. seed, step, micro: the clock from which noise is drawn.
+    merged: the rows' own graft (or sum), which is in the sites' merged copies of the weights (see adapters/merged_copy.py); such rows are
+    named None. None: the sites multiply their own weights.
     labels: of the batch (N, T), -100 where nothing is trained; a prefix that depends on the prompt tells it from the answer
     by them. None: all input is prompt.
     real: (N, T) bool, False at padding; None: nothing is known to be padding.
@@ -37,6 +39,7 @@ class ForwardState:
     places: torch.Tensor | None = None
     packed: bool = False
     disabled: frozenset[str] = frozenset()
+    merged: str | tuple[tuple[str, float], ...] | None = None
     seed: int = 0
     step: int = 0
     micro: int = 0

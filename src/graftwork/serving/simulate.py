@@ -2,6 +2,8 @@
 
     step time = fixed + token x (tokens of the step) + adapter x (distinct adapters of the step) + byte x (bytes loaded for it)
 
+With merging, a step of merged weights has no distinct adapters, and `switch` is added where other weights were merged before.
+
 Requests of a trace go through the same Scheduler, Memory and Pool as in the engine; only the pool's buffer is a meta tensor, an
 adapter is the list of its tensors' sizes, and a request ends when it has its full answer. Nothing depends on the machine or the
 hour: the same trace and options give the same result, hours of traffic in seconds.
@@ -17,6 +19,7 @@ import torch
 
 from ..errors import GraftworkError, UsageError
 from .engine.memory import Memory
+from .engine.merging import Merging
 from .engine.policies import make_policy
 from .engine.pool import LayerShape, Pool
 from .engine.request import Request, Sampling, Status
@@ -26,12 +29,13 @@ from .workload import Metrics, Record, Trace, metrics
 
 @dataclass(frozen=True)
 class StepCost:
-    """Seconds of a step: fixed, and for each token, distinct adapter, and byte that is loaded."""
+    """Seconds of a step: fixed, and for each token, distinct adapter, and byte that is loaded. switch: of merging an adapter."""
 
     fixed: float
     token: float
     adapter: float = 0.0
     byte: float = 0.0
+    switch: float = 0.0
 
     def seconds(self, tokens: int, adapters: int, nbytes: int) -> float:
         return self.fixed + self.token * tokens + self.adapter * adapters + self.byte * nbytes
@@ -51,7 +55,8 @@ class Machine:
 
 @dataclass(frozen=True)
 class Outcome:
-    """requests: as the engine leaves them, in order of the trace. distinct: mean number of adapters in a step. loaded: bytes."""
+    """requests: as the engine leaves them, in order of the trace. distinct: mean number of adapters in a step. loaded: bytes. merged:
+    steps with merged weights."""
 
     metrics: Metrics
     requests: list[Request]
@@ -62,6 +67,7 @@ class Outcome:
     evictions: int
     preempted: int
     trace: str
+    merged: int = 0
 
 
 def lora_sizes(targets: Sequence[tuple[int, int]], layers: int, itemsize: int = 2) -> Callable[[int], Sequence[int]]:
@@ -76,10 +82,11 @@ def lora_sizes(targets: Sequence[tuple[int, int]], layers: int, itemsize: int = 
 
 def simulate(trace: Trace, machine: Machine, *, policy: str | Policy = "fcfs", options: Mapping[str, object] | None = None,
              limits: Limits | None = None, slo: float = 6.0, prefix_cache: bool = False,
-             tenant: Callable[[int], str] | None = None) -> Outcome:
-    """Answer a trace. options: of the policy. slo: seconds to the first token, the requests' deadline under early_abort. tenant: of
-    the i-th request, its adapter's name if left out. Every prompt is one token repeated, so with prefix_cache requests of the same
-    adapter share what they have in common. Raises UsageError for a trace with a request that the pool cannot hold."""
+             tenant: Callable[[int], str] | None = None, merging: Merging | None = None) -> Outcome:
+    """Answer a trace. options: of the policy. merging: when to serve from merged weights; left out: never. slo: seconds to the first
+    token, the requests' deadline under early_abort. tenant: of the i-th request, its adapter's name if left out. Every prompt is one
+    token repeated, so with prefix_cache requests of the same adapter share what they have in common. Raises UsageError for a trace
+    with a request that the pool cannot hold."""
     now = 0.0
     source = _Adapters(trace, machine.sizes)
     pool = Pool(machine.layers, machine.pages, page_tokens=machine.page_tokens, dtype=machine.dtype, device="meta")
@@ -92,12 +99,13 @@ def simulate(trace: Trace, machine: Machine, *, policy: str | Policy = "fcfs", o
         if worst > pool.pages:
             raise UsageError(f"request {request.id} may need {worst} pages, the pool has {pool.pages}", remedy="give it more pages")
     steps = distinct = arrived = 0
+    held: str | None = None  # what is merged
     while True:
         while arrived < len(requests) and requests[arrived].arrived <= now:
             scheduler.add(requests[arrived])
             arrived += 1
         before = source.loaded
-        step = scheduler.step()
+        step = scheduler.step() if merging is None else merging.step(scheduler)
         for request, reason in [(r, "abort") for r in step.aborted] + [(r, "error") for r, _ in step.failed]:
             _end(scheduler, request, reason, now)
         if not step.work:
@@ -110,7 +118,12 @@ def simulate(trace: Trace, machine: Machine, *, policy: str | Policy = "fcfs", o
         steps += 1
         adapters = len({request.adapter for request, _ in step.work})
         distinct += adapters
-        now += machine.cost.seconds(step.tokens, adapters, source.loaded - before)
+        seconds = machine.cost.seconds(step.tokens, 0 if step.merged else adapters, source.loaded - before)
+        switch = machine.cost.switch if step.merged not in (None, held) else 0.0
+        held = step.merged or held
+        now += seconds + switch
+        if merging is not None:
+            merging.ran(step, len(scheduler.running), seconds, switch)
         for request, count in step.work:
             request.computed += count
             if prefix_cache:
@@ -127,7 +140,8 @@ def simulate(trace: Trace, machine: Machine, *, policy: str | Policy = "fcfs", o
     records = [Record(r.arrived, len(r.prompt), len(r.output), r.first_token, r.ended or now, r.finish_reason == "length")
                for r in requests]
     return Outcome(metrics(records, elapsed=now, slo=slo, rate=trace.rate), requests, steps, distinct / max(steps, 1), memory.loads,
-                   source.loaded, memory.evictions, sum(r.preempted for r in requests), trace.hash)
+                   source.loaded, memory.evictions, sum(r.preempted for r in requests), trace.hash,
+                   0 if merging is None else merging.steps)
 
 
 def _end(scheduler: Scheduler, request: Request, reason: str, now: float) -> None:

@@ -24,15 +24,14 @@ from torch import Tensor, nn
 
 from ...adapters.graft import NAME, Graft
 from ...adapters.model_scope import PrefixAdapter
+from ...adapters.slot import Route
 from ...artifact import attach_read, describe, graft_tensors
 from ...errors import ArtifactError, IncompatibleError, UsageError, nearest
 from ...modeling.state import state_of
 from ...registry import MethodInfo, lookup
 from .hosts import Foreign, Host, Hosts, content_digest, read_adapter, refuse_links
 
-#: what rows are routed to: a graft's name, or several with their weights
 Parts = tuple[tuple[str, float], ...]
-Route = str | Parts
 Place = Callable[[int, Sequence[int], torch.dtype], Tensor]
 TO_LORA = "convert it to lora (exact, rank 2r): graft convert --to lora"
 FACTS = 1 << 16  # adapters of which facts are kept
@@ -50,7 +49,7 @@ class Attached:
             for part, _ in name:
                 self.digest(part)
                 graft = state_of(self.model).grafts[part]
-                refuse_in_sum(part, graft.info, bool(graft.trainable_tokens))
+                refuse_in_sum(part, why_alone(graft.info, bool(graft.trainable_tokens)))
             return sum_digest([(self.digest(part), weight) for part, weight in name])
         grafts = state_of(self.model).grafts
         if name not in grafts:
@@ -88,13 +87,18 @@ def checked_sum(adapter: Sequence[tuple[str, float]]) -> Parts:
     return parts
 
 
-def refuse_in_sum(name: str, info: MethodInfo, tokens: bool) -> None:
-    """Raises IncompatibleError for an adapter whose change cannot be added to others."""
+def why_alone(info: MethodInfo, tokens: bool) -> str | None:
+    """Why a method's change cannot be added to others; None where it can. tokens: it trains rows of tokens."""
     reason = ("changes the frozen product itself" if info.traits["multiplicative"] else
               {"model": "puts virtual tokens before the text", "block": "routes tokens"}.get(info.traits["scope"]) or
               ("trains rows of tokens" if tokens else None))
-    if reason:
-        raise IncompatibleError(f"adapter '{name}' ({info.name}) {reason}: it cannot be part of a sum", remedy="name it alone")
+    return None if reason is None else f"({info.name}) {reason}"
+
+
+def refuse_in_sum(name: str, reason: str | None) -> None:
+    """Raises IncompatibleError for an adapter that `why_alone` has a reason for."""
+    if reason is not None:
+        raise IncompatibleError(f"adapter '{name}' {reason}: it cannot be part of a sum", remedy="name it alone")
 
 
 def sum_digest(parts: Sequence[tuple[str, float]]) -> str:
@@ -125,11 +129,12 @@ def virtual_tokens(length: int, reads_prompt: bool, prompt: Sequence[int]) -> tu
 @dataclass(frozen=True)
 class Facts:
     """What is asked of an adapter before it runs. sizes: bytes of its tensors. length: of its virtual tokens; by_prompt: they depend on
-    the prompt."""
+    the prompt. alone: why it cannot be part of a sum."""
 
     sizes: tuple[int, ...]
     length: int
     by_prompt: bool
+    alone: str | None
 
 
 class AdapterFolder:
@@ -165,16 +170,20 @@ class AdapterFolder:
     # -- what the engine's memory asks ----------------------------------------------------------------------------------------------
     def digest(self, name: str | Parts) -> str:
         if not isinstance(name, str):
-            for part, _ in name:
-                card = self.host(self.digest(part)).card
-                refuse_in_sum(part, lookup("adapter", card["method"]), bool(card["config"].get("trainable_tokens")))
-            return sum_digest([(self.digest(part), weight) for part, weight in name])
+            digests = [self.digest(part) for part, _ in name]
+            for (part, _), digest in zip(name, digests):
+                refuse_in_sum(self.called(part), self._known(digest).alone)
+            return sum_digest([(digest, weight) for digest, (_, weight) in zip(digests, name)])
         found = self._digests.get(name)
         if found is None:
             path = self.folder(name)
             found = content_digest(path)
             self._digests[name], self._folders[found] = found, path
         return found
+
+    def called(self, name: str) -> str:
+        """What people call an adapter that is asked for under this name."""
+        return name
 
     def sizes(self, digest: str) -> Sequence[int]:
         parts = sum_of(digest)
@@ -193,10 +202,11 @@ class AdapterFolder:
         found = self._facts.get(digest)
         if found is None:
             host = self.host(digest)
-            cls = lookup("adapter", host.card["method"]).cls
+            info = lookup("adapter", host.card["method"])
+            cls = info.cls
             length = host.card["config"]["num_virtual_tokens"] if issubclass(cls, PrefixAdapter) else 0
             found = Facts(tuple(host.tensors[key].numel() * host.tensors[key].element_size() for key in sorted(host.tensors)), length,
-                          length > 0 and cls.reads_prompt)
+                          length > 0 and cls.reads_prompt, why_alone(info, bool(host.card["config"].get("trainable_tokens"))))
             found = self._facts[digest] = self._alike.setdefault(found, found)
             if len(self._facts) > FACTS:
                 self._facts.popitem(last=False)

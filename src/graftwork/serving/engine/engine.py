@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ...adapters.model_scope import PrefixScope, Prompts
-from ...adapters.slot import bank_bytes
+from ...adapters.slot import Route, bank_bytes, bytes_beside
 from ...errors import GraftworkError, UsageError
 from ...modeling.state import state_of
 from ..generate import end_tokens, positions
@@ -27,6 +27,8 @@ from .adapters import Attached, checked_sum, prefix_of
 from .attention import NAME, Given, Packed, Segment, attention_of, cells_of, layer_shapes
 from .guides import Guides
 from .memory import Memory, Source
+from .merged import MergedCopy
+from .merging import Merging
 from .policies import make_policy
 from .pool import Pool
 from .request import Request, Status
@@ -39,13 +41,17 @@ class Engine:
     """model: a causal decoder in evaluation mode, as `graftwork.load` gives it; the engine has it for itself until `close`.
 
     pool_bytes: of keys, values and adapters together. adapters: where they come from; left out, requests name grafts that are
-    attached to the model. gaps: record the difference of the two highest logits of every step. Raises IncompatibleError for
-    models whose layers are not softmax attention, UsageError for a pool without room."""
+    attached to the model. gaps: record the difference of the two highest logits of every step. merge: an adapter that most requests
+    ask for is merged into a copy of the weights, and runs alone in steps without its cost (merging.py says when); the copy lies beside
+    the pool. Raises IncompatibleError for models whose layers are not softmax attention, and for merge on a base that is not dense;
+    UsageError for a pool without room."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, pool_bytes: int = 1 << 30, page_tokens: int = 16,
                  adapters: Source | None = None, limits: Limits | None = None, policy: str | Policy = "fcfs",
-                 prefix_cache: bool = True, gaps: bool = False, clock: Callable[[], float] = time.monotonic):
+                 prefix_cache: bool = True, gaps: bool = False, merge: bool = False, clock: Callable[[], float] = time.monotonic):
         self.model, self.tokenizer, self.gaps, self.clock = model, tokenizer, gaps, clock
+        self.merging = Merging() if merge else None
+        self._copy = MergedCopy(model) if merge else None
         self.adapters = adapters or Attached(model)
         weight = model.get_input_embeddings().weight
         self.device = weight.device
@@ -74,6 +80,8 @@ class Engine:
         for request in list(self.requests.values()):
             self._end(request, "abort")
         self.memory.clear()
+        if self._copy is not None:
+            self._copy.drop()
         self._open.close()
 
     def __enter__(self) -> Engine:
@@ -133,6 +141,16 @@ class Engine:
         adapters leaves the pool."""
         return bank_bytes(self.model)
 
+    def bytes_beside(self) -> int:
+        """Bytes that adapters take beside the pool: those banks, and what a method draws from a seed or takes from the weights when it
+        is loaded. They go with the adapter; what they may be at most depends on the adapters that the pool has room for. For the
+        thread that steps."""
+        return bytes_beside(self.model, self.pool.buffer)
+
+    def merged_bytes(self) -> int:
+        """Bytes of merged weights, which lie beside the base and the pool; they stay until another adapter is merged."""
+        return 0 if self._copy is None else self._copy.nbytes
+
     @property
     def busy(self) -> bool:
         return bool(self.scheduler.waiting or self.scheduler.running)
@@ -147,7 +165,7 @@ class Engine:
     # -- a step -----------------------------------------------------------------------------------------------------------------
     def step(self) -> bool:
         """Compute one step; False when there was nothing to compute."""
-        step = self.scheduler.step()
+        step = self.scheduler.step() if self.merging is None else self.merging.step(self.scheduler)
         for request in step.aborted:
             self._end(request, "abort")
         for request, _ in step.work:
@@ -164,18 +182,24 @@ class Engine:
         if not step.work:
             return bool(step.aborted or step.failed or step.absent)
         self.steps += 1
-        logits, writers = self._forward(step)
+        begin = self.clock()
+        merged = None if self.merging is None else self._copy.ready(step, self.merging)
+        ready, running = self.clock(), len(self.scheduler.running)
+        logits, writers = self._forward(step, merged)
         for request, count in step.work:
             request.computed += count
             self.memory.computed(request)
-        if writers:
-            for request, token in zip(writers, choose(logits, writers, self.ends, self.gaps)):
-                self._take(request, token)
+        tokens = choose(logits, writers, self.ends, self.gaps) if writers else []
+        if self.merging is not None:
+            self.merging.ran(step, running, self.clock() - ready, ready - begin)
+        for request, token in zip(writers, tokens):
+            self._take(request, token)
         return True
 
     @torch.no_grad()
-    def _forward(self, step: Step) -> tuple[torch.Tensor, list[Request]]:
-        """Logits of the requests whose pending tokens are all in this step, and those requests."""
+    def _forward(self, step: Step, merged: Route | None) -> tuple[torch.Tensor, list[Request]]:
+        """Logits of the requests whose pending tokens are all in this step, and those requests. merged: all rows use the weights that
+        this route is merged into."""
         ids: list[int] = []
         places: list[int] = []
         rows: list[int] = []
@@ -196,7 +220,7 @@ class Engine:
             ids += request.output[-1:] if count == 1 and stop == request.length and request.output else request.tokens[first:stop]
             places += range(first, stop)
             rows += [number] * count
-            names.append(None if request.resident is None else request.resident.route)
+            names.append(None if request.resident is None or merged is not None else request.resident.route)
             if stop == request.length:
                 last.append(len(ids) - 1)
                 writers.append(request)
@@ -205,7 +229,7 @@ class Engine:
         token_rows = None if len(ids) == len(names) else torch.tensor(rows, device=self.device)
         keep = torch.tensor(last or [0], device=self.device)  # without a writer one token all the same: empty products are a special case
         self._head_rows = None if token_rows is None else token_rows.index_select(0, keep)
-        with state_of(self.model).scope(rows=tuple(names), token_rows=token_rows, packed=True):
+        with state_of(self.model).scope(rows=tuple(names), token_rows=token_rows, packed=True, merged=merged):
             row = torch.tensor([ids], device=self.device)
             text = {"input_ids": row}
             if embedded:

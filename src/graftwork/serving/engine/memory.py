@@ -74,10 +74,18 @@ class Memory:
     def capacity(self) -> int:
         return self.pool.pages - self.busy_pages
 
+    def content(self, request: Request) -> str:
+        """The digest of the request's adapter: what its name stands for now, or stood for when its answer began."""
+        if request.resident is not None:
+            return request.resident.digest
+        if request.adapter is None:
+            return ""
+        return request.digest if request.output and request.digest is not None else self.source.digest(request.adapter)
+
     def adapter_pages(self, request: Request) -> int:
         if request.adapter is None:
             return 0
-        digest = self._content(request)
+        digest = self.content(request)
         resident = self.residents.get(digest)
         if resident is not None:
             return 0 if resident.users else resident.pages  # idle pages count as available until somebody runs on them
@@ -86,7 +94,7 @@ class Memory:
     def absent(self, request: Request) -> bool:
         if request.adapter is None or self.there is None:
             return False
-        digest = self._content(request)
+        digest = self.content(request)
         return digest not in self.residents and not self.there(digest)
 
     def prepare(self, request: Request) -> bool:
@@ -94,7 +102,7 @@ class Memory:
         adapter that cannot be loaded."""
         request.resident = None
         if request.adapter is not None:
-            digest = self._content(request)
+            digest = self.content(request)
             request.resident = self.resident(digest)
             if request.resident is None:
                 return False
@@ -130,10 +138,6 @@ class Memory:
             request.resident.users -= 1
             self.busy_pages -= 0 if request.resident.users else request.resident.pages
             request.resident = None
-
-    def _content(self, request: Request) -> str:
-        """The digest of the request's adapter: what its name stands for now, or stood for when its answer began."""
-        return request.digest if request.output and request.digest is not None else self.source.digest(request.adapter)
 
     # -- what the engine tells ----------------------------------------------------------------------------------------------------
     def computed(self, request: Request) -> None:
@@ -175,7 +179,7 @@ class Memory:
         way. Whether it was. A broken one is left to its request."""
         if request.adapter is None or self.absent(request):
             return False
-        digest = self._content(request)
+        digest = self.content(request)
         if digest in self.residents or digest in self._broken:
             return False
         try:

@@ -152,7 +152,8 @@ class Pool:
         return self._occupy(start, count, owner)
 
     def pack(self, sizes: Sequence[int]) -> Packing:
-        """The fewest pages whose 2 L pieces hold tensors of these sizes in bytes, and where each one goes."""
+        """Pages whose 2 L pieces hold tensors of these sizes in bytes, and where each one goes: largest first, each into the first piece
+        that has room. Few, not always the fewest."""
         if not sizes:
             return Packing(0, ())
         order = sorted(range(len(sizes)), key=lambda i: -sizes[i])

@@ -33,6 +33,9 @@ class Memory(Protocol):
     def capacity(self) -> int:
         """Those, and what the running requests hold themselves: all pages but those of adapters in use."""
 
+    def content(self, request: Request) -> str:
+        """What tells the request's adapter from others, "" for the bare base. Raises GraftworkError for one that is not there."""
+
     def adapter_pages(self, request: Request) -> int:
         """Pages that the request's adapter takes from the others; 0 where it is in use already or needs none."""
 
@@ -62,9 +65,11 @@ class Limits:
 
 @dataclass
 class Step:
-    """The work of one step: (request, number of its pending tokens to compute)."""
+    """The work of one step: (request, number of its pending tokens to compute). merged: content of the adapter that all of it is
+    for, where it is to be computed with merged weights."""
 
     work: list[tuple[Request, int]] = field(default_factory=list)
+    merged: str | None = None
     preempted: list[Request] = field(default_factory=list)
     aborted: list[Request] = field(default_factory=list)
     failed: list[tuple[Request, Exception]] = field(default_factory=list)
@@ -117,8 +122,9 @@ class Scheduler:
         request.status = Status.WAITING
         self.waiting.insert(at, request)
 
-    def step(self) -> Step:
-        """Decide the next step. Empty when nothing can run."""
+    def step(self, only: str | None = None) -> Step:
+        """Decide the next step. Empty when nothing can run. only: requests with this adapter content; the others keep what they have,
+        and nobody is let in whom those that wait before him would not leave the room."""
         now, step = self.clock(), Step()
         for request in self.policy.hopeless(self.waiting, now):
             self.waiting.remove(request)
@@ -126,12 +132,15 @@ class Scheduler:
             step.aborted.append(request)
         one: list[tuple[Request, int]] = []
         more: list[tuple[Request, int]] = []
+        writing: list[Request] = []  # those that get a token in this step, and from then on in every step
+        reading: list[Request] = []  # those whose prompts are not through, or left out; nobody knows yet when they begin to write
         for request in self.running:
+            if only is not None and self.memory.content(request) != only:
+                reading.append(request)
+                continue
             pending = request.pending
             (one if pending == 1 else more).append((request, pending))
         budget = self.limits.max_tokens
-        writing: list[Request] = []  # those that get a token in this step, and from then on in every step
-        reading: list[Request] = []  # those whose prompts are not through; nobody knows yet when they begin to write
         for request, pending in one + more:
             if request.status is not Status.RUNNING:  # put back on behalf of another
                 continue
@@ -141,8 +150,15 @@ class Scheduler:
                 budget -= count
             (writing if count == pending else reading).append(request)
         if not step.preempted:
-            self._admit(step, budget, now, writing, reading)
+            self._admit(step, budget, now, writing, reading, only)
         return step
+
+    def may_leave_out(self, only: str) -> bool:
+        """Whether all running requests could write to their limits even if those of other adapters wait for any number of steps."""
+        writing, reading = [], []
+        for request in self.running:
+            (writing if request.pending == 1 and self.memory.content(request) == only else reading).append(request)
+        return self._there(worst_pages(writing, self.memory.page_tokens, reading))
 
     def finish(self, request: Request) -> None:
         """A request has ended, wherever it was."""
@@ -153,10 +169,11 @@ class Scheduler:
             request.status = Status.FINISHED
 
     # -- inside ---------------------------------------------------------------------------------------------------------------
-    def _admit(self, step: Step, budget: int, now: float, writing: list[Request], reading: list[Request]) -> None:
+    def _admit(self, step: Step, budget: int, now: float, writing: list[Request], reading: list[Request], only: str | None) -> None:
         most = min(self.limits.max_running, self.limits.max_tokens)
         if budget == 0 or len(self.running) >= most or not self.waiting:
             return
+        aside: dict[str, int] = {}  # adapters of requests that are left out, and pages that they will take
         for request in self.policy.order(list(self.waiting), self.running, now):
             if budget == 0 or len(self.running) >= most:
                 return
@@ -166,8 +183,14 @@ class Scheduler:
                     request.status = Status.READING
                     step.absent.append(request)
                     continue
-                if not self._fits(request, budget, writing, reading):
+                content = "" if only is None else self.memory.content(request)
+                if not self._fits(request, budget, writing, reading, sum(pages for other, pages in aside.items() if other != content)):
                     return
+                if only is not None and content != only:
+                    aside[content] = self.memory.adapter_pages(request)
+                    reading.append(request)
+                    most -= 1
+                    continue
                 if not self.memory.prepare(request):
                     return
             except (GraftworkError, OSError) as error:  # a broken adapter fails its own request only
@@ -188,18 +211,23 @@ class Scheduler:
             (writing if count == request.pending else reading).append(request)
             budget -= count
 
-    def _fits(self, request: Request, budget: int, writing: list[Request], reading: list[Request]) -> bool:
-        """Whether all could write to their limits with what is there. Raises UsageError for a request that never will, alone with
-        the whole pool for itself: its adapter was replaced by a larger one while it waited."""
+    def _there(self, pages: int) -> bool:
+        """Whether so many pages of requests, what they hold now included, are there or may be promised."""
+        available = self.memory.available()
+        return pages - (self.memory.capacity() - available) <= self.limits.optimism * available
+
+    def _fits(self, request: Request, budget: int, writing: list[Request], reading: list[Request], aside: int) -> bool:
+        """Whether all could write to their limits with what is there, `aside` pages left free. Raises UsageError for a request that
+        never will, alone with the whole pool for itself: its adapter was replaced by a larger one while it waited."""
         size = self.memory.page_tokens
         if request.length <= min(budget, self.limits.chunk):
             pages = worst_pages([*writing, request], size, reading)
         else:
             pages = worst_pages(writing, size, [*reading, request])
         pages += self.memory.adapter_pages(request)
-        capacity, available = self.memory.capacity(), self.memory.available()
-        if self.running:
-            return pages - (capacity - available) <= self.limits.optimism * available
+        if self.running or aside:
+            return self._there(pages + aside)
+        capacity = self.memory.capacity()
         if pages > capacity:
             raise UsageError(f"the request may need {pages} pages of memory with its adapter, the pool has {capacity}",
                              remedy="ask for fewer tokens, or give the pool more memory")

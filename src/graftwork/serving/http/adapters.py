@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...adapters.graft import NAME
 from ...errors import ArtifactError, UsageError
-from ..engine.adapters import FACTS, AdapterFolder
+from ..engine.adapters import FACTS, AdapterFolder, Parts, sum_of
 from ..engine.hosts import Foreign, Host, read_adapter, refuse_links
 from ..registry import BOOK, Book, State, Where
 from ..sources import Reference, Sources, is_url
@@ -228,7 +228,16 @@ class Catalog(AdapterFolder):
         return PINNED + (self.known(target) or self.open(target))
 
     # -- what the engine asks -----------------------------------------------------------------------------------------------------
-    def digest(self, name: str) -> str:
+    def called(self, name: str) -> str:
+        return self._named(name.removeprefix(PINNED)) if name.startswith(PINNED) else name
+
+    def there(self, digest: str) -> bool:
+        """Whether what it takes to load this is in host memory."""
+        return all(part in self.hosts for part, _ in sum_of(digest) or ((digest, 1.0),))
+
+    def digest(self, name: str | Parts) -> str:
+        if not isinstance(name, str):
+            return super().digest(name)
         return name.removeprefix(PINNED) if name.startswith(PINNED) else self.pin(name).removeprefix(PINNED)
 
     def read(self, digest: str) -> Host | Foreign:
@@ -260,6 +269,10 @@ class Catalog(AdapterFolder):
                 del self._places[digest]
 
     def _named(self, digest: str) -> str:
+        """For messages: the name under which a content was found; those of a sum's parts."""
+        parts = sum_of(digest)
+        if parts:
+            return " + ".join(self._named(part) for part, _ in parts)
         with self._lock:
             return next((target.name for target in self._places.get(digest, ())), digest)
 

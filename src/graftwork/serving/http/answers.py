@@ -112,8 +112,8 @@ class ChatForm(Form):
 
 
 def _finite(value: float) -> float:
-    """JSON has no infinity; vLLM writes the same number."""
-    return max(value, -9999.0)
+    """JSON has no infinity and no NaN; vLLM writes the same number."""
+    return value if value > -9999.0 else -9999.0
 
 
 class Answer:

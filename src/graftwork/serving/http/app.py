@@ -25,13 +25,14 @@ from starlette.exceptions import HTTPException
 from ...errors import GraftworkError, UsageError
 from ..engine import Engine
 from ..engine import Request as EngineRequest
+from ..engine.request import Sum
 from ..generate import encode_prompt
 from ..sources import Reference
 from .adapters import Catalog
 from .answers import Answer, ChatForm, ClientGone, EventStream, Form, Json, unless_gone
 from .assets import add_page
 from .edge import FACTS, Edge
-from .errors import CODES, SCHEMA, ApiError, UnknownAdapter, api_error, unknown_model
+from .errors import CODES, SCHEMA, ApiError, Unavailable, UnknownAdapter, api_error, unknown_model
 from .keys import Key, Keys
 from .loop import EngineLoop
 from .metrics import Metrics
@@ -100,8 +101,8 @@ class Service:
             key.count(self.keys.clock())
         return key
 
-    def adapter(self, model: str, key: Key | None) -> str | None:
-        """The adapter of a model's name, None for the base. Raises ApiError 404."""
+    def adapter(self, model: str, key: Key | None, param: str = "model") -> str | None:
+        """The adapter of a model's name, None for the base. param: the field that named it. Raises ApiError 404."""
         if key is None or key.may_use(model):
             if model == self.options.model:
                 return None
@@ -111,7 +112,21 @@ class Service:
                     return model
                 except UnknownAdapter:
                     pass
-        raise unknown_model(model)
+        raise unknown_model(model, param)
+
+    def chosen(self, asked: Asked, key: Key | None) -> str | Sum | None:
+        """What a request runs on: an adapter, the sum of several, or None for the base. Raises ApiError 404, and 400 where `adapters` go
+        with something else than the base."""
+        model = self.adapter(asked.model, key)
+        if asked.adapters is None:
+            return model
+        if model is not None:
+            raise ApiError(400, f"adapters are added up on the base: send model '{self.options.model}'", param="adapters")
+        parts = tuple((part.name, part.weight) for part in asked.adapters)
+        for name, _ in parts:
+            if self.adapter(name, key, "adapters") is None:
+                raise ApiError(400, f"'{name}' is the base and no adapter", param="adapters")
+        return parts
 
     def models(self, key: Key | None) -> list[dict[str, Any]]:
         base = self.options.model
@@ -159,7 +174,9 @@ class Service:
         until = asyncio.get_running_loop().time() + options.max_seconds
         n, call = asked.n or 1, uuid.uuid4().hex
         facts.update(model=asked.model[:200], stream=bool(asked.stream))
-        adapter = self.adapter(asked.model, key)
+        adapter = self.chosen(asked, key)
+        if asked.adapters is not None:
+            facts.update(adapters=[part.name[:200] for part in asked.adapters])
         asked.check_tokens(self.vocabulary)
         if not prompts or len(prompts) * n > MAX_CHOICES:
             raise ApiError(400, f"{len(prompts)} prompts with {n} answers each; a call has 1 to {MAX_CHOICES} answers", param="prompt")
@@ -354,6 +371,10 @@ def _routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_model=None, response_class=PlainTextResponse)
     async def metrics() -> Response:
+        try:  # between two steps, as adapters come and go in them
+            service.metrics.beside.set(await service.loop.call(service.engine.bytes_beside))
+        except Unavailable:  # the last figure stays
+            pass
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

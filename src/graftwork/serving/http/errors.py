@@ -59,7 +59,7 @@ def api_error(error: BaseException) -> ApiError:
     return ApiError(500, "the server made a mistake; its log names this request's x-request-id", code="internal_error")
 
 
-def unknown_model(name: str) -> ApiError:
+def unknown_model(name: str, param: str = "model") -> ApiError:
     """One answer for names that are not there and names that the key may not use, so that a key cannot list the others' adapters."""
     return ApiError(404, f"the model '{name[:200]}' does not exist, or this key may not use it; GET /v1/models lists what there is",
-                    param="model", code="model_not_found")
+                    param=param, code="model_not_found")

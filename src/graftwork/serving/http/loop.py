@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from ...adapters.slot import parts_of
 from ...errors import GraftworkError
 from ..engine import Engine, Request
 from ..engine.request import TokenLogprob
@@ -70,7 +71,7 @@ class EngineLoop:
         self.written = Rate(engine.clock)  # tokens; of the engine's thread
         self.reader = None if catalog is None else ReadAhead(catalog, self._later)
         if catalog is not None:
-            engine.memory.there, engine.absent = catalog.hosts.__contains__, self._absent
+            engine.memory.there, engine.absent = catalog.there, self._absent
         self.failed: BaseException | None = None
         self.draining = False
         self.open = 0  # requests that have not ended; of the event loop
@@ -254,21 +255,23 @@ class EngineLoop:
             self._enter(stream, i)
             return
         try:
-            target = self.catalog.target(request.adapter)
+            targets = [self.catalog.target(name) for name, _ in parts_of(request.adapter)]
         except BaseException as error:
             self._leave(stream, i, error)
             return
         self._reading.add(request.id)
-        self.reader.want(target, request.id, lambda digest, error: self._found(stream, i, digest, error))
+        self.reader.want_all(targets, request.id, lambda digests, error: self._found(stream, i, digests, error))
 
-    def _found(self, stream: Stream, i: int, digest: str | None, error: BaseException | None) -> None:
-        """The adapter of a request is in host memory, or cannot be."""
+    def _found(self, stream: Stream, i: int, digests: list[str], error: BaseException | None) -> None:
+        """The adapters of a request are in host memory, or cannot be."""
         request = stream.requests[i]
         self._reading.discard(request.id)
         if error is not None:
             self._leave(stream, i, error)
             return
-        request.adapter = PINNED + digest
+        pinned = [PINNED + digest for digest in digests]
+        single = isinstance(request.adapter, str)
+        request.adapter = pinned[0] if single else tuple(zip(pinned, (weight for _, weight in request.adapter)))
         self._enter(stream, i)
 
     def _enter(self, stream: Stream, i: int) -> None:
@@ -307,7 +310,7 @@ class EngineLoop:
     def _absent(self, request: Request) -> None:
         """The adapter of a request in the queue has left the pool and host memory: it is read again, and the request waits again."""
 
-        def back(digest: str | None, error: BaseException | None) -> None:
+        def back(digests: list[str], error: BaseException | None) -> None:
             if request.finish_reason is not None:
                 self.reader.release(request.id)
             elif error is not None:
@@ -315,7 +318,7 @@ class EngineLoop:
             else:
                 self.engine.scheduler.resume(request)
 
-        self.reader.want(request.adapter.removeprefix(PINNED), request.id, back)
+        self.reader.want_all([pinned.removeprefix(PINNED) for pinned, _ in parts_of(request.adapter)], request.id, back)
 
     def _refuse(self, stream: Stream, i: int, error: BaseException) -> None:
         self._added()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..engine import Request
+from ..engine.request import Sum
 from .loop import EngineLoop
 
 FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+SUMS = "(sum)"  # the label of requests for several adapters; no adapter has this name
 WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
@@ -28,6 +30,7 @@ class Metrics:
         self.first = Histogram("graftwork_time_to_first_token_seconds", "From arrival to the first token", buckets=FIRST, **own)
         self.token = Histogram("graftwork_time_per_output_token_seconds", "Mean time between the tokens of a request", buckets=TOKEN, **own)
         self.whole = Histogram("graftwork_request_seconds", "From arrival to the end", buckets=WHOLE, **own)
+        self.beside = Gauge("graftwork_adapter_bytes_beside_pool", "Bytes of adapters in use that do not lie in the pool", **own)
         engine = loop.engine
         gauges = {
             "graftwork_requests_running": ("Requests in the batch", lambda: len(engine.scheduler.running)),
@@ -40,14 +43,16 @@ class Metrics:
             "graftwork_adapters_resident": ("Adapters in the pool", lambda: len(engine.memory.residents)),
             "graftwork_adapter_loads": ("Adapters put into the pool so far", lambda: engine.memory.loads),
             "graftwork_adapter_evictions": ("Adapters taken out of the pool so far", lambda: engine.memory.evictions),
+            "graftwork_merged_bytes": ("Bytes of weights that an adapter is merged into, beside the pool", lambda: engine.merged_bytes()),
+            "graftwork_merged_steps": ("Steps with merged weights so far", lambda: engine.merging.steps if engine.merging else 0),
             "graftwork_engine_steps": ("Steps so far", lambda: engine.steps),
             "graftwork_engine_up": ("1 while the engine works", lambda: int(loop.failed is None)),
         }
         for name, (text, value) in gauges.items():
             Gauge(name, text, **own).set_function(value)
 
-    def ended(self, request: Request, name: str | None) -> None:
-        adapter = self.base if name is None else name
+    def ended(self, request: Request, name: str | Sum | None) -> None:
+        adapter = self.base if name is None else name if isinstance(name, str) else SUMS
         self.requests.labels(adapter, request.finish_reason).inc()
         self.prompt.labels(adapter).inc(len(request.prompt))
         self.cached.labels(adapter).inc(min(request.cached, len(request.prompt)))

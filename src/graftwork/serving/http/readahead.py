@@ -8,8 +8,9 @@ what is held then runs first. One read serves all that want the same.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 
 from .adapters import Catalog
@@ -61,7 +62,7 @@ class ReadAhead:
         self.catalog, self.post, self.threads = catalog, post, threads
         self.workers = Workers(threads, "graftwork-reader")
         self.jobs: dict[Target | str, Job] = {}  # in the order in which they were asked for
-        self.held: dict[str, str] = {}  # key -> digest that is kept in host memory for it
+        self.held: dict[str, list[str]] = {}  # key -> digests that are kept in host memory for it
         self.active = 0
 
     def want(self, what: Target | str, key: str, then: Then) -> None:
@@ -74,19 +75,42 @@ class ReadAhead:
         self.jobs.setdefault(what, Job(what)).wanted[key] = then
         self._begin()
 
+    def want_all(self, whats: Sequence[Target | str], key: str, then: Callable[[list[str], BaseException | None], None]) -> None:
+        """Have several: then(their digests in this order, None) when all are there, or then([], error) when the first one fails."""
+        found: dict[Target | str, str] = {}
+        missing = set(whats)
+
+        def one(what: Target | str, digest: str | None, error: BaseException | None) -> None:
+            if not missing:
+                return
+            if error is not None:
+                missing.clear()
+                self.cancel(key)
+                then([], error)
+                return
+            found[what] = digest
+            missing.discard(what)
+            if not missing:
+                then([found[each] for each in whats], None)
+
+        for what in dict.fromkeys(whats):
+            self.want(what, key, partial(one, what))
+
     def cancel(self, key: str) -> bool:
-        """Nobody waits for it any more under this key; False when nobody did."""
+        """Nobody waits for anything any more under this key; False when nobody did."""
+        found = False
         for what, job in list(self.jobs.items()):
             if job.wanted.pop(key, None) is not None:
+                found = True
                 if not job.wanted and not job.begun:
                     del self.jobs[what]
-                return True
-        return False
+        return found
 
     def release(self, key: str) -> None:
-        digest = self.held.pop(key, None)
-        if digest is not None:
+        digests = self.held.pop(key, ())
+        for digest in digests:
             self.catalog.hosts.let_go(digest)
+        if digests:
             self._begin()
 
     @property
@@ -97,16 +121,16 @@ class ReadAhead:
         self.workers.stop()
 
     def _hold(self, key: str, digest: str) -> None:
-        before, self.held[key] = self.held.get(key), digest
-        if before is not None:
-            self.catalog.hosts.let_go(before)
+        self.held.setdefault(key, []).append(digest)
 
     def _begin(self) -> None:
         hosts = self.catalog.hosts
         for job in self.jobs.values():
-            if self.active >= self.threads or (hosts.held >= hosts.limit and self.held):
+            if self.active >= self.threads:
                 return
-            if not job.begun:
+            # who holds something already and wants more cannot run, and so gives nothing back, before the rest is there
+            full = hosts.held >= hosts.limit and self.held and not job.wanted.keys() & self.held.keys()
+            if not job.begun and not full:
                 job.begun = True
                 self.active += 1
                 self.workers.submit(lambda job=job: self._read(job))

@@ -65,12 +65,19 @@ class ResponseFormat(Strict):
         return self
 
 
+class Part(Strict):
+    name: str = Field(max_length=512)
+    weight: Float = Field(1.0, ge=-100, le=100)
+
+
 class Asked(Strict):
     """What completions and chat have in common."""
 
     HARMLESS: ClassVar[frozenset[str]] = frozenset({"user", "metadata", "store", "parallel_tool_calls", "service_tier", "safety_identifier",
                                                     "prompt_cache_key"})
     model: str = Field(max_length=512)
+    adapters: list[Part] | None = Field(None, min_length=1, max_length=16, description="on `model`, the base: the sum of their changes, "
+                                                                                     "each times its weight")
     max_tokens: Int | None = Field(None, ge=1, le=1 << 31)
     temperature: Float | None = Field(None, ge=0, description="1 by default, as OpenAI's; 0 is greedy")
     top_p: Float | None = Field(None, gt=0, le=1)
