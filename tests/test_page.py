@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import re
+import shutil
 import threading
 import time
 from collections import Counter
@@ -441,9 +442,11 @@ def test_a_key_sees_its_own(fleet, tmp_path, patient):
 
 
 @pytest.mark.slow
-def test_adapters_without_a_name_and_servers_without_adapters(fleet, patient):
+def test_adapters_without_a_name_and_servers_without_adapters(fleet, tmp_path, patient):
+    own = shutil.copytree(fleet, tmp_path / "own")  # loading changes the book
+
     async def main():
-        async with serving(fleet, allow_load=True) as (client, service):
+        async with serving(own, allow_load=True) as (client, service):
             always_new(service)
             await complete(client, "a0")
             await client.post("/v1/load_lora_adapter", json={"lora_name": "twin", "lora_path": "a0"})
@@ -464,6 +467,29 @@ def test_adapters_without_a_name_and_servers_without_adapters(fleet, patient):
                 status = (await client.get("/v1/status")).json()
                 assert status["adapters"]["list"] == [] and status["prefixes"]["pages"] == status["pool"]["used"] == 0
                 assert (await client.get("/")).status_code == 200
+    asyncio.run(main())
+
+
+@pytest.mark.slow
+def test_sums_are_named_by_their_parts(fleet, tmp_path, patient):
+    keys = read_keys(write_keys(tmp_path / "keys", {"name": "alice", "adapters": ["a*", "tiny"]}, {"name": "bob", "adapters": ["a0"]}))
+    parts = [{"name": "a0", "weight": 0.5}, {"name": "a1", "weight": -2}]
+
+    async def main():
+        async with serving(fleet, keys=keys) as (client, service):
+            always_new(service)
+            still = Still(service.engine)
+            asked = asyncio.create_task(client.post("/v1/completions", headers={"authorization": "Bearer alice"}, json={
+                "model": "tiny", "adapters": parts, "prompt": TEXT, "max_tokens": 9, "temperature": 0, "ignore_eos": True}))
+            while not service.engine.requests:
+                await asyncio.sleep(0.002)
+            await still.go(3)
+            alice, bob = [(await client.get("/v1/status", headers={"authorization": f"Bearer {who}"})).json() for who in ("alice", "bob")]
+            assert [r["model"] for r in alice["requests"]] == ["0.5 * a0 + -2 * a1"]
+            assert [a["names"] for a in alice["adapters"]["list"]] == [["0.5 * a0 + -2 * a1"]] and bob["adapters"]["list"] == []
+            assert {owner["kind"] for owner in unrolled(bob)} == {"free", "other"} and "a1" not in json.dumps(bob)
+            still.left = 10**9
+            assert text_of(await asked)
     asyncio.run(main())
 
 

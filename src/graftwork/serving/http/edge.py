@@ -75,7 +75,7 @@ class Edge:
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             self.answered(route, status)
-            level = logging.DEBUG if route in POLLED and status < 400 else logging.INFO
+            level = logging.DEBUG if scope["path"] in POLLED and status < 400 else logging.INFO
             log.log(level, "request", extra={"facts": {**facts, "method": scope["method"], "path": scope["path"][:200], "status": status,
                                                        "ms": round(1000 * (time.monotonic() - start), 1)}})
 

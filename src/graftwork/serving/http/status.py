@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.adapters import sum_of
+from ..engine.request import Sum
 from .adapters import Catalog
 from .keys import Key
 from .loop import EngineLoop
@@ -26,7 +28,7 @@ LISTED = 200  # requests and adapters that are listed by name
 
 @dataclass(frozen=True)
 class Held:
-    """A request. name: of its adapter as it was asked for, None for the base."""
+    """A request. name: of its adapter as it was asked for, of a sum its parts; None for the base."""
 
     id: str
     name: str | None
@@ -41,12 +43,21 @@ class Held:
 
 @dataclass(frozen=True)
 class Loaded:
-    """An adapter in the pool. names: those that stand for its content now; none once it was replaced or unloaded."""
+    """An adapter in the pool, or a sum of several. names: those that stand for its content now; none once it was replaced or unloaded.
+    parts: of a sum, the weight and the names of each."""
 
     names: tuple[str, ...]
     start: int
     pages: int
     users: int
+    parts: tuple[tuple[float, tuple[str, ...]], ...] = ()
+
+    def seen_by(self, key: Key | None) -> list[str]:
+        """The names that a key may see; a sum's only where it may see all parts."""
+        if self.parts:
+            parts = [(next(iter(_allowed(names, key)), None), weight) for weight, names in self.parts]
+            return [] if any(name is None for name, _ in parts) else [_sum_name(parts)]
+        return _allowed(self.names, key)
 
 
 @dataclass(frozen=True)
@@ -73,16 +84,31 @@ def take(loop: EngineLoop, catalog: Catalog | None) -> Snapshot:
     """In the engine's thread."""
     engine = loop.engine
     memory, scheduler, pool = engine.memory, engine.scheduler, engine.pool
-    names = {} if catalog is None else catalog.names_of(memory.residents)
+    sums = {digest: sum_of(digest) or () for digest in memory.residents}
+    parts = [part for found in sums.values() for part, _ in found]
+    names = {} if catalog is None else catalog.names_of([*memory.residents, *parts])
     prefixes = memory.prefixes
     return Snapshot(
         pool.users.copy(), pool.page_tokens, pool.page_bytes,
-        tuple(Held(r.id, loop.asked_for(r), r.tenant, tuple(r.pages), running, len(r.prompt), r.computed, len(r.output),
+        tuple(Held(r.id, _asked_name(loop.asked_for(r)), r.tenant, tuple(r.pages), running, len(r.prompt), r.computed, len(r.output),
                    r.sampling.max_tokens)
               for running, group in ((True, scheduler.running), (False, scheduler.waiting)) for r in group),
-        tuple(Loaded(tuple(names.get(r.digest, ())), r.start, r.pages, r.users) for r in memory.residents.values()),
+        tuple(Loaded(tuple(names.get(r.digest, ())), r.start, r.pages, r.users,
+                     tuple((weight, tuple(names.get(part, ()))) for part, weight in sums[r.digest])) for r in memory.residents.values()),
         memory.loads, memory.evictions, engine.steps, loop.written.total, loop.written.per_second(),
         *((0, 0, 0, 0) if prefixes is None else (len(prefixes.pages), prefixes.idle(), prefixes.hits, prefixes.asked)))
+
+
+def _allowed(names: tuple[str, ...], key: Key | None) -> list[str]:
+    return [name for name in names if key is None or key.may_use(name)]
+
+
+def _sum_name(parts: Sum) -> str:
+    return " + ".join(f"{weight:g} * {name}" for name, weight in parts)
+
+
+def _asked_name(asked: str | Sum | None) -> str | None:
+    return asked if asked is None or isinstance(asked, str) else _sum_name(asked)
 
 
 class Watch:
@@ -115,14 +141,11 @@ class Watch:
 
 def show(snapshot: Snapshot, age: float, base: str, key: Key | None) -> dict[str, Any]:
     """The answer for this key; see docs/serving.md. age: of the copy, in seconds. Any thread."""
-    def seen(loaded: Loaded) -> list[str]:
-        return [name for name in loaded.names if key is None or key.may_use(name)]
-
     mine = [r for r in snapshot.requests if key is None or r.tenant == key.name]
-    adapters = [loaded for loaded in snapshot.adapters if key is None or seen(loaded)]
+    adapters = [loaded for loaded in snapshot.adapters if key is None or loaded.seen_by(key)]
     shown = adapters[-LISTED:][::-1]  # the most recently used first
     pages, used = len(snapshot.users), int(np.count_nonzero(snapshot.users))
-    owners, lengths = _owners(snapshot, base, mine, seen, key)
+    owners, lengths = _owners(snapshot, base, mine, key)
     return {
         "object": "graftwork.status", "model": base, "age": round(age, 2), "steps": snapshot.steps,
         "running": sum(r.running for r in snapshot.requests), "waiting": sum(not r.running for r in snapshot.requests),
@@ -131,7 +154,7 @@ def show(snapshot: Snapshot, age: float, base: str, key: Key | None) -> dict[str
                  "page_bytes": snapshot.page_bytes, "owners": owners, "map": lengths},
         "adapters": {"resident": len(snapshot.adapters), "bytes": sum(a.pages for a in snapshot.adapters) * snapshot.page_bytes,
                      "loads": snapshot.loads, "evictions": snapshot.evictions,
-                     "list": [{"names": seen(a), "bytes": a.pages * snapshot.page_bytes, "pages": a.pages, "users": a.users}
+                     "list": [{"names": a.seen_by(key), "bytes": a.pages * snapshot.page_bytes, "pages": a.pages, "users": a.users}
                               for a in shown]},
         "prefixes": {"pages": snapshot.cached, "idle": snapshot.idle, "hit_tokens": snapshot.hits, "asked_tokens": snapshot.asked},
         "requests": [{"id": r.id, "model": base if r.name is None else r.name, "state": "running" if r.running else "waiting",
@@ -139,8 +162,7 @@ def show(snapshot: Snapshot, age: float, base: str, key: Key | None) -> dict[str
                      for r in mine[:LISTED]]}
 
 
-def _owners(snapshot: Snapshot, base: str, mine: list[Held], seen: Callable[[Loaded], list[str]],
-            key: Key | None) -> tuple[list[dict[str, Any]], list[list[int]]]:
+def _owners(snapshot: Snapshot, base: str, mine: list[Held], key: Key | None) -> tuple[list[dict[str, Any]], list[list[int]]]:
     """(who has pages and how many, [[number of the owner, so many neighbouring pages], ...] from the pool's first page to its last)."""
     owners: list[dict[str, Any]] = [{"kind": kind} for kind in ("free", "prefix", "shared", "other")]
     free, prefix, shared, other = range(4)
@@ -151,7 +173,7 @@ def _owners(snapshot: Snapshot, base: str, mine: list[Held], seen: Callable[[Loa
         if request.id not in own:
             codes[list(request.pages)] = other
     for loaded in snapshot.adapters:
-        code, names = other, seen(loaded)
+        code, names = other, loaded.seen_by(key)
         if names or key is None:
             code = len(owners)
             owners.append({"kind": "adapter", "names": names})
