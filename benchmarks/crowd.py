@@ -9,14 +9,11 @@ import asyncio
 import json
 import random
 import re
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -237,38 +234,3 @@ async def metrics(url: str) -> dict[str, float]:
     """/metrics, by name with labels."""
     _, content = await call(url, "/metrics")
     return {name: float(value) for name, value in re.findall(r"^(graftwork_\S+(?: \S+)*?) (\S+)$", content.decode(), re.M)}
-
-
-class Server:
-    """A `graft serve` process, from the line in which it says that it listens to its end. log: file of what it writes. files: how many
-    files a process may open before it asks for more (the soft limit); None: as here. Raises RuntimeError when it does not start."""
-
-    def __init__(self, arguments: Sequence[str], log: Path, *, files: int | None = None):
-        self.log = log
-        command = [sys.executable, "-m", "graftwork.cli.main", "serve", *arguments]
-        if files is not None:
-            command = ["/bin/sh", "-c", f'ulimit -Sn {files} && exec "$@"', "sh", *command]
-        with log.open("w") as out:
-            self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        until = time.monotonic() + PATIENCE
-        while not (found := re.search(r"listening on (\S+)", log.read_text())):
-            if self.process.poll() is not None or time.monotonic() > until:
-                self.process.kill()
-                raise RuntimeError(f"the server does not start: {log.read_text()[-2000:]}")
-            time.sleep(0.05)
-        self.url = found[1]
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *error) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-
-    @property
-    def rss(self) -> int:
-        """Bytes of memory in use."""
-        import psutil
-
-        return psutil.Process(self.process.pid).memory_info().rss

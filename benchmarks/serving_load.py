@@ -6,8 +6,8 @@ A tiny random Llama (tests/tiny.py) and a dozen adapters of as many methods in a
 the server starts, the prompts are answered under each adapter alone, by Transformers' cache path and greedily; every streamed answer
 is compared with that, token for token. Meanwhile half of the clients go away in the middle of each of their answers, one adapter is
 replaced by another content and back all the time, one is unloaded and loaded again, and one is broken. At the end nothing may be
-running, waiting, or left in the pool. Server and clients share the machine, so the times are those of an overloaded server and no
-measure of its speed (see benchmarks/serving for that).
+running, waiting, or left in the pool. Server and clients share the machine with whatever else runs on it ("load of the machine
+before"), so the times are those of an overloaded server and no measure of its speed.
 
 Writes benchmarks/results/serving_load.json.
 """
@@ -22,6 +22,7 @@ import random
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ sys.path += [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 OUT = ROOT / "benchmarks" / "results" / "serving_load.json"
 
 import torch
-from crowd import Answer, Ask, Server, Tally, call, crowd, in_turn, metrics
+from crowd import Answer, Ask, Tally, call, crowd, in_turn, metrics
+from serve_process import Server
 
 import graftwork
 import tiny
@@ -126,15 +128,16 @@ class Fleet:
         # warm: every adapter once, and as many connections as there will be
         warm = await crowd(server.url, lambda draw: self.ask(draw, longest=SHORTEST), clients=clients, seconds=1.0, seed=1)
         tally.wrong += warm.wrong
-        start, used = server.rss, await idle(server.url)
+        await idle(server.url)
+        start, cpu, clock = server.rss, server.cpu, time.perf_counter()
         changes = [self.load("swap", "spare2", load_inplace=True), ("/v1/unload_lora_adapter", {"lora_name": "comes"}),
                    self.load("swap", "spare1", load_inplace=True), self.load("comes", "spare3")]
         _, changed = await asyncio.gather(
             crowd(server.url, self.ask, clients=clients, seconds=seconds, tally=tally),
             in_turn(server.url, changes, seconds=seconds, pause=0.2, tally=tally))
         left = await idle(server.url)
-        return {"changes of adapters": changed, "rss at start": start, "rss at end": server.rss, "metrics at start": used,
-                "metrics at end": left}
+        return {"seconds": time.perf_counter() - clock, "cpu": server.cpu - cpu, "changes of adapters": changed, "rss at start": start,
+                "rss at end": server.rss, "metrics at end": left}
 
 
 async def idle(url: str) -> dict[str, float]:
@@ -167,7 +170,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    tally = Tally()
+    tally, load = Tally(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         fleet = Fleet(Path(folder))
         with Server(fleet.options(), Path(folder) / "log") as server:
@@ -175,11 +178,13 @@ def main() -> None:
     end = found["metrics at end"]
     held = end["graftwork_pool_pages_used"] - end["graftwork_pool_pages_idle"]
     row = {
-        "clients": asked.clients, "seconds": asked.seconds, "processors": os.cpu_count(), "most clients that waited at once": tally.most,
+        "processors": os.cpu_count(), "load of the machine before": round(load, 1), "clients": asked.clients, "seconds": asked.seconds,
+        "seconds until all had their last answer": round(found["seconds"]), "most clients that waited at once": tally.most,
         "requests": tally.whole + tally.left + tally.refused.total() + len(tally.wrong), "whole answers": tally.whole,
         "went away": tally.left, "refused as they should": {f"{s} {c}": n for (s, c), n in sorted(tally.refused.items())},
         "429": tally.busy, "errors": len(tally.wrong), "pages held at the end": held, "changes of adapters": found["changes of adapters"],
-        "tokens/s": round(tally.tokens / asked.seconds), "time to first token, ms": _quantiles(tally.first),
+        "tokens": tally.tokens, "tokens/s": round(tally.tokens / found["seconds"], 1), "server's processor seconds": round(found["cpu"], 1),
+        "tokens per processor second": round(tally.tokens / found["cpu"]), "time to first token, ms": _quantiles(tally.first),
         "time per token, ms": _quantiles(tally.gaps), "adapter loads": end["graftwork_adapter_loads"],
         "rss at start, MB": round(found["rss at start"] / 1e6), "rss at end, MB": round(found["rss at end"] / 1e6)}
     print(json.dumps(row, indent=1))
