@@ -6,12 +6,15 @@ import hashlib
 import importlib.util
 import json
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
+from graftwork.errors import GraftworkError, UsageError
 from graftwork.serving.affinity import choose, ranking
 from graftwork.serving.http.app import ServerOptions
+from graftwork.serving.http.fleet import Fleet
 from graftwork.serving.http.keys import read_keys
 from graftwork.serving.http.router import Replica, Router, create_router
 from test_http import TEXT, complete, error_of, events, make_app, saved, text_of  # noqa: F401
@@ -237,6 +240,36 @@ def test_a_client_that_goes_is_told_to_the_replica(saved):  # noqa: F811
                     await asyncio.sleep(0.002)
             assert sum(family.count(b'reason="abort"') for family in (service.metrics.text() for service in services))
     asyncio.run(main())
+
+
+# -- the processes, with a stand-in for Ray: tests/extras/test_ray.py has the real one -----------------------------------------------
+class RayError(Exception):
+    cause = None
+
+
+@pytest.mark.parametrize("error, cause, words", [
+    (RayError("task"), UsageError("there is no model 'nowhere'", remedy="name one"), "there is no model 'nowhere'"),
+    (RayError("task"), KeyError("odd"), "KeyError: 'odd'"), (RayError("the actor died"), None, "RayError: the actor died"),
+    (None, None, "ended before it answered")])
+def test_a_replica_that_cannot_start_says_why(error, cause, words):
+    killed = []
+
+    def get(ref):
+        if ref != "ended":
+            return ref
+        if error is not None:
+            error.cause = cause
+            raise error
+
+    actor = SimpleNamespace(pid=SimpleNamespace(remote=lambda folder: 1), run=SimpleNamespace(remote=lambda command, options: "ended"))
+    fleet = Fleet(2, print, {}, drain=1)
+    fleet._process = SimpleNamespace(remote=lambda: actor)
+    fleet.ray = SimpleNamespace(exceptions=SimpleNamespace(RayError=RayError), get=get, kill=killed.append,
+                                wait=lambda refs, timeout: (refs, []))
+    with pytest.raises(GraftworkError) as raised:
+        fleet._launch(fleet.replicas[0])
+    assert words in raised.value.message and raised.value.remedy and killed == [actor] and fleet.replicas[0].starts == 1
+    assert (raised.value is cause) == isinstance(cause, GraftworkError)
 
 
 # -- the verb ------------------------------------------------------------------------------------------------------------------

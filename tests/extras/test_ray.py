@@ -170,15 +170,3 @@ def test_two_replicas(fleet, tmp_path):
         assert until(lambda: server.replicas() == ([], [])), "nothing is left"
     finally:
         server.end()
-
-
-def test_a_base_that_is_not_there(tmp_path):
-    server = Server("--model", str(tmp_path / "nowhere"))
-    try:
-        assert server.process.wait(120) == 1 or server.process.returncode == 2
-        server.reader.join(10)
-        text = "".join(server.lines)
-        assert "nowhere" in text and "remedy" in text and "listening" not in text
-        assert until(lambda: server.replicas() == ([], []))
-    finally:
-        server.end()
