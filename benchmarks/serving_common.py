@@ -34,7 +34,7 @@ class Results:
     """benchmarks/results/serving-DTYPE.json, written after each part: a part that is there is not run again."""
 
     def __init__(self, path: Path, options: argparse.Namespace):
-        self.path, self.again, self.parts = path, options.again, {}
+        self.path, self.again, self.parts, self.fresh = path, options.again, {}, set()
         if path.is_file():
             self.parts = json.loads(path.read_text())["parts"]
         self.machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
@@ -43,7 +43,8 @@ class Results:
     def part(self, name: str, settings: dict[str, Any], run: Callable[[], Any]) -> Any:
         """The result of a part: from the file where it was run with these settings, else from run()."""
         kept = self.parts.get(name)
-        if kept is None or kept["settings"] != settings or self.again:
+        if kept is None or kept["settings"] != settings or (self.again and name not in self.fresh):
+            self.fresh.add(name)
             kept = self.parts[name] = {"settings": settings, "result": run()}
             self.path.parent.mkdir(exist_ok=True)
             self.path.write_text(json.dumps({"machine": self.machine, "parts": self.parts}, indent=1) + "\n")

@@ -67,13 +67,19 @@ def _cost(options: argparse.Namespace, results: Results, model: nn.Module, token
     """Constants of a step, by least squares (none below 0) on the steps of `many`; that part is run first where it was not."""
     settings = {k: getattr(options, k) for k in ("model", "dtype", "requests", "counts")}
     rows = results.part("many", settings, lambda: run_many(options, model, tokenizer))["rows"]
-    steps = [step for row in rows for step in row["steps"] if not step["loads"]]
+    steps = [step for row in rows for step in row["steps"] if step["loads"] <= 1]  # prompts among them
     names, table = ["fixed", "token", "adapter"], np.array([[1.0, step["tokens"], step["adapters"]] for step in steps])
     seconds = np.array([step["cpu"] for step in steps])
-    found = np.linalg.lstsq(table, seconds, rcond=None)[0].clip(min=0.0)
+    found, used = np.zeros(3), [0, 1, 2]
+    while used:
+        part = np.linalg.lstsq(table[:, used], seconds, rcond=None)[0]
+        if (part >= 0).all():
+            found[used] = part
+            break
+        used.pop(int(part.argmin()))
     cost = dict(zip(names, found.tolist()))
     loading = [(step["cpu"] - float(np.dot(found, [1.0, step["tokens"], step["adapters"]])), step["loads"], step["adapter_bytes"])
-               for row in rows for step in row["steps"] if step["loads"] == step["adapters"] > 0]
+               for row in rows for step in row["steps"] if step["loads"] == step["adapters"] > 1]
     cost["byte"] = max(0.0, statistics.median(extra / nbytes for extra, _, nbytes in loading)) if loading else 0.0
     return {name: float(f"{value:.3g}") for name, value in cost.items()}
 
