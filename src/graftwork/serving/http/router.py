@@ -189,7 +189,7 @@ def create_router(router: Router, lifespan: Callable[[Starlette], AbstractAsyncC
         Route("/health", router.health), Route("/ready", router.ready), Route("/metrics", router.measured),
         Route("/{path:path}", router.forward, methods=METHODS)])
     app.state.router = router
-    app.add_middleware(Edge, max_body=router.options.max_body,
+    app.add_middleware(Edge, max_body=router.options.max_body, body_seconds=router.options.body_seconds,
                        answered=lambda route, status: router.metrics.answers.labels(str(status)).inc())
     app.add_exception_handler(ApiError, _failed)
     app.add_exception_handler(HTTPException, _refused)
