@@ -140,6 +140,7 @@ def saved_adapters(folder, model, count=6):
         graft.detach()
 
 
+@pytest.mark.slow
 def test_adapters_come_and_go_in_one_pool(tmp_path):
     from graftwork.serving.engine.adapters import AdapterFolder
 

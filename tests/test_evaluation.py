@@ -275,6 +275,7 @@ def test_verb_scores_a_run_and_its_artifact(runs, capsys):
     assert full["loss"] == pytest.approx(scores(capsys, runs / "full" / "model", "--data", rows)["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_verb_prints_and_writes(runs, capsys, tmp_path):
     out = verb(capsys, runs / "one", "--data", runs / "rows.jsonl", "--max-new-tokens", 1, "--output", tmp_path / "p.jsonl")
     assert "exact_match" in out.out and "a wrong row" in out.out and "answers: 4 of 4 rows" in out.err
@@ -286,6 +287,7 @@ def test_verb_prints_and_writes(runs, capsys, tmp_path):
     assert cut["loss"] != scores(capsys, runs / "one", "--data", runs / "rows.jsonl", "--metrics", "loss")["loss"]
 
 
+@pytest.mark.slow
 def test_verb_scores_a_fleet(runs, capsys, tmp_path):
     everything = json.loads(verb(capsys, runs / "fleet", "--data", runs / "customers" / "*.jsonl", "--json", "--quiet").out)
     assert set(everything["adapters"]) == {"anna", "ben"} and everything["metrics"]["n"] == 2
@@ -298,6 +300,7 @@ def test_verb_scores_a_fleet(runs, capsys, tmp_path):
     assert "name the files after the adapters" in verb(capsys, runs / "fleet", "--data", runs / "rows.jsonl", code=1).err
 
 
+@pytest.mark.slow
 def test_verb_scores_a_classifier(runs, capsys):
     found = scores(capsys, runs / "class", "--data", runs / "labels.jsonl")
     assert found["labels"] == ["neg", "pos"] and found["n"] == 4 and 0 <= found["accuracy"] <= 1 and "macro_f1" in found
@@ -311,6 +314,7 @@ def test_verb_scores_a_classifier(runs, capsys):
     (("{runs}/customers", "--data", "{runs}/rows.jsonl"), 2, "neither a run"),
     (("{runs}/one", "--data", "{runs}/rows.jsonl", "--extract", "("), 2, "no regular expression"),
 ])
+@pytest.mark.slow
 def test_verb_errors(runs, capsys, arguments, code, words):
     out = verb(capsys, *[a.format(runs=runs) for a in arguments], code=code)
     assert words in out.err and "Traceback" not in out.err and out.out == ""

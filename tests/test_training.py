@@ -375,6 +375,7 @@ def test_full_tuning_writes_a_model_that_load_reads(llama, rows, tmp_path):
     assert tokenizer is not None and result.graft.endswith("model")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_continued_from_a_folder(llama, rows, tmp_path):
     first = run(recipe(llama, rows, tmp_path / "a", train={"max_steps": 8}))
     saved = tensors_of(tmp_path / "a" / "graft")
@@ -387,6 +388,7 @@ def test_an_adapter_is_continued_from_a_folder(llama, rows, tmp_path):
     assert load_recipe(tmp_path / "b" / "config.yaml").adapter_from == first.graft
 
 
+@pytest.mark.slow
 def test_galore_and_apollo_train_full_weights(llama, rows, tmp_path):
     for method in ("galore", "apollo"):
         result = run(recipe(llama, rows, tmp_path / method, adapter=None,
@@ -556,6 +558,7 @@ def test_an_unwritable_output_is_one_clear_error(llama, rows, tmp_path):
         assert error.value.remedy
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(llama, rows, tmp_path, monkeypatch):
     import errno
 
@@ -635,6 +638,7 @@ def fleet(llama, tmp_path):
     return lambda pattern, out, **more: recipe(llama, tmp_path / pattern, tmp_path / out, train=train, **more)
 
 
+@pytest.mark.slow
 def test_a_fleet_equals_training_each_alone(fleet, tmp_path):
     adapter = {"method": "lora", "r": 4, "loraplus_lr_ratio": 4.0}
     optimizer = {"method": "adamw", "lr": 1e-2, "weight_decay": 0.1}
@@ -657,6 +661,7 @@ def test_a_fleet_equals_training_each_alone(fleet, tmp_path):
         assert card["provenance"]["steps"] == last[f"loss/{name}"]
 
 
+@pytest.mark.slow
 def test_a_fleet_scores_each_member_and_leaves_out_names_that_cannot_be(fleet, tmp_path):
     completions(tmp_path / "größe.jsonl", 6)
     result = run(fleet("*.jsonl", "out", data={"eval_fraction": 0.3}))

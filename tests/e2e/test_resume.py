@@ -182,6 +182,7 @@ def test_kills_inside_a_save(where, material, whole, tmp_path, monkeypatch):
     same(out, whole("lora"))
 
 
+@pytest.mark.slow
 def test_a_kill_before_the_first_checkpoint_starts_anew(material, whole, tmp_path, monkeypatch):
     out = tmp_path / "o"
     with monkeypatch.context() as patch:
@@ -193,6 +194,7 @@ def test_a_kill_before_the_first_checkpoint_starts_anew(material, whole, tmp_pat
     same(out, whole("lora"))
 
 
+@pytest.mark.slow
 def test_a_kill_while_the_artifact_is_written(material, whole, tmp_path, monkeypatch):
     out = tmp_path / "o"
     with monkeypatch.context() as patch:

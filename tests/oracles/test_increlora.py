@@ -189,6 +189,7 @@ def test_plans_runs_resumes_and_loads(tmp_path):
     assert shapes(loaded) == shapes(graft) and torch.equal(output(again, IDS), output(whole.model.eval(), IDS))
 
 
+@pytest.mark.slow
 def test_the_best_weights_come_back_in_their_own_shape(tmp_path):
     base, data = folder(tmp_path), completions(tmp_path / "d.jsonl")
     sections = {"adapter": {"method": "increlora", "alpha": 4.0}, "optimizer": {"method": "adamw", "lr": 0.0},

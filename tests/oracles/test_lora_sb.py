@@ -110,6 +110,7 @@ def test_the_start_is_a_step_down_and_follows_the_full_gradient():
     assert min(found[True]) > max(0.3, 2 * max(found[False])), found
 
 
+@pytest.mark.slow
 def test_it_learns_no_worse_than_lora_xs():
     losses = {}
     for method in ("lora_sb", "lora_xs"):

@@ -199,6 +199,7 @@ def test_shares_fall_and_the_last_step_keeps_what_was_learned():
         assert all(torch.equal(a.positions, start[n]) == (late == 0.0) for n, a in graft.adapters.items())
 
 
+@pytest.mark.slow
 def test_growth_beats_fixed_positions_at_equal_k():
     def final(selection):
         graft, step = built(selection, density=0.01, steps=40)
