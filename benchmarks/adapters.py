@@ -4,7 +4,7 @@
 
 The protocol is that of PEFT's method comparison, with a search: all methods see the same rows in the same order for the same
 number of steps. Search: each method's own best of five learning rates, seed 0, on validation rows; where the best is the first
-or the last of them, up to two more beyond it. Final: that rate, three seeds, on test rows that no choice was made on. The rank
+or the last of them, up to two more beyond it. Final: that rate, three seeds, on test rows that no choice was made on. The size
 is the one whose trained values come nearest to those of LoRA at r = 4. The first column is the difference from tuned LoRA on
 the same test rows and seeds with a paired bootstrap interval; a method whose interval holds 0 is `no difference`. Time and
 memory stand as ratios to LoRA: steps timed in interleaved pairs, peaks as measured by the allocator.
@@ -45,25 +45,35 @@ BELOW, ABOVE = (3e-4, 1e-4), (3e-1, 1.0)  # tried in turn while the best rate is
 SEEDS = (0, 1, 2)
 BUDGET = {"r": 4}
 RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+#: sizes that are not a rank. NOLA's costs a step its time, so it stays below the budget.
+SIZES: dict[str, list[dict[str, Any]]] = {
+    "nola": [{"r": 8, "n_basis": k} for k in (64, 128, 256)], "oft": [{"block_size": b} for b in (4, 8, 16, 32)],
+    "mos": [{"r": 2 * e, "equivalent_rank": e} for e in (1, 2, 4, 8)],
+    "lokr": [{"r": r, "decompose_factor": 4} for r in RANKS], "mixlora": [{"num_experts": 4, "r": r} for r in RANKS]}
 BEST = 8
 #: methods of causal decoders only
 ELSEWHERE = ("lopa", "prompt", "prefix")
 
 
-def options_of(bench: Bench, method: str) -> dict[str, Any]:
-    """The rank that comes nearest to the budget, where the method has one."""
+def sizes_of(method: str) -> Iterator[dict[str, Any]]:
+    """Options from small to large: its rank, where a method has no other size."""
     fields = type(make_config("adapter", method)).model_fields
     name = next((n for n in ("r", "rank") if n in fields), None)
-    if method == "lora" or name is None:
-        return BUDGET if method == "lora" else {}
+    yield from SIZES.get(method) or ([{}] if name is None else [{name: r} for r in RANKS])
+
+
+def options_of(bench: Bench, method: str) -> dict[str, Any]:
+    """Of the sizes of a method the one whose trained values come nearest to the budget."""
+    if method == "lora":
+        return BUDGET
     budget, best, options = bench.count("lora", BUDGET), math.inf, {}
-    for r in RANKS:
+    for size in sizes_of(method):
         try:
-            distance = abs(math.log(bench.count(method, {name: r}) / budget))
+            distance = abs(math.log(bench.count(method, size) / budget))
         except graftwork.GraftworkError:
             continue
         if distance < best:
-            best, options = distance, {name: r}
+            best, options = distance, size
     return options
 
 
