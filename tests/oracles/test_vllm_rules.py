@@ -53,6 +53,7 @@ def read(folder, max_lora_rank=16):
     ("lora", {"r": 2, "initializer": "pissa"}), ("lora", {"r": 2, "target_modules": ["q_proj", "down_proj"]}),
     ("paca", {"r": 3}), ("nola", {"r": 2}), ("kasa", {"r": 2}), ("lora_xs", {"r": 2}), ("vera", {"r": 4}), ("mos", {}),
 ])
+@pytest.mark.slow
 def test_it_reads_the_change_that_was_learned(kind, method, options, tmp_path):
     graft = support.attach(tiny.CAUSAL[kind](), method, **options)
     wanted = {graft.sites[name].module_name: value.double() for name, value in graft.delta_weights().items()}
