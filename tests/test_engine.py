@@ -43,7 +43,8 @@ def equal(request, wanted):
 
 
 @pytest.mark.parametrize("build", tiny.CAUSAL)
-@pytest.mark.parametrize("limits", [Limits(), Limits(chunk=3, max_tokens=8, max_running=4)], ids=["whole", "chunks"])
+@pytest.mark.parametrize("limits", [pytest.param(Limits(), id="whole", marks=pytest.mark.slow),
+                                    pytest.param(Limits(chunk=3, max_tokens=8, max_running=4), id="chunks")])
 def test_mixed_requests_equal_each_alone(build, limits):
     model, tokenizer = mixed(build)
     wanted = alone(model, tokenizer)

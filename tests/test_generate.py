@@ -86,6 +86,7 @@ def test_agrees_with_transformers_generate(mixed):
         assert completion.tokens == len(completion.ids) == len(completion.gaps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", tiny.CAUSAL)
 def test_common_prefixes_are_computed_once(build, monkeypatch):
     """Few-shot prompts of several adapters in one batch: the tokens of each prompt alone, through far fewer positions."""

@@ -273,6 +273,7 @@ def saved(quantized, tmp_path):
     return model, tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_merge_and_convert_from_the_command_line(saved, tmp_path, capsys):
     model, run = saved
     wanted = logits(model)

@@ -165,6 +165,7 @@ def test_rates_follow_group_and_step_also_of_groups_added_later():
     assert schedule.get_last_lr() == pytest.approx([0.3 * 0.5, 0.1 * 0.75])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_the_log_has_the_rates_of_the_schedule(llama, rows, tmp_path, kind):
     run(recipe(llama, rows, tmp_path / "o", train={"schedule": kind, "warmup": 2, "max_steps": 5}))
@@ -281,6 +282,7 @@ def ckpt_tensors(path):
     return {k: v for k, v in ckpt.read(path, "learned").items() if not k.startswith("buffer:")}
 
 
+@pytest.mark.slow
 def test_without_them_the_run_ends_with_its_last_weights(llama, tmp_path):
     result, log = overfitting(llama, tmp_path)
     evals = [r["eval_loss"] for r in log if "eval_loss" in r]
@@ -407,6 +409,7 @@ def test_a_fused_optimizer_does_what_the_unfused_one_does(llama, rows, tmp_path)
     assert logs[0] == pytest.approx(logs[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_mezo_and_lisa_run_from_a_recipe(llama, rows, tmp_path):
     run(recipe(llama, rows, tmp_path / "m", optimizer=None, estimator={"method": "mezo", "lr": 1e-4, "eps": 1e-2}))
     assert all(math.isfinite(r["projected_gradient"]) for r in log_of(tmp_path / "m"))
@@ -416,6 +419,7 @@ def test_mezo_and_lisa_run_from_a_recipe(llama, rows, tmp_path):
     assert (tmp_path / "l" / "model" / "model.safetensors").exists() and result.steps == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert_classifier", "llama"])
 def test_classification_learns(base, tmp_path, kind):
     data = labelled(tmp_path / "rows.jsonl")

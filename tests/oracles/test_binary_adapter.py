@@ -136,6 +136,7 @@ def test_the_file_has_the_bytes_of_the_formula(method, bits, r, tmp_path):
     assert data < 4 * sum(numels) * bits / 32 + 9 * len(numels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", LEVELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_reload_is_exact_and_packed_and_goes_on(method, bits, tmp_path):

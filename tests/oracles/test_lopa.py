@@ -375,6 +375,7 @@ def test_the_plan_counts_prefix_and_encoder(tmp_path):
     assert separate.trained == plain.trained and separate.peak_bytes >= plain.peak_bytes + 0.9 * weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_a_step_on_fake_tensors(encoder):
     from torch._subclasses import FakeTensorMode

@@ -115,6 +115,7 @@ def test_scales():
         assert float(sizes[name]) == pytest.approx(value, rel=2e-3), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["dense", "nf4"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @torch.no_grad()

@@ -204,6 +204,7 @@ def test_it_learns(options):
     assert losses[-1] < 0.95 * losses[0], losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"reparametrize": 6}, {"init": "random"}])
 def test_a_step_on_fake_tensors(options):
     from torch._subclasses import FakeTensorMode
