@@ -187,18 +187,24 @@ class EventStream(Response):
         self.events, self.closed = events, closed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def write() -> None:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for event in self.events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-
         try:
-            await unless_gone(receive, write())
-        except ClientGone:
-            pass
+            await send_pieces(self, self.events, receive, send)
         finally:
             self.closed()
+
+
+async def send_pieces(response: Response, pieces: AsyncIterator[bytes], receive: Receive, send: Send) -> None:
+    """A response whose body comes piece by piece, until its end or until the client has gone."""
+    async def write() -> None:
+        await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+        async for piece in pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    try:
+        await unless_gone(receive, write())
+    except ClientGone:
+        pass
 
 
 class ClientGone(Exception):

@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..affinity import choose
-from .answers import ClientGone, Json, unless_gone
+from .answers import ClientGone, Json, send_pieces, unless_gone
 from .app import ServerOptions
 from .edge import FACTS, Edge, to_json
 from .errors import ApiError
@@ -158,16 +158,8 @@ class Passed(Response):
         self.raw_headers = [*kept, (b"x-graftwork-replica", str(replica.number).encode())]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def write() -> None:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for piece in self._pieces():
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
-
         try:
-            await unless_gone(receive, write())
-        except ClientGone:
-            pass
+            await send_pieces(self, self._pieces(), receive, send)
         finally:
             self.replica.open -= 1
             await self.answer.aclose()
