@@ -106,6 +106,21 @@ def test_a_trained_bias_equals_peft():
         close(output(model, IDS)[0], learned[0], 1e-5)
 
 
+def test_a_merge_that_is_refused_writes_nothing():
+    """The second site's map has no bias that its change could go into."""
+    model = tiny.gpt2()
+    model.transformer.h[0].mlp.c_proj.bias = None
+    graft = attach(model, "lora", target_modules=["c_fc", "c_proj"], bias="lora_only")
+    fill(graft)
+    with torch.no_grad():
+        for adapter in graft.adapters.values():
+            adapter.bias_change.normal_()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    with pytest.raises(graftwork.GraftworkError, match="no bias"):
+        graft.merge()
+    assert not graft.merged and all(torch.equal(before[name], weight) for name, weight in model.named_parameters())
+
+
 def test_a_frozen_pair_is_subtracted():
     """An initializer's pair (B0, A0): the function is (W - B0 A0) x + s B A x, exact as factors of rank r + k."""
     model, by_hand = tiny.llama(), tiny.llama()

@@ -46,6 +46,9 @@ def merge_sites(graft: Graft, *, requantize: bool, force: bool) -> MergeReport:
         size = change.norm().item()
         report.errors[name] = ((new.float() - exact).norm().item() / size) if size else 0.0
         bias = adapter.delta_bias() if name in graft.adapters else bias_change(adapter, site)
+        if bias is not None and site.product.bias is None:
+            raise IncompatibleError(f"'{name}' has no bias that the change of the bias could be merged into",
+                                    remedy="attach with bias='none'")
         planned.append((site, new, None if bias is None else bias * graft.weight))
     if requantize and report.worst > LOSS_LIMIT and not force:
         raise GraftworkError(
@@ -96,9 +99,6 @@ def _write(site: Site, new: Tensor, bias: Tensor | None, requantize: bool, graft
     module = site.module
     if bias is not None:
         target = site.product.bias
-        if target is None:
-            raise IncompatibleError(f"'{site.name}' has no bias that the change of the bias could be merged into",
-                                    remedy="attach with bias='none'")
         kept["bias"] = target.detach().cpu().clone()
         target.data.copy_((target.float() + bias).to(target.dtype))
     if site.expert is not None:

@@ -1,7 +1,7 @@
 """`graft demo`: four tasks, four methods, one NF4 base, one mixed batch, one page. Every number it prints it has just measured.
 
-Stages: load the base (NF4) | how well it does untrained (zero-shot and 4-shot) | plan and train each task, one of them killed and
-resumed | a recipe that is refused | all four adapters and the bare base in one batch | table and report.
+Stages: a run that is killed, and the base (NF4) | how well it does untrained (zero-shot and 4-shot) | plan and train each task,
+the killed one resumed | a recipe that is refused | all four adapters and the bare base in one batch | table and report.
 """
 
 from __future__ import annotations
@@ -87,20 +87,20 @@ class Demo:
     # -- stages -----------------------------------------------------------------------------------------------------------
     def run(self) -> int:
         from ..api import load
+        from ..storage import storage_bits
 
         self.write_inputs()
         killed = TASKS[0]
-        with self.stage(f"loading {MODEL} as NF4, and starting a first run of '{killed.name}' that will be killed"):
+        with self.stage(f"a first run of '{killed.name}' that will be killed; its plan meanwhile; then {MODEL} as NF4"):
             victim = self.start_victim(killed)
             try:
-                self.model, self.tokenizer = load(MODEL, storage="nf4", dtype="fp32")
-                from ..storage import storage_bits
-
-                self.say(f"  {sum(p.numel() for p in self.model.parameters()):,} stored numbers; "
-                         f"{storage_bits(self.model):.3f} bits a weight in the blocks")
+                self.plan(killed)
                 self.kill(victim, killed)
             finally:
                 victim.kill()
+            self.model, self.tokenizer = load(MODEL, storage="nf4", dtype="fp32")  # as the killed run has converted it
+            self.say(f"  {sum(p.numel() for p in self.model.parameters()):,} stored numbers; "
+                     f"{storage_bits(self.model):.3f} bits a weight in the blocks")
         with self.stage("the untrained model: zero-shot with an instruction, and 4-shot"):
             self.before()
         for task in TASKS:
@@ -139,7 +139,7 @@ class Demo:
             "data": {"train": str(self.folder / f"{task.name}.train.jsonl"), "format": "completion", "train_on": "completion",
                      "max_length": task.max_length},
             # fp32 compute: a row in the mixed batch can then be compared token by token with the row alone
-            "train": {"max_steps": task.steps, "batch_size": task.batch_size, "precision": "fp32", "save_steps": 3, "seed": SEED,
+            "train": {"max_steps": task.steps, "batch_size": task.batch_size, "precision": "fp32", "save_steps": 2, "seed": SEED,
                       "schedule": "cosine", "warmup": 0.1},
             "output_dir": str(self.folder / "runs" / task.name),
         }
@@ -178,19 +178,26 @@ class Demo:
         for outcome in self.outcomes.values():
             self.say(f"  {outcome.task.name}: zero-shot {outcome.zero_shot:.0f} %, 4-shot {outcome.four_shot:.0f} %")
 
+    def plan(self, task: Task) -> None:
+        from ..planning.measure import format_bytes
+        from ..planning.simulate import plan
+
+        outcome = self.outcomes[task.name]
+        outcome.plan = plan(self.recipe_path(task), estimate_time=False)
+        outcome.planned = outcome.plan.peak_bytes
+        self.say(f"  planned peak {format_bytes(outcome.planned)} of tensors (simulated in {outcome.plan.simulated_in:.1f} s)")
+
     def learn(self, task: Task, *, resume: bool) -> None:
         from ..artifact import attach_saved
         from ..files import folder_bytes
         from ..planning.measure import format_bytes
-        from ..planning.simulate import plan
         from ..serving.generate import generate
         from ..training.run import train_recipe
 
         outcome, recipe = self.outcomes[task.name], self.recipe_path(task)
         outcome.perplexity = (self.perplexity(task), 0.0)
-        outcome.plan = plan(recipe, estimate_time=False)
-        outcome.planned = outcome.plan.peak_bytes
-        self.say(f"  planned peak {format_bytes(outcome.planned)} of tensors (simulated in {outcome.plan.simulated_in:.1f} s)")
+        if outcome.plan is None:
+            self.plan(task)
         result = train_recipe(recipe, resume=resume, model=self.model, tokenizer=self.tokenizer, label=f"  {task.name}", quiet=self.quiet,
                               say=lambda text: self.say(f"  {text}"))
         outcome.measured, outcome.seconds = result.peak_bytes or 0, result.seconds

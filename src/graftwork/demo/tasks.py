@@ -245,14 +245,14 @@ TASKS: tuple[Task, ...] = (
         name="dates", title="long dates in 6 languages -> ISO 8601", kind="normalization",
         instruction="Convert the date to ISO 8601 format, YYYY-MM-DD. Answer with the date only.",
         draw=_draw_date, method="flora", options={"r": 1, "target_modules": "all-linear"},
-        learning_rate=1e-2, steps=22, max_length=64, max_new_tokens=12,
+        learning_rate=1e-2, steps=20, batch_size=6, max_length=64, max_new_tokens=12,
     ),
     Task(
         name="money", title="amounts in 10 languages -> ISO 4217 code and number", kind="normalization",
         instruction="Convert the amount to its three-letter ISO 4217 currency code, a space, and the number with a decimal "
                     "point, two decimals and no thousands separator. Answer with that only.",
         draw=_draw_money, method="paca", options={"r": 16, "target_modules": "all-linear"},
-        learning_rate=5e-3, steps=16, batch_size=6, max_length=64, max_new_tokens=14,
+        learning_rate=5e-3, steps=16, batch_size=5, max_length=64, max_new_tokens=14,
     ),
     Task(
         name="measures", title="measured values in 8 languages -> JSON", kind="structured extraction",
@@ -268,6 +268,6 @@ TASKS: tuple[Task, ...] = (
         instruction="Convert the date to ISO 8601 format, YYYY-MM-DD. Answer with the date only.",
         draw=_draw_more_dates, method="nola",
         options={"r": 8, "n_basis": 64, "target_modules": "all-linear", "share_basis": True, "cache_basis": True},
-        learning_rate=2e-2, steps=20, max_length=64, max_new_tokens=12,
+        learning_rate=3e-2, steps=16, max_length=64, max_new_tokens=12,
     ),
 )

@@ -21,7 +21,7 @@ ATTRIBUTES = ("gate_up_proj", "down_proj")
 
 def is_experts(module: nn.Module) -> bool:
     """True for a module with fused, gated, untransposed 3-D expert parameters (or the storages that replaced them)."""
-    kept = [getattr(module, a, None) for a in ATTRIBUTES]
+    kept = [module._parameters.get(a, module._modules.get(a)) for a in ATTRIBUTES]
     fused = all((isinstance(k, nn.Parameter) and k.dim() == 3) or isinstance(k, nn.ModuleList) for k in kept)
     return fused and getattr(module, "has_gate", True) and not getattr(module, "is_transposed", False) \
         and not getattr(module, "has_bias", False)

@@ -181,7 +181,7 @@ class MovedRows:
 
 def product_of(module: nn.Module) -> Product | None:
     """The Product of a module, or None when it is not a linear map that may carry a graft."""
-    if isinstance(module, StoredWeight) and hasattr(module, "dequantize"):
+    if hasattr(module, "dequantize") and isinstance(module, StoredWeight):  # the protocol's own check is slow
         return StorageProduct(module)
     if isinstance(module, nn.Linear):
         return LinearProduct(module)
