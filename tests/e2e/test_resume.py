@@ -126,6 +126,7 @@ def test_kills_between_steps(name, material, whole, tmp_path, monkeypatch):
 LATER = [pytest.param(where, marks=pytest.mark.slow) for where in ("half-written", "rotating", "log")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["written", *LATER])
 def test_kills_inside_a_save(where, material, whole, tmp_path, monkeypatch):
     out = tmp_path / "o"
