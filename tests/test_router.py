@@ -162,6 +162,21 @@ def test_limits_are_those_of_all_replicas_together(saved, tmp_path):  # noqa: F8
 
 
 @pytest.mark.slow
+def test_one_replica_can_be_looked_at(saved):  # noqa: F811
+    async def main():
+        async with routed(saved[0]) as (client, router, services):
+            for path, number in (("/v1/status", "0"), ("/v1/status?replica=0", "0"), ("/v1/status?replica=1", "1"), ("/?replica=1", "1")):
+                answer = await client.get(path)
+                assert answer.status_code == 200 and answer.headers["x-graftwork-replica"] == number, path
+            assert "replicas: 0, 1" in error_of(await client.get("/v1/status?replica=2"), 404)["message"]
+            router.replicas[1].client = None
+            gone = await client.get("/v1/status?replica=1")
+            assert "replica 1" in error_of(gone, 503)["message"] and gone.headers["retry-after"]
+            assert (await client.get("/v1/status")).status_code == 200
+    asyncio.run(main())
+
+
+@pytest.mark.slow
 def test_a_replica_that_ends_is_passed_over(saved):  # noqa: F811
     folder, answer = saved
     favorite = ranking("a0", range(2))[0]

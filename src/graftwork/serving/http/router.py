@@ -75,10 +75,13 @@ class Router:
         if model is not None:
             facts["model"] = model[:200]
         adapter, tried = None if model == self.options.model else model, set()
+        wanted = self._wanted(request)
         while True:
-            live = {number: replica for number, replica in self.live.items() if number not in tried}
+            live = {number: replica for number, replica in self.live.items()
+                    if number not in tried and (wanted is None or number == wanted)}
             if not live:
-                raise ApiError(503, "no replica of the server answers; they are started again", code="unavailable",
+                who = "no replica of the server answers; they are" if wanted is None else f"replica {wanted} does not answer; it is"
+                raise ApiError(503, f"{who} started again", code="unavailable",
                                headers={"retry-after": "5"})
             if request.method == "GET":
                 number, why = min(live), "first"  # what it shows of itself does not jump from one to the other
@@ -95,6 +98,15 @@ class Router:
                 if path.startswith(CHANGES) and not isinstance(error, httpx.ConnectError):
                     raise ApiError(503, "the replica ended before it answered; look at GET /v1/models before you send it again",
                                    code="unavailable") from None
+
+    def _wanted(self, request: Request) -> int | None:
+        """The replica that a GET names: `?replica=1`."""
+        named = request.query_params.get("replica") if request.method == "GET" else None
+        found = None if named is None else next((number for number in self.replicas if str(number) == named), None)
+        if named is not None and found is None:
+            raise ApiError(404, f"there is no replica '{named[:20]}'; replicas: {', '.join(map(str, self.replicas))}", param="replica",
+                           code="not_found")
+        return found
 
     async def _ask(self, replica: Replica, request: Request, body: bytes, why: str) -> Response:
         client, scope = replica.client, request.scope

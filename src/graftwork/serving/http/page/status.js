@@ -31,7 +31,8 @@ export class Watcher {
     this.asking = true;
     let wait = 1000;
     try {
-      const status = await get("v1/status");
+      const replica = new URLSearchParams(location.search).get("replica"); // of several behind one address, see docs/serving.md
+      const status = await get(replica === null ? "v1/status" : `v1/status?replica=${encodeURIComponent(replica)}`);
       this.show(status);
       this.health("live", status.age >= 1 ? `in a step for ${Math.round(status.age)} s` : "");
       if (this.busy()) wait = 500;
