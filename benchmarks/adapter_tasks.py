@@ -48,7 +48,7 @@ class Task:
 
     @property
     def format(self) -> str:
-        return "classification" if self.classes else "prompt"
+        return "classification" if self.classes else "completion"
 
     def labels(self) -> tuple[str, ...] | None:
         return LABELS.get(self.name)
@@ -63,7 +63,7 @@ ROWS = {
 }
 _ENCODER = {"base": "all-minilm-l6-v2", "steps": 32, "batch": 16, "length": 32, "train": 800, "validation": 200, "test": 400,
             "unit": "points of accuracy"}
-_DECODER = {"base": "smollm2-135m-instruct", "classes": 0, "steps": 10, "batch": 4, "length": 64, "train": 80, "validation": 40,
+_DECODER = {"base": "smollm2-135m-instruct", "classes": 0, "steps": 10, "batch": 4, "length": 128, "train": 80, "validation": 40,
             "test": 200, "unit": "0.01 nats a token"}
 TASKS = {t.name: t for t in (
     Task("sst2", "glue/sst2", classes=2, **_ENCODER), Task("trec", "text_classification/trec", classes=6, **_ENCODER),
@@ -138,10 +138,12 @@ class Bench:
         for first in range(0, len(order), 8):
             batch = collate([data[i] for i in order[first: first + 8]])
             with torch.no_grad():
-                logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-            labels = batch["labels"][:, 1:]
-            loss = F.cross_entropy(logits.transpose(1, 2).float(), labels, ignore_index=-100, reduction="none")
-            scores += (-100 * loss.sum(1) / (labels != -100).sum(1).clamp(min=1)).tolist()
+                hidden = self.model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+                labels = batch["labels"][:, 1:]
+                asked = labels != -100
+                loss = F.cross_entropy(self.model.lm_head(hidden[:, :-1][asked]).float(), labels[asked], reduction="none")
+                means = torch.zeros(len(asked)).index_add_(0, asked.nonzero()[:, 0], loss) / asked.sum(1).clamp(min=1)
+            scores += (-100 * means).tolist()
         return [score for _, score in sorted(zip(order, scores))]
 
     def step_ratio(self, method: str, options: dict[str, Any], baseline: dict[str, Any], pairs: int = 7) -> dict[str, Any]:
