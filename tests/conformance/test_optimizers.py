@@ -22,7 +22,8 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("galore", {"proj_type": "reverse_std", "moments": "reset"}), ("apollo", {"projection": "cached"}),
     ("apollo", {"growth_limit": None, "scale_type": "tensor"}), ("adamw", {"state_dtype": "bfloat16"}),
     ("galore", {"state_dtype": "bfloat16"}), ("apollo", {"projection": "cached", "state_dtype": "bfloat16"}),
-    ("fira", {"svd": "randomized", "growth_limit": None}), ("frugal", {"subspace": "random", "moments": "keep"})]
+    ("fira", {"svd": "randomized", "growth_limit": None}), ("frugal", {"subspace": "random", "moments": "keep"}),
+    ("natural_galore", {"history": 3, "moments": "rotate"}), ("subtrack", {"state_dtype": "bfloat16"})]
 SHAPES = [(24, 16), (16, 24), (8, 8), (12, 1), (5,), ()]
 every = pytest.mark.parametrize("name, options", VARIANTS,
                                 ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())))
