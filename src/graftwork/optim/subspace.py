@@ -104,7 +104,10 @@ class SVDSubspace(Subspace):
     """GaLore's: the top singular vectors of the gradient at the refresh. Kept in the state.
 
     `randomized` finds them from a seeded sketch of min(m, n, r + 8) directions with two power iterations, in O(m n r) instead
-    of O(m n min(m, n)); the sketch's seed moves on at each refresh.
+    of O(m n min(m, n)); the sketch's seed moves on at each refresh. Error of the rank-r view, in the spectral norm: s_(r+1) of
+    the exact one, plus, on average over seeds (Halko, Martinsson, Tropp 2011, corollary 10.10; p = 8, q = 2),
+
+        [ (1 + sqrt(r / (p - 1))) s_(r+1)^(2q+1) + e sqrt(r + p) / p * sqrt(sum of s_j^(4q+2), j > r) ] ^ (1 / (2q + 1))
     """
 
     def __init__(self, rank: int | float, gap: int, proj_type: ProjType = "std", *, randomized: bool = False):
@@ -119,7 +122,7 @@ class SVDSubspace(Subspace):
         if self.seeded and clock.step > 0:
             clock.seed = next_seed(clock.seed)
             state["seed"].fill_(clock.seed)
-        u, vh = _top_vectors(grad, self.rank_for(grad.shape), clock.seed if self.seeded else None)
+        u, vh = top_vectors(grad, self.rank_for(grad.shape), clock.seed if self.seeded else None)
         # Copied into their own storage: a slice would keep all min(m, n) vectors alive.
         if "projection_left" in state:
             state["projection_left"].copy_(u.T)
@@ -165,7 +168,7 @@ class RandomSubspace(Subspace):
         return (drawn.T, None) if left else (None, drawn)
 
 
-def _top_vectors(grad: Tensor, rank: int, seed: int | None) -> tuple[Tensor, Tensor]:
+def top_vectors(grad: Tensor, rank: int, seed: int | None) -> tuple[Tensor, Tensor]:
     """Top left vectors (m, r) and right vectors (r, n) of a gradient; exactly, or from a sketch if a seed is given."""
     m, n = grad.shape
     width = min(m, n, rank + _OVERSAMPLE)
