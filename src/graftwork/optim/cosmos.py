@@ -15,7 +15,8 @@ or float32 (`newton_schulz`).
 
 Departures from the reference code: the decay of the momentum inside the Adam part is b1 as in the paper's equations, not 0.9
 whatever b1 is; tall matrices (over 10 000 rows) are not silently left to Adam, roles decide instead; the gradient is not
-overwritten; U is kept in float32 at least, since each step builds on the last.
+overwritten; U is kept in float32 at least, since each step builds on the last. U is on the input side of a weight stored
+(out, in); in GPT-2's Conv1D, stored (in, out), it is on the output side.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class EigenSubspace(Subspace):
         exact, r = torch.promote_types(dtype, torch.float32), self.rank_for(shape)
         return {**self._basis_slots(shape, exact), "spectrum": ((r, r), exact)}
 
-    def advance(self, grad: Tensor, state: dict[str, Tensor], first: bool) -> Tensor:
-        """The new U (n, r)."""
+    def advance(self, grad: Tensor, state: dict[str, Tensor], first: bool) -> tuple[Tensor, Tensor]:
+        """The new U (n, r) and G U (m, r)."""
         b2 = self.decay
         if first:
             u = top_vectors(grad, self.rank_for(grad.shape), None)[1].T
@@ -72,7 +73,7 @@ class EigenSubspace(Subspace):
             s = b2 * turn.T @ s @ turn + (1.0 - b2) * seen.T @ seen
         state["projection_right"].copy_(u.T)
         state["spectrum"].copy_(s)
-        return u
+        return u, seen
 
 
 class Cosmos(OptimizerConfig):
@@ -129,9 +130,9 @@ class CosmosOptimizer(BaseOptimizer):
             state["exp_avg"].copy_(momentum)
         c1 = (1.0 - b1 ** step) / (1.0 - b1)
         ahead = (grad + b1 * momentum) / (1.0 + b1 * c1) if config.nesterov else momentum / c1
-        u = subspace.advance(grad, state, step == 1)
+        u, seen = subspace.advance(grad, state, step == 1)
         second = state["exp_avg_sq"].to(grad.dtype)
-        second.mul_(b2).addcmul_(grad @ u, grad @ u, value=1.0 - b2)
+        second.mul_(b2).addcmul_(seen, seen, value=1.0 - b2)
         if second is not state["exp_avg_sq"]:
             state["exp_avg_sq"].copy_(second)
         low = ahead @ u                                                              # (m, r)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -67,7 +66,7 @@ class StateFree:
         if self.kind == "none" or self.free_scale == 0.0:
             return kept, self.scale
         rest = remainder(grad, low, basis)
-        free = FullUpdate(torch.sign(rest) if self.kind == "sign" else rest)
+        free = FullUpdate(rest.sign_() if self.kind == "sign" else rest)
         return SumUpdate(((kept, 1.0), (free, self.free_scale))), self.scale
 
 

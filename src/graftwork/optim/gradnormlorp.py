@@ -12,6 +12,7 @@ plus 3 m: two moments of g, and ||v||, which starts as g and goes its own way.
 Departures from the reference code, which keeps v in full (m n), overwrites g by ||v|| at the start of each step so that no
 magnitude is learned, and does not make dv orthogonal to v: here the true gradients and the memory of the idea. The paper's
 adapter on top (a low-rank part inside v) is the adapter axis' matter; its projection from both sides is `proj_type: full`.
+Rows are those of the stored tensor: outputs of nn.Linear, inputs of GPT-2's Conv1D.
 A row of zeros has no direction: it takes a plain projected step. A step of g across zero reverses the row once and g is its
 length again.
 """
