@@ -70,6 +70,9 @@ RECIPES = {
     "paca": {"adapter": "paca"},
     "mixlora": {"adapter": "mixlora"},
     "galore": {**FULL, "optimizer": {"method": "galore", "rank": 16, "update_proj_gap": 1}},
+    "fira": {**FULL, "optimizer": {"method": "fira", "rank": 16, "update_proj_gap": 1}},
+    "frugal": {**FULL, "optimizer": "frugal"},
+    "cosmos": {**FULL, "optimizer": {"method": "cosmos", "rank": 16}},
     "mezo": {"adapter": None, "estimator": "mezo"},
     "lisa": {**FULL, "selection": [{"method": "lisa", "layers": 1, "interval": 1}]},
 }

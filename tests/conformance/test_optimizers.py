@@ -21,7 +21,10 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("galore", {"svd": "randomized"}), ("galore", {"proj_type": "full", "moments": "rotate"}),
     ("galore", {"proj_type": "reverse_std", "moments": "reset"}), ("apollo", {"projection": "cached"}),
     ("apollo", {"growth_limit": None, "scale_type": "tensor"}), ("adamw", {"state_dtype": "bfloat16"}),
-    ("galore", {"state_dtype": "bfloat16"}), ("apollo", {"projection": "cached", "state_dtype": "bfloat16"})]
+    ("galore", {"state_dtype": "bfloat16"}), ("apollo", {"projection": "cached", "state_dtype": "bfloat16"}),
+    ("fira", {"svd": "randomized", "growth_limit": None}), ("frugal", {"subspace": "random", "moments": "keep"}),
+    ("natural_galore", {"history": 3, "moments": "rotate"}), ("subtrack", {"state_dtype": "bfloat16"}),
+    ("gradnormlorp", {"proj_type": "full", "state_dtype": "bfloat16"}), ("cosmos", {"state_dtype": "bfloat16", "gamma": 0.0})]
 SHAPES = [(24, 16), (16, 24), (8, 8), (12, 1), (5,), ()]
 every = pytest.mark.parametrize("name, options", VARIANTS,
                                 ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())))
@@ -380,8 +383,9 @@ def test_group_options_reach_the_update(name):
         set_learning_rates(built, 0.5)
         run(built, [p], 1)
         moves.append(before - p.detach())
-    torch.testing.assert_close(4 * moves[0], moves[1], rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(2 * moves[0], moves[2], rtol=1e-3, atol=1e-5)
+    atol = 1e-4 if name == "gradnormlorp" else 1e-5  # rows of fixed length move along an arc, not a line
+    torch.testing.assert_close(4 * moves[0], moves[1], rtol=1e-3, atol=atol)
+    torch.testing.assert_close(2 * moves[0], moves[2], rtol=1e-3, atol=atol)
     assert moves[3].abs().max() == 0
 
 

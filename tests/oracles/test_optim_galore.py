@@ -83,25 +83,49 @@ def test_full_rank_basis_makes_project_and_back_the_identity(svd):
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
 def test_randomized_svd_finds_the_dominant_subspace(shape):
-    from graftwork.optim.subspace import _top_vectors
+    from graftwork.optim.subspace import top_vectors
     generator = torch.Generator().manual_seed(3)
     u = torch.linalg.qr(torch.randn(shape[0], 40, generator=generator))[0]
     v = torch.linalg.qr(torch.randn(shape[1], 40, generator=generator))[0]
     grad = u @ torch.diag(0.6 ** torch.arange(40.0)) @ v.T
-    left, right = _top_vectors(grad, 6, seed=1)
+    left, right = top_vectors(grad, 6, seed=1)
     assert (left.T @ left - torch.eye(6)).norm() < 1e-5 and (right @ right.T - torch.eye(6)).norm() < 1e-5
     assert (left.T @ u[:, :6]).pow(2).sum() / 6 > 0.9999 and (right @ v[:, :6]).pow(2).sum() / 6 > 0.9999
-    again = _top_vectors(grad, 6, seed=1)
-    assert torch.equal(left, again[0]) and not torch.equal(left, _top_vectors(grad, 6, seed=2)[0])
+    again = top_vectors(grad, 6, seed=1)
+    assert torch.equal(left, again[0]) and not torch.equal(left, top_vectors(grad, 6, seed=2)[0])
 
 
 def test_randomized_svd_on_a_flat_spectrum():
     """Noise has no dominant subspace: power iterations must still catch nearly the energy of the best rank-6 view."""
-    from graftwork.optim.subspace import _top_vectors
+    from graftwork.optim.subspace import top_vectors
     for seed in range(3):
         grad = torch.randn(120, 100, generator=torch.Generator().manual_seed(seed))
         best = torch.linalg.svdvals(grad)[:6].norm()
-        assert (grad @ _top_vectors(grad, 6, seed=seed)[1].T).norm() > 0.97 * best
+        assert (grad @ top_vectors(grad, 6, seed=seed)[1].T).norm() > 0.97 * best
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spectrum", ["flat", "slow", "fast"])
+@pytest.mark.parametrize("shape", [(120, 80), (80, 120)])
+def test_randomized_svd_has_the_error_it_says(shape, spectrum):
+    from graftwork.optim.subspace import _OVERSAMPLE as p
+    from graftwork.optim.subspace import _POWER_ITERATIONS as q
+    from graftwork.optim.subspace import top_vectors
+    generator, r, e = torch.Generator().manual_seed(3), 6, 2 * q + 1
+    j = torch.arange(1.0, 81.0, dtype=torch.float64)
+    values = {"flat": torch.ones_like(j), "slow": j ** -0.5, "fast": 0.7 ** j}[spectrum]
+    u, v = (torch.linalg.qr(torch.randn(size, 80, generator=generator, dtype=torch.float64))[0] for size in shape)
+    grad = u @ torch.diag(values) @ v.T
+    tail = values[r:]
+    extra = ((1 + (r / (p - 1)) ** 0.5) * tail[0] ** e + 2.718281828 * (r + p) ** 0.5 / p * (tail ** (2 * e)).sum().sqrt()) ** (1 / e)
+    errors = []
+    for seed in range(10):
+        left, right = top_vectors(grad, r, seed=seed)
+        errors += [torch.linalg.matrix_norm(grad - grad @ right.T @ right, 2), torch.linalg.matrix_norm(grad - left @ left.T @ grad, 2)]
+    mean = torch.stack(errors).mean()
+    assert tail[0] * (1 - 1e-9) <= mean <= tail[0] + extra
+    if spectrum == "fast":
+        assert mean < 1.02 * tail[0]  # in practice nearly the exact error
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60)])

@@ -66,8 +66,11 @@ class Adam:
     def slots(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {name: (shape, dtype) for name in self.names}
 
-    def direction(self, low: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """Update the moments with R = `low` and return N, uncorrected, same shape and dtype as R."""
+    def direction(self, low: Tensor, state: dict[str, Tensor], age: int = 1) -> Tensor:
+        """Update the moments with R = `low` and return N, uncorrected, same shape and dtype as R.
+
+        `age` is this update's number since the moments were zero, for rules that correct N themselves.
+        """
         b1, b2 = self.betas
         m, v = (state[name].to(low.dtype) for name in self.names)
         m.mul_(b1).add_(low, alpha=1.0 - b1)
@@ -86,7 +89,7 @@ class Adam:
         adamw_any_([weight], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [state["step"]], lr=lr, betas=self.betas,
                    eps=self.eps / math.sqrt(1.0 - self.betas[1] ** step), weight_decay=0.0)
 
-    def change_basis(self, state: dict[str, Tensor], moments: Moments, maps: tuple[Tensor | None, Tensor | None]) -> None:
+    def change_basis(self, state: dict[str, Tensor], moments: Moments, maps: tuple[Tensor | None, Tensor | None] | None) -> None:
         """Bring the moments along when the subspace changes.
 
         `maps = (L, R)` with C = Q_old Q_new^T of the left and of the right basis (None where there is none). `rotate` gives

@@ -4,6 +4,8 @@ A basis is a pair (L, Q) of matrices with r rows, L: (r, m), Q: (r, n); one of t
 
     side right: R = G Q^T (m, r), back N Q      side left: R = L G (r, n), back L^T N      side full: R = L G Q^T (r, r)
 
+Q may also be a vector of column numbers (int64): R = those columns of G, exactly.
+
 `std` compresses the smaller of the two dimensions (right if m >= n), `reverse_std` the larger. The refresh clock fires when
 `step % gap == 0` with the step before its increment, hence at the first gradient; the gradient of that step is already
 projected with the new basis.
@@ -35,8 +37,26 @@ def next_seed(seed: int) -> int:
 def project(grad: Tensor, basis: Basis) -> Tensor:
     """R of the gradient (m, n)."""
     left, right = basis
+    if right is not None and right.dtype == torch.int64:
+        return grad.index_select(1, right)
     low = grad if left is None else left @ grad
     return low if right is None else low @ right.T
+
+
+def back_factors(low: Tensor, basis: Basis) -> tuple[Tensor, Tensor]:
+    """Two matrices (m, k) and (k, n) whose product is `low` projected back."""
+    left, right = basis
+    if left is None:
+        return low, right
+    return left.T, low if right is None else low @ right
+
+
+def remainder(grad: Tensor, low: Tensor, basis: Basis, scale: float = 1.0) -> Tensor:
+    """G - scale * (R projected back), a new tensor (m, n): what the rule does not see."""
+    right = basis[1]
+    if right is not None and right.dtype == torch.int64:
+        return grad.index_add(1, right, low, alpha=-scale)
+    return torch.addmm(grad, *back_factors(low, basis), alpha=-scale)
 
 
 def sides(shape: tuple[int, ...], proj_type: ProjType) -> tuple[bool, bool]:
@@ -47,19 +67,22 @@ def sides(shape: tuple[int, ...], proj_type: ProjType) -> tuple[bool, bool]:
 
 
 class Subspace:
-    """Base: geometry and clock. `rank` is cut to min(m, n), above which the view holds nothing new."""
+    """Base: geometry and clock. `rank` is a number, cut to min(m, n), above which the view holds nothing new; or a share of it."""
 
     seeded = False
 
-    def __init__(self, rank: int, gap: int, proj_type: ProjType = "std"):
+    def __init__(self, rank: int | float, gap: int, proj_type: ProjType = "std"):
         self.rank, self.gap, self.proj_type = rank, gap, proj_type
 
     def accepts(self, shape: tuple[int, ...], role: str) -> bool:
         """Only 2-D weights of linear maps with both dimensions above 1 are projected; the others get the plain rule."""
         return role == "linear" and len(shape) == 2 and min(shape) > 1
 
+    def rank_for(self, shape: tuple[int, ...]) -> int:
+        return min(self.rank, *shape) if isinstance(self.rank, int) else round(self.rank * min(shape))
+
     def low_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        r = min(self.rank, *shape)
+        r = self.rank_for(shape)
         left, right = sides(shape, self.proj_type)
         return (r if left else shape[0], r if right else shape[1])
 
@@ -72,7 +95,7 @@ class Subspace:
         return tuple(None if q is None else q.to(grad.dtype) for q in kept)
 
     def _basis_slots(self, shape: tuple[int, ...], dtype: torch.dtype) -> Slots:
-        r = min(self.rank, *shape)
+        r = self.rank_for(shape)
         names = ("projection_left", "projection_right")
         return {name: ((r, size), dtype) for name, size, on in zip(names, shape, sides(shape, self.proj_type)) if on}
 
@@ -81,10 +104,13 @@ class SVDSubspace(Subspace):
     """GaLore's: the top singular vectors of the gradient at the refresh. Kept in the state.
 
     `randomized` finds them from a seeded sketch of min(m, n, r + 8) directions with two power iterations, in O(m n r) instead
-    of O(m n min(m, n)); the sketch's seed moves on at each refresh.
+    of O(m n min(m, n)); the sketch's seed moves on at each refresh. Error of the rank-r view, in the spectral norm: s_(r+1) of
+    the exact one, plus, on average over seeds (Halko, Martinsson, Tropp 2011, corollary 10.10; p = 8, q = 2),
+
+        [ (1 + sqrt(r / (p - 1))) s_(r+1)^(2q+1) + e sqrt(r + p) / p * sqrt(sum of s_j^(4q+2), j > r) ] ^ (1 / (2q + 1))
     """
 
-    def __init__(self, rank: int, gap: int, proj_type: ProjType = "std", *, randomized: bool = False):
+    def __init__(self, rank: int | float, gap: int, proj_type: ProjType = "std", *, randomized: bool = False):
         super().__init__(rank, gap, proj_type)
         self.seeded = randomized
 
@@ -96,7 +122,7 @@ class SVDSubspace(Subspace):
         if self.seeded and clock.step > 0:
             clock.seed = next_seed(clock.seed)
             state["seed"].fill_(clock.seed)
-        u, vh = _top_vectors(grad, min(self.rank, *grad.shape), clock.seed if self.seeded else None)
+        u, vh = top_vectors(grad, self.rank_for(grad.shape), clock.seed if self.seeded else None)
         # Copied into their own storage: a slice would keep all min(m, n) vectors alive.
         if "projection_left" in state:
             state["projection_left"].copy_(u.T)
@@ -134,7 +160,7 @@ class RandomSubspace(Subspace):
 
     def _draw(self, grad: Tensor, clock: Clock) -> Basis:
         m, n = grad.shape
-        r, (left, _) = min(self.rank, m, n), sides((m, n), self.proj_type)
+        r, (left, _) = self.rank_for((m, n)), sides((m, n), self.proj_type)
         generator = torch.Generator().manual_seed(clock.seed)
         # Drawn in float32 for every dtype, in the layout (m, r) on the left and (r, n) on the right.
         drawn = torch.randn((m, r) if left else (r, n), generator=generator)
@@ -142,7 +168,7 @@ class RandomSubspace(Subspace):
         return (drawn.T, None) if left else (None, drawn)
 
 
-def _top_vectors(grad: Tensor, rank: int, seed: int | None) -> tuple[Tensor, Tensor]:
+def top_vectors(grad: Tensor, rank: int, seed: int | None) -> tuple[Tensor, Tensor]:
     """Top left vectors (m, r) and right vectors (r, n) of a gradient; exactly, or from a sketch if a seed is given."""
     m, n = grad.shape
     width = min(m, n, rank + _OVERSAMPLE)
