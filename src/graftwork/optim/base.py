@@ -107,6 +107,11 @@ class BaseOptimizer(torch.optim.Optimizer):
         raise TypeError(f"{cls.__name__} must define slots")
 
     @classmethod
+    def split_groups(cls, groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+        """The groups made from a model, with finer roles where a method needs to know more about a weight than `groups.py`."""
+        return groups
+
+    @classmethod
     def all_slots(cls, config: CommonConfig, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> Slots:
         """`slots`, and what the rounding of the weight keeps."""
         kept = {"compensation": (shape, dtype)} if config.rounding == "kahan" and dtype in NARROW else {}
@@ -297,7 +302,10 @@ def optimizer(method: str | CommonConfig, model_or_groups: nn.Module | Iterable,
     else:
         info = lookup("optimizer", method)
         config = make_config("optimizer", info.name, **options)
-    return info.cls(as_groups(model_or_groups, weight_decay=config.weight_decay, trainable=trainable), config)
+    groups = as_groups(model_or_groups, weight_decay=config.weight_decay, trainable=trainable)
+    if isinstance(model_or_groups, nn.Module):
+        groups = info.cls.split_groups(groups, model_or_groups)
+    return info.cls(groups, config)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -10,14 +10,15 @@ from .base import BaseOptimizer, work_dtype
 
 
 class PlainOptimizer(BaseOptimizer):
-    """A subclass defines `slots` and `move`. Weights and state narrower than float32 are widened for one tensor and rounded once."""
+    """A subclass defines `slots` and `move`. Weights and state narrower than float32 are widened for one tensor and rounded once;
+    what `move` gets is contiguous."""
 
     def update_one(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> None:
         state, clock = self.prepare(group, p)
         clock.step += 1
         state["step"].add_(1)
         work = work_dtype(p.dtype)
-        weight, grad = p.to(work), grad.to(work)
+        weight, grad = p.to(work).contiguous(), grad.to(work).contiguous()
         names = self.slots(self.config, tuple(p.shape), p.dtype, group["role"])
         wide = {name: state[name].to(work) if state[name].is_floating_point() else state[name] for name in names}
         self.move(weight, self.decay(weight, grad, group), wide, group, clock.step)
