@@ -12,7 +12,7 @@ f / sqrt(max(m, n)). The second f (arXiv 2502.16982) makes that AdamW's usual 0.
 State mn; 2 numel for embeddings, head and vectors, which get AdamW at lr * other_lr_scale. Weights and buffers equal those of
 torch.optim.Muon bit for bit in float32. Departures: no decay unless asked; the gradient is not overwritten; `ns_dtype: float32`
 computes NS exactly, faster too on a CPU without bfloat16 units. Made for the full matrices of a model: a LoRA factor
-is orthogonalised as well, which its authors do not study.
+is orthogonalized as well, which its authors do not study.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Muon(OptimizerConfig):
 
 
 @register("optimizer", "muon", config=Muon, title="Muon",
-          summary="orthogonalised momentum for the matrices of the blocks, AdamW for the rest; one buffer per weight",
+          summary="orthogonalized momentum for the matrices of the blocks, AdamW for the rest; one buffer per weight",
           bibtex="@misc{jordan2024muon, title={Muon: An Optimizer for Hidden Layers in Neural Networks}, author={Jordan, Keller "
                  "and Jin, Yuchen and Boza, Vlado and You, Jiacheng and Cesista, Franz and Newhouse, Laker and Bernstein, "
                  "Jeremy}, year={2024}, url={https://kellerjordan.github.io/posts/muon/}}",
