@@ -25,7 +25,8 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("adamw", {"rounding": "stochastic"}), ("adamw", {"rounding": "kahan"}), ("galore", {"rounding": "kahan"}),
     ("sgd", {"momentum": 0.9, "nesterov": True, "state_dtype": "bfloat16"}), ("lion", {"rounding": "kahan"}),
     ("adafactor", {"beta1": 0.9, "scale_parameter": True}), ("adam_mini", {"state_dtype": "bfloat16"}),
-    ("muon", {"adjust_lr_fn": "match_rms_adamw", "ns_dtype": "float32", "rounding": "stochastic"})]
+    ("muon", {"adjust_lr_fn": "match_rms_adamw", "ns_dtype": "float32", "rounding": "stochastic"}),
+    ("adamw8bit", {"min_8bit_size": 5})]
 #: learning rate of a method over Adam's, where Adam's would not do
 RATES = {"sgd": 10.0, "adafactor-scaled": 5.0}
 SHAPES = [(24, 16), (16, 24), (8, 8), (12, 1), (5,), ()]
