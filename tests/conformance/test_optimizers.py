@@ -28,7 +28,7 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("muon", {"adjust_lr_fn": "match_rms_adamw", "ns_dtype": "float32", "rounding": "stochastic"}),
     ("adamw8bit", {"min_8bit_size": 5})]
 #: learning rate of a method over Adam's, where Adam's would not do
-RATES = {"sgd": 10.0, "adafactor-scaled": 5.0}
+RATES = {"sgd": 10.0, "lomo": 20.0, "adalomo": 5.0, "adafactor-scaled": 5.0}
 SHAPES = [(24, 16), (16, 24), (8, 8), (12, 1), (5,), ()]
 every = pytest.mark.parametrize("name, options", VARIANTS,
                                 ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())))
