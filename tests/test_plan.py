@@ -70,6 +70,8 @@ RECIPES = {
     "paca": {"adapter": "paca"},
     "mixlora": {"adapter": "mixlora"},
     "galore": {**FULL, "optimizer": {"method": "galore", "rank": 16, "update_proj_gap": 1}},
+    "8-bit, rounded stochastically": {**FULL, "optimizer": {"method": "adamw8bit", "rounding": "stochastic"},
+                                      "train": {"precision": "bf16"}},
     "mezo": {"adapter": None, "estimator": "mezo"},
     "lisa": {**FULL, "selection": [{"method": "lisa", "layers": 1, "interval": 1}]},
 }

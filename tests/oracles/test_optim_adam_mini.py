@@ -42,6 +42,7 @@ def feed(step, *models):
             p.grad = grad.clone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_equals_the_package(decay):
     ours, theirs = model(), model()
