@@ -21,7 +21,9 @@ VARIANTS = [(name, {}) for name in NAMES] + [
     ("galore", {"svd": "randomized"}), ("galore", {"proj_type": "full", "moments": "rotate"}),
     ("galore", {"proj_type": "reverse_std", "moments": "reset"}), ("apollo", {"projection": "cached"}),
     ("apollo", {"growth_limit": None, "scale_type": "tensor"}), ("adamw", {"state_dtype": "bfloat16"}),
-    ("galore", {"state_dtype": "bfloat16"}), ("apollo", {"projection": "cached", "state_dtype": "bfloat16"}),
+    ("galore", {"state_dtype": "bfloat16"}), ("apollo", {"projection": "cached", "state_dtype": "bfloat16"})]
+#: left to the full run
+SLOW = [
     ("adamw", {"rounding": "stochastic"}), ("adamw", {"rounding": "kahan"}), ("galore", {"rounding": "kahan"}),
     ("sgd", {"momentum": 0.9, "nesterov": True, "state_dtype": "bfloat16"}), ("lion", {"rounding": "kahan"}),
     ("adafactor", {"beta1": 0.9, "scale_parameter": True}), ("adam_mini", {"state_dtype": "bfloat16"}),
@@ -30,7 +32,7 @@ VARIANTS = [(name, {}) for name in NAMES] + [
 #: learning rate of a method over Adam's, where Adam's would not do
 RATES = {"sgd": 10.0, "lomo": 20.0, "adalomo": 5.0, "adafactor-scaled": 5.0}
 SHAPES = [(24, 16), (16, 24), (8, 8), (12, 1), (5,), ()]
-every = pytest.mark.parametrize("name, options", VARIANTS,
+every = pytest.mark.parametrize("name, options", [*VARIANTS, *(pytest.param(*v, marks=pytest.mark.slow) for v in SLOW)],
                                 ids=lambda v: v if isinstance(v, str) else "-".join(map(str, v.values())))
 
 
