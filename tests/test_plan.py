@@ -73,6 +73,8 @@ RECIPES = {
     "fira": {**FULL, "optimizer": {"method": "fira", "rank": 16, "update_proj_gap": 1}},
     "frugal": {**FULL, "optimizer": "frugal"},
     "cosmos": {**FULL, "optimizer": {"method": "cosmos", "rank": 16}},
+    "8-bit, rounded stochastically": {**FULL, "optimizer": {"method": "adamw8bit", "rounding": "stochastic"},
+                                      "train": {"precision": "bf16"}},
     "mezo": {"adapter": None, "estimator": "mezo"},
     "lisa": {**FULL, "selection": [{"method": "lisa", "layers": 1, "interval": 1}]},
 }

@@ -105,7 +105,7 @@ train:
                         (9, "train.batch_size"), (10, "train.save_steps"), (11, "'train.sede' (did you mean 'seed'?)")]:
         assert any(p.startswith(f"/recipe.yaml:{line}: ") and words in p for p in found), (line, words, text)
     assert len(found) == 7
-    assert "keys: " in found[0] and "optimizer methods: adamw" in text
+    assert "keys: " in found[0] and "optimizer methods: adafactor" in text
 
 
 def test_missing_parts_duplicates_and_wrong_kinds(tmp_path):

@@ -399,6 +399,15 @@ def test_galore_and_apollo_train_full_weights(llama, rows, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method, options", [("lion", {"rounding": "kahan"}), ("muon", {"adjust_lr_fn": "match_rms_adamw"}),
+                                             ("adamw8bit", {"min_8bit_size": 64}), ("lomo", {"lr": 0.05})])
+def test_optimizers_that_do_not_project_train_full_weights(llama, rows, tmp_path, method, options):
+    result = run(recipe(llama, rows, tmp_path / method, adapter=None, optimizer={"method": method, "lr": 1e-3, **options},
+                        train={"max_grad_norm": 0, "max_steps": 6}))
+    assert result.loss < log_of(tmp_path / method)[0]["loss"]
+
+
+@pytest.mark.slow
 def test_a_fused_optimizer_does_what_the_unfused_one_does(llama, rows, tmp_path):
     logs = []
     for fused in (False, True):

@@ -2,7 +2,8 @@
 
 State per parameter is a dict of tensors, allocated at the parameter's first gradient:
 - `step`: 0-dim float32, number of updates so far (as in torch.optim); `seed`: 0-dim int64, for methods that draw numbers;
-- whatever the method's `slots` name, of the configured state_dtype (float64 for float64 parameters).
+- whatever the method's `slots` name, of the configured state_dtype (float64 for float64 parameters);
+- `compensation`: what the last rounding of a 16-bit weight cut off, with `rounding: kahan`.
 All of it is counted by `state_bytes`. Decisions (refresh now?) read a Python mirror of step and seed, so that no tensor is
 read on the hot path and a step runs on fake tensors; loading restores the mirror from the tensors.
 """
@@ -13,37 +14,47 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, UsageError
 from ..registry import MethodConfig, lookup, make_config
 from .groups import as_groups
+from .rounding import NARROW, check_rounding, widened
 
 #: slot name -> (shape, dtype) of one state tensor
 Slots = dict[str, tuple[tuple[int, ...], torch.dtype]]
 _SAVED_GROUP_KEYS = ("lr", "base_lr", "lr_scale", "weight_decay", "role")
 
 
-class OptimizerConfig(MethodConfig):
+def _below_one(betas: tuple[float, float]) -> tuple[float, float]:
+    if not all(0.0 <= b < 1.0 for b in betas):
+        raise ValueError("each beta must lie in [0, 1)")
+    return betas
+
+
+Betas = Annotated[tuple[float, float], AfterValidator(_below_one)]
+
+
+class CommonConfig(MethodConfig):
     """Options common to all optimizers."""
 
     lr: float = Field(1e-3, ge=0, description="learning rate")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="decay of the first and second moment")
-    eps: float = Field(1e-8, ge=0)
     weight_decay: float = Field(0.0, ge=0, description="decoupled; W -= lr * weight_decay * W")
     state_dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 halves the state, rounds the moments")
+    rounding: Literal["nearest", "stochastic", "kahan"] = Field(
+        "nearest", description="of updated 16-bit weights; kahan keeps what is cut off, 2 bytes a weight")
     fused: bool = Field(False, description="update each tensor inside backward and free its gradient at once")
 
-    @field_validator("betas")
-    @classmethod
-    def _betas_below_one(cls, betas):
-        if not all(0.0 <= b < 1.0 for b in betas):
-            raise ValueError("each beta must lie in [0, 1)")
-        return betas
+
+class OptimizerConfig(CommonConfig):
+    """Options of the optimizers with Adam's two moments."""
+
+    betas: Betas = Field((0.9, 0.999), description="decay of the first and second moment")
+    eps: float = Field(1e-8, ge=0)
 
 
 @dataclass
@@ -61,7 +72,7 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def kept_dtype(dtype: torch.dtype, config: OptimizerConfig) -> torch.dtype:
+def kept_dtype(dtype: torch.dtype, config: CommonConfig) -> torch.dtype:
     """Type of the state of a parameter of that dtype: the configured one, but float64 for float64 parameters."""
     return dtype if dtype == torch.float64 else getattr(torch, config.state_dtype)
 
@@ -71,14 +82,14 @@ class BaseOptimizer(torch.optim.Optimizer):
 
     Args:
         params: parameters, or groups with the extra keys `role` ("linear" by default), `lr_scale` and `update_gain` (a function,
-            see `_move`); a group's own `lr` counts before `lr_scale`.
+            see `_apply`); a group's own `lr` counts before `lr_scale`.
         config: an instance of the method's config class; or give its fields as keyword arguments.
     """
 
-    config_class: type[OptimizerConfig]
+    config_class: type[CommonConfig]
     uses_seed = False
 
-    def __init__(self, params: Iterable, config: OptimizerConfig | None = None, **options: Any):
+    def __init__(self, params: Iterable, config: CommonConfig | None = None, **options: Any):
         if config is None:
             config = make_config("optimizer", self.method, **options)
         elif options:
@@ -91,9 +102,20 @@ class BaseOptimizer(torch.optim.Optimizer):
 
     # -- what a method defines ---------------------------------------------------------------------------------------
     @classmethod
-    def slots(cls, config: OptimizerConfig, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> Slots:
+    def slots(cls, config: CommonConfig, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> Slots:
         """State tensors of one parameter besides `step`. `dtype` is the parameter's."""
         raise TypeError(f"{cls.__name__} must define slots")
+
+    @classmethod
+    def split_groups(cls, groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+        """The groups made from a model, with finer roles where a method needs to know more about a weight than `groups.py`."""
+        return groups
+
+    @classmethod
+    def all_slots(cls, config: CommonConfig, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> Slots:
+        """`slots`, and what the rounding of the weight keeps."""
+        kept = {"compensation": (shape, dtype)} if config.rounding == "kahan" and dtype in NARROW else {}
+        return {**cls.slots(config, shape, dtype, role), **kept}
 
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Update parameters that have a gradient; the result for one tensor must not depend on the others."""
@@ -111,25 +133,35 @@ class BaseOptimizer(torch.optim.Optimizer):
             added["base_lr"] = added["lr"]
             added["lr"] = added["base_lr"] * added["lr_scale"]
         for p in added["params"]:
+            check_rounding(self.config.rounding, p)
             index = len(self._clocks) + 1
             self._clocks[p] = Clock(index, number, self._first_seed(index))
             self._hook(p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One update of every parameter that has a gradient. With `fused` the updates happened in backward already."""
+        """One update of every parameter that has a gradient. With `fused`, backward has used its gradients up already; what
+        is left are gradients set by hand, as an estimator does."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.config.fused:
-            for group in self.param_groups:
-                params = [p for p in group["params"] if p.grad is not None]
-                if params:
-                    self._move(group, params)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._move(group, params)
         return loss
 
     def _move(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """`_apply`, with the configured rounding of 16-bit weights."""
+        if self.config.rounding == "nearest":
+            return self._apply(group, params)
+        for p in params:
+            state, clock = self.prepare(group, p)
+            with widened(p, self.config.rounding, state.get("compensation"), (clock.index, clock.step)):
+                self._apply(group, [p])
+
+    def _apply(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """`update`, and where the group has an `update_gain` (values before -> factors, broadcasting) each entry's step times
         its factor."""
         gain = group.get("update_gain")
@@ -152,7 +184,7 @@ class BaseOptimizer(torch.optim.Optimizer):
         state, clock = self.state[p], self._clocks[p]
         if clock.step == 0 and "step" not in state:  # a reseeded parameter has a seed already
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            for name, (shape, dtype) in self.slots(self.config, tuple(p.shape), p.dtype, group["role"]).items():
+            for name, (shape, dtype) in self.all_slots(self.config, tuple(p.shape), p.dtype, group["role"]).items():
                 if name == "seed":
                     state[name] = torch.tensor(clock.seed, dtype=dtype, device="cpu")
                 else:
@@ -192,11 +224,11 @@ class BaseOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def state_bytes(cls, shape: Iterable[int], dtype: torch.dtype = torch.float32, *, role: str = "linear",
-                    config: OptimizerConfig | None = None, **options: Any) -> int:
+                    config: CommonConfig | None = None, **options: Any) -> int:
         """Exact bytes of all state tensors of one parameter (step and seed included) after its first update."""
         config = config or make_config("optimizer", cls.method, **options)
         total = 4  # step
-        for slot_shape, slot_dtype in cls.slots(config, tuple(shape), dtype, role).values():
+        for slot_shape, slot_dtype in cls.all_slots(config, tuple(shape), dtype, role).values():
             total += torch.Size(slot_shape).numel() * slot_dtype.itemsize
         return total
 
@@ -250,7 +282,7 @@ def _update_in_backward(reference: weakref.ref, p: Tensor) -> None:
         p.grad = None
 
 
-def optimizer(method: str | OptimizerConfig, model_or_groups: nn.Module | Iterable, lr: float | None = None, *,
+def optimizer(method: str | CommonConfig, model_or_groups: nn.Module | Iterable, lr: float | None = None, *,
               trainable: Iterable[nn.Parameter] | None = None, **options: Any) -> BaseOptimizer:
     """Build an optimizer by name, or from its config object.
 
@@ -270,7 +302,10 @@ def optimizer(method: str | OptimizerConfig, model_or_groups: nn.Module | Iterab
     else:
         info = lookup("optimizer", method)
         config = make_config("optimizer", info.name, **options)
-    return info.cls(as_groups(model_or_groups, weight_decay=config.weight_decay, trainable=trainable), config)
+    groups = as_groups(model_or_groups, weight_decay=config.weight_decay, trainable=trainable)
+    if isinstance(model_or_groups, nn.Module):
+        groups = info.cls.split_groups(groups, model_or_groups)
+    return info.cls(groups, config)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -329,7 +364,7 @@ def load_optimizer_state(optimizer: BaseOptimizer, tensors: Mapping[str, Tensor]
 def _check_slots(optimizer: BaseOptimizer, p: Tensor, name: str, state: Mapping[str, Tensor]) -> None:
     group = optimizer.param_groups[optimizer._clocks[p].group]
     expected = {"step": ((), torch.float32),
-                **optimizer.slots(optimizer.config, tuple(p.shape), p.dtype, group["role"])}
+                **optimizer.all_slots(optimizer.config, tuple(p.shape), p.dtype, group["role"])}
     if set(state) == {"seed"} and "seed" in expected:  # reseeded, no gradient since
         expected = {"seed": expected["seed"]}
     found = {slot: (tuple(tensor.shape), tensor.dtype) for slot, tensor in state.items()}

@@ -30,22 +30,11 @@ from torch import Tensor
 
 from ..registry import register
 from .base import BaseOptimizer, OptimizerConfig, Slots, kept_dtype, work_dtype
+from .muon import orthogonalized
 from .rules import adamw_any_
 from .subspace import Subspace, top_vectors
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-
-
-def newton_schulz(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
-    """Nearly U V^T of x = U S V^T, (m, n), by a quintic iteration on the smaller side; result in x's dtype."""
-    a, b, c = _COEFFICIENTS
-    tall = x.shape[0] > x.shape[1]
-    y = (x.T if tall else x) / (torch.linalg.vector_norm(x) + 1e-7)
-    y = y.to(dtype)
-    for _ in range(steps):
-        gram = y @ y.T
-        y = torch.addmm(y, torch.addmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return (y.T if tall else y).to(x.dtype)
+ITERATIONS = 5  # of Newton-Schulz
 
 
 class EigenSubspace(Subspace):
@@ -139,7 +128,8 @@ class CosmosOptimizer(BaseOptimizer):
         inside = (low / ((second / (1.0 - b2 ** step)).sqrt() + config.eps)) @ u.T   # A (m, n)
         if not config.gamma:
             return inside
-        outside = newton_schulz(torch.addmm(ahead, low, u.T, alpha=-1.0), getattr(torch, config.newton_schulz))
+        outside = torch.addmm(ahead, low, u.T, alpha=-1.0).to(getattr(torch, config.newton_schulz))
+        outside = orthogonalized(outside, ITERATIONS).to(grad.dtype)
         return inside.add_(_to_norm(outside, math.sqrt(grad.numel()), config.eps), alpha=config.gamma)
 
 

@@ -31,6 +31,8 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
+from ..modeling.blockwise import BLOCK as NESTED_BLOCK
+from ..modeling.blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
 from ..registry import register
 from .base import Storage, StorageConfig, bytes_parameter, check_weight, has_values, view_as
 
@@ -39,8 +41,6 @@ NF4_VALUES = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.394917488098144
               -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
               0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-#: block maxima that share one second-level scale
-NESTED_BLOCK = 256
 #: weights dequantised at a time: on a CPU index and fp32 values of a chunk stay in the cache, elsewhere they are bounded
 CHUNK, CHUNK_ELSEWHERE = 1 << 18, 1 << 24
 
@@ -214,17 +214,6 @@ def normal_float(bits: int) -> Tensor:
     return book / book.max()
 
 
-def dynamic_map() -> Tensor:
-    """The signed 8-bit map of the second level, (256,) fp32, sorted: for i in 0..6 the 2**i interval centers of
-    [0.1, 1] times 10**(i - 6), with both signs; and 0 and 1."""
-    values = [0.0, 1.0]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
-        centers = ((edges[:-1] + edges[1:]) / 2 * 10 ** (i - 6)).tolist()
-        values += centers + [-c for c in centers]
-    return torch.tensor(sorted(values))
-
-
 def quantize(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """weight (out, in), finite, any float dtype -> packed codes (ceil(n/2),) uint8 and block maxima (ceil(n/block),) fp32."""
     flat = weight.detach().reshape(-1)
@@ -245,29 +234,14 @@ def quantize(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
 def quantize_absmax(absmax: Tensor) -> dict[str, Tensor]:
     """Block maxima (blocks,) fp32 -> leaves absmax_codes (blocks,) uint8, absmax_scale (ceil(blocks/256),), absmax_offset (1,),
     both fp32."""
-    count = absmax.numel()
-    groups = -(-count // NESTED_BLOCK)
     offset = absmax.mean().reshape(1)
-    centered = nn.functional.pad(absmax - offset, (0, groups * NESTED_BLOCK - count)).view(groups, NESTED_BLOCK)
-    scale = centered.abs().amax(1)
-    if not has_values(absmax):
-        return {"absmax_codes": absmax.new_empty(count, dtype=torch.uint8), "absmax_scale": scale, "absmax_offset": offset}
-    book = _nested_book(absmax.device)
-    unit = (centered * (1 / scale.clamp(min=1e-38))[:, None]).clamp(-1, 1)
-    step = ((unit + 1) * 0.5 * 65535 + 0.5).to(torch.int32)
-    codes = torch.bucketize(-1 + step * 2.0 / 65535, (book[:-1] + book[1:]) * 0.5)
-    codes = torch.where(scale[:, None] > 0, codes, torch.zeros_like(codes))  # all maxima equal: s' = offset whatever the code
-    return {"absmax_codes": codes.view(-1)[:count].to(torch.uint8), "absmax_scale": scale, "absmax_offset": offset}
+    codes, scale = quantize_blockwise(absmax - offset, grid=True)
+    return {"absmax_codes": codes, "absmax_scale": scale, "absmax_offset": offset}
 
 
 def dequantize_absmax(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     """The inverse of quantize_absmax: (blocks,) fp32, differentiable in scale and offset."""
-    if not has_values(codes):
-        return torch.empty_like(codes, dtype=torch.float32) + offset
-    values = _nested_book(codes.device).index_select(0, codes.int())
-    if codes.numel() % NESTED_BLOCK == 0:
-        return (values.view(-1, NESTED_BLOCK) * scale[:, None]).view(-1) + offset
-    return values * scale.repeat_interleave(NESTED_BLOCK)[: codes.numel()] + offset
+    return dequantize_blockwise(codes, scale) + offset
 
 
 def _values(codes: Tensor, absmax: Tensor, size: int, block: int, rounding: torch.dtype, dtype: torch.dtype,
@@ -340,12 +314,6 @@ def _leaf_sizes(size: int, block: int, double_quant: bool) -> dict[str, int]:
 def _pair_table(device: torch.device) -> Tensor:
     byte, book = torch.arange(256), torch.tensor(NF4_VALUES)
     return torch.stack([book[byte >> 4], book[byte & 15]], 1).view(torch.int64).view(-1).to(device)
-
-
-@cache
-@torch.inference_mode(False)
-def _nested_book(device: torch.device) -> Tensor:
-    return dynamic_map().to(device)
 
 
 @cache

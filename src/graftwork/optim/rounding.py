@@ -1,0 +1,60 @@
+"""Rounding of updated 16-bit weights without a float32 master copy.
+
+A weight W of bfloat16 has 8 significant bits: an update below |W| / 512 is lost when it is rounded to the nearest. Two remedies,
+both on top of any rule, with x the float32 result of the update:
+
+    stochastic  W <- up(x) with probability (x - down(x)) / (up(x) - down(x)), else down(x):  the mean of W is x
+    kahan       x is computed from W + C;  W <- round(x),  C <- round(x - W):  16 significant bits for 2 more bytes a weight
+
+Stochastic rounding keeps no state: its numbers come from a generator seeded with the parameter's place and step, so that a
+resumed run draws the same. The float32 copy exists for one tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..errors import UsageError
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+def check_rounding(rounding: str, p: Tensor) -> None:
+    """Raises: UsageError for float16 weights under stochastic rounding."""
+    if rounding == "stochastic" and p.dtype == torch.float16:
+        raise UsageError("stochastic rounding works on bfloat16, whose numbers are float32's without the lower half; a parameter "
+                         "is float16", remedy="rounding: kahan, or bfloat16 weights")
+
+
+@contextmanager
+def widened(p: Tensor, rounding: str, compensation: Tensor | None, place: tuple[int, int]) -> Iterator[None]:
+    """Inside, a 16-bit parameter is float32 (its compensation added); after it, rounded back into its own storage."""
+    if p.dtype not in NARROW:
+        yield
+        return
+    kept, wide = p.data, p.data.float()
+    if compensation is not None:
+        wide.add_(compensation)
+    p.data = wide
+    try:
+        yield
+    finally:
+        p.data = kept
+    if rounding == "kahan":
+        kept.copy_(wide)
+        compensation.copy_(wide.sub_(kept))
+    else:
+        # Mixed into 32 bits, all that a CPU generator takes of a seed.
+        seed = (place[0] * 0x9E3779B1 + place[1] * 0x85EBCA6B) & 0xFFFFFFFF
+        kept.copy_(rounded_stochastically(wide, torch.Generator(wide.device).manual_seed(seed)))
+
+
+def rounded_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 -> one of its two bfloat16 neighbors, in bfloat16. Exact values, infinities and NaN stay."""
+    noise = torch.randint(0, 1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+    moved = (x.contiguous().view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
+    return torch.where(x.isfinite(), moved, x).bfloat16()
