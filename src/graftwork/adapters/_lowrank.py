@@ -19,7 +19,9 @@ from ..modeling.protocols import Product
 def frozen_plus_low_rank(x: Tensor, A: Tensor, B: Tensor, change: Tensor | None, frozen: Product) -> Tensor:
     """x (..., in) -> (..., out) in x's dtype. A (r, in), B (out, r) and change (out,) or None in any float dtype; gradients come
     in theirs. The frozen weight gets no gradient: the caller makes sure that none is wanted."""
-    return _FrozenPlusLowRank.apply(x, A, B, change, frozen)
+    if torch.is_grad_enabled():
+        return _FrozenPlusLowRank.apply(x, A, B, change, frozen)
+    return _product_and_hidden(x, A, B, change, frozen)[0]  # plain operations: forward-mode tangents pass
 
 
 def _add_product(target: Tensor, left: Tensor, right: Tensor) -> None:
@@ -35,21 +37,27 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left.to(dtype) @ right.to(dtype)
 
 
+def _product_and_hidden(x: Tensor, A: Tensor, B: Tensor, change: Tensor | None, frozen: Product) -> tuple[Tensor, Tensor]:
+    """(y (..., out), x A^T with the leading dimensions as one)."""
+    rows = x.reshape(-1, x.shape[-1])
+    a, b = A.to(x.dtype), B.to(x.dtype)
+    y = frozen.product(rows)
+    if frozen.bias is not None:
+        y = y.add_(frozen.bias.to(y.dtype))
+    hidden = linear(rows, a)
+    _add_product(y, hidden, b.T)
+    if change is not None:
+        y.add_(change.to(y.dtype))
+    return y.reshape(*x.shape[:-1], y.shape[-1]), hidden
+
+
 class _FrozenPlusLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, A, B, change, frozen):
-        rows = x.reshape(-1, x.shape[-1])
-        a, b = A.to(x.dtype), B.to(x.dtype)
-        y = frozen.product(rows)
-        if frozen.bias is not None:
-            y = y.add_(frozen.bias.to(y.dtype))
-        hidden = linear(rows, a)
-        _add_product(y, hidden, b.T)
-        if change is not None:
-            y.add_(change.to(y.dtype))
+        y, hidden = _product_and_hidden(x, A, B, change, frozen)
         ctx.frozen, ctx.kinds, ctx.has_change = frozen, (A.dtype, B.dtype, None if change is None else change.dtype), change is not None
         ctx.save_for_backward(x, hidden, A, B)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     def backward(ctx, grad):

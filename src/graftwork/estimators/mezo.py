@@ -21,7 +21,7 @@ froze for this step stay where they are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,8 +33,10 @@ from .base import Estimator, StepContext, StepResult, micro_forward
 
 #: values of z that exist at a time
 PIECE = 1 << 20
-_EXACT = (torch.float32, torch.float64)
+EXACT = (torch.float32, torch.float64)
 Named = Sequence[tuple[str, nn.Parameter]]
+#: directions to go: (key of z, factor)
+Moves = Sequence[tuple[tuple, float | Tensor]]
 
 
 class MeZO(MethodConfig):
@@ -60,29 +62,45 @@ class MeZOEstimator(Estimator):
 
     @torch.no_grad()
     def step(self, ctx: StepContext) -> StepResult:
-        was_training = ctx.model.training
-        ctx.model.eval()
         moving = [(n, p) for n, p in ctx.parameters if p.requires_grad]
-        exact = [(n, p) for n, p in moving if p.dtype in _EXACT]
-        rounded = {id(p): n for n, p in moving if p.dtype not in _EXACT}
-        eps, losses, coefficients, rows = self.config.eps, [], [], []
-        try:
-            for sample in range(self.config.n_samples):
-                key = (ctx.seed, ctx.step, sample)
-                _move(exact, key, eps)
-                with _perturbed_modules(ctx.model, rounded, key, eps):
-                    plus, rows = self._loss(ctx)
-                _move(exact, key, -2 * eps)
-                with _perturbed_modules(ctx.model, rounded, key, -eps):
-                    minus, _ = self._loss(ctx)
-                _move(exact, key, eps)
-                losses.append((plus + minus) / 2)
-                coefficients.append((plus - minus) / (2 * eps))
-        finally:
-            ctx.model.train(was_training)
-        update(moving, ctx.seed, ctx.step, coefficients, self.config.lr if ctx.lr is None else ctx.lr, self.config.weight_decay)
+        with evaluating(ctx.model):
+            coefficients, loss, rows = self.measure(ctx, moving)
+        update(moving, ctx.seed, ctx.step, coefficients, self.rate(ctx), self.config.weight_decay)
         names = ["projected_gradient", *(f"projected_gradient_{i}" for i in range(1, len(coefficients)))]
-        return StepResult(torch.stack(losses).mean().float(), dict(zip(names, coefficients)), rows, updated=True)
+        return StepResult(loss.float(), dict(zip(names, coefficients)), rows, updated=True)
+
+    def rate(self, ctx: StepContext) -> float:
+        return self.config.lr if ctx.lr is None else ctx.lr
+
+    def measure(self, ctx: StepContext, moving: Named) -> tuple[list[Tensor], Tensor, list]:
+        """([c_q], the loss, its rows). The tensors of `moving` are where they were when it returns."""
+        in_place, in_forward = self.split(ctx, moving)
+        eps, losses, coefficients, rows = self.config.eps, [], [], []
+        for sample in range(self.config.n_samples):
+            key = (ctx.seed, ctx.step, sample)
+            self.shift(in_place, [(key, eps)])
+            with perturbed_modules(ctx.model, in_forward, self.add, [(key, eps)]):
+                plus, rows = self._loss(ctx)
+            self.shift(in_place, [(key, -2 * eps)])
+            with perturbed_modules(ctx.model, in_forward, self.add, [(key, -eps)]):
+                minus, _ = self._loss(ctx)
+            self.shift(in_place, [(key, eps)])
+            losses.append((plus + minus) / 2)
+            coefficients.append((plus - minus) / (2 * eps))
+        return coefficients, torch.stack(losses).mean(), rows
+
+    def split(self, ctx: StepContext, moving: Named) -> tuple[Named, dict[int, str]]:
+        """Which tensors are perturbed in place, and which only inside their module's forward ({id: name})."""
+        return [(n, p) for n, p in moving if p.dtype in EXACT], {id(p): n for n, p in moving if p.dtype not in EXACT}
+
+    def shift(self, parameters: Named, moves: Moves) -> None:
+        for name, p in parameters:
+            for key, scale in moves:
+                self.add(key, name, p, scale)
+
+    def add(self, key: tuple, name: str, p: Tensor, scale: float | Tensor) -> None:
+        """p += scale * z in place."""
+        add_noise(key, name, p, scale)
 
     @staticmethod
     def _loss(ctx: StepContext) -> tuple[Tensor, list]:
@@ -102,7 +120,7 @@ def update(parameters: Named, seed: int, step: int, coefficients: Sequence[Tenso
     for name, p in parameters:
         decay = 1 - lr * weight_decay if p.dim() > 1 else 1.0
         scales = [c * (-lr / len(coefficients)) for c in coefficients]
-        if p.dtype in _EXACT:
+        if p.dtype in EXACT:
             if decay != 1.0:
                 p.mul_(decay)
             for sample, scale in enumerate(scales):
@@ -131,14 +149,21 @@ def round_stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) 
     return (bits & -65536).view(torch.float32).to(dtype)  # the upper half is a bf16 number already
 
 
-def _move(parameters: Named, key: tuple, scale: float) -> None:
-    for name, p in parameters:
-        add_noise(key, name, p, scale)
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout; its mode comes back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @contextmanager
-def _perturbed_modules(model: nn.Module, names: dict[int, str], key: tuple, scale: float) -> Iterator[None]:
-    """Forwards in this scope see theta + scale z; outside a module's forward its tensors are untouched. A tied tensor is
+def perturbed_modules(model: nn.Module, names: dict[int, str], add: Callable[[tuple, str, Tensor, float], None],
+                      moves: Moves) -> Iterator[None]:
+    """Forwards in this scope see theta + sum of scale z; outside a module's forward its tensors are untouched. A tied tensor is
     owned by several modules and gets the same z in each. names: {id of a parameter: its name}."""
     handles, kept = [], {}
 
@@ -146,7 +171,8 @@ def _perturbed_modules(model: nn.Module, names: dict[int, str], key: tuple, scal
         for p in module.parameters(recurse=False):
             if id(p) in names and id(p) not in kept:
                 kept[id(p)] = (p, p.detach().clone(), module)
-                add_noise(key, names[id(p)], p, scale)
+                for key, scale in moves:
+                    add(key, names[id(p)], p, scale)
 
     def leave(module: nn.Module, *_) -> None:
         for p in module.parameters(recurse=False):
@@ -182,13 +208,24 @@ def _pieces(p: Tensor) -> Iterator[Tensor]:
         yield flat[start:start + PIECE]
 
 
-def add_noise(key: tuple, name: str, p: Tensor, scale: float | Tensor) -> None:
-    """p += scale * z in place, z a function of key = (seed, step, sample) and name, drawn PIECE values at a time in fp32."""
+def noise(key: tuple, name: str, p: Tensor) -> Iterator[Tensor]:
+    """z in the pieces of p, a function of key = (seed, step, sample) and name, in fp32 (fp64 for fp64)."""
     generator = _generator(key, name, p)
     kind = torch.float64 if p.dtype == torch.float64 else torch.float32
     for piece in _pieces(p):
-        z = torch.randn(piece.shape, generator=generator, device=p.device, dtype=kind).mul_(scale)
-        if piece.dtype == kind:
-            piece.add_(z)
-        else:
-            piece.copy_(z.add_(piece))
+        yield torch.randn(piece.shape, generator=generator, device=p.device, dtype=kind)
+
+
+def add_noise(key: tuple, name: str, p: Tensor, scale: float | Tensor) -> None:
+    """p += scale * z in place."""
+    for piece, z in zip(_pieces(p), noise(key, name, p)):
+        add_scaled(piece, z, scale)
+
+
+def add_scaled(piece: Tensor, z: Tensor, scale: float | Tensor) -> None:
+    """piece += scale * z in place; z is used up."""
+    z.mul_(scale)
+    if piece.dtype == z.dtype:
+        piece.add_(z)
+    else:
+        piece.copy_(z.add_(piece))

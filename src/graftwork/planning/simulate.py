@@ -205,6 +205,7 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
                 _allocate_state(step)
             else:
                 step.run(fake, 0)
+            ledger.track(step.estimator.state_dict(), "optimizer_state")
             ledger.refresh()
             before = ledger.events
             counter = _Flops()
