@@ -54,7 +54,7 @@ def test_equals_a_loop_with_a_fresh_torch_optimizer_for_each_block(order):
         assert held == set(own)
         nbytes = sum(t.nbytes for state in step.optimizer.state.values() for t in state.values())
         assert nbytes == sum(step.optimizer.state_bytes(p.shape, p.dtype) for p in own.values())
-    for (n, p), q in zip(step.parameters, other.parameters()):
+    for (_, p), q in zip(step.parameters, other.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
