@@ -10,7 +10,8 @@ import graftwork
 import tiny
 from graftwork.data.collate import Collator
 from graftwork.estimators.base import StepContext
-from graftwork.estimators.mezo import PIECE, MeZO, MeZOEstimator, add_noise, replay, round_stochastic
+from graftwork.estimators.mezo import PIECE, MeZO, MeZOEstimator, add_noise, replay
+from graftwork.modeling.arithmetic import round_stochastic
 from graftwork.modeling.state import StateHolder, state_of
 from graftwork.objectives.base import LossOutput
 from graftwork.objectives.causal_lm import CausalLMObjective

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from graftwork.errors import UsageError
+from graftwork.modeling.arithmetic import round_stochastic
 from graftwork.optim import optimizer, parameter_groups
-from graftwork.optim.rounding import rounded_stochastically
 from graftwork.registry import lookup
 
 
@@ -15,7 +15,7 @@ def test_stochastic_rounding_goes_to_the_neighbors_with_the_right_mean():
     x = torch.cat([torch.randn(50, generator=generator), torch.tensor([1e-39, -3e38, 1.0 + 2**-9])])
     bits = x.view(torch.int32) & -65536
     inner, outer = bits.view(torch.float32), (bits + 65536).view(torch.float32)  # next toward zero, and away from it
-    draws = torch.stack([rounded_stochastically(x, generator).float() for _ in range(4000)])
+    draws = torch.stack([round_stochastic(x, torch.bfloat16, generator).float() for _ in range(4000)])
     assert torch.all((draws == inner) | (draws == outer))
     share = (draws == outer).float().mean(0)
     expected = ((x.double() - inner.double()) / (outer.double() - inner.double())).float()
@@ -27,8 +27,8 @@ def test_stochastic_rounding_keeps_exact_and_non_finite_values():
     nan = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)  # noise would carry it over into -0
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
-        assert torch.equal(rounded_stochastically(x, generator).float(), x)
-        assert rounded_stochastically(nan, generator).isnan().all()
+        assert torch.equal(round_stochastic(x, torch.bfloat16, generator).float(), x)
+        assert round_stochastic(nan, torch.bfloat16, generator).isnan().all()
 
 
 @pytest.mark.slow

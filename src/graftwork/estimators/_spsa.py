@@ -29,9 +29,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..modeling.arithmetic import round_stochastic
 from . import mezo
 from .base import StepContext, StepResult
-from .mezo import MeZO, MeZOEstimator, Named, evaluating, noise, perturbed_modules, round_stochastic
+from .mezo import MeZO, MeZOEstimator, Named, evaluating, noise, perturbed_modules
 
 #: values that a rule works on at a time: its temporaries are small beside the piece of g
 SLICE = 1 << 15

@@ -28,6 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..modeling.arithmetic import round_stochastic
 from ..registry import MethodConfig, register
 from .base import Estimator, StepContext, StepResult, micro_forward
 
@@ -139,14 +140,6 @@ def replay(parameters: Named, log: Sequence[tuple[int, Sequence[float], float]],
     """Repeat the updates of a run on tensors at its starting point. log: (step, [c_q], lr) per step; a step costs no forward."""
     for step, coefficients, lr in log:
         update(parameters, seed, step, list(coefficients), lr, weight_decay)
-
-
-def round_stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """fp32 x to bf16 so that the expected value is x; other types round to nearest."""
-    if dtype != torch.bfloat16:
-        return x.to(dtype)
-    bits = x.view(torch.int32) + torch.randint(0, 1 << 16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
-    return (bits & -65536).view(torch.float32).to(dtype)  # the upper half is a bf16 number already
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Products of half-precision tensors on processors without instructions for them.
+"""Products of half-precision tensors on processors without instructions for them; and stochastic rounding to bfloat16.
 
 There PyTorch's bf16 and fp16 matmul is a scalar loop: 10x (y = x W^T) to 26x (g W) slower than fp32 at 400 rows (measured on
 AVX2). Such products are computed in fp32 and rounded once, which is at least as exact: both accumulate in fp32. Up to 3 rows
@@ -7,6 +7,7 @@ the scalar loop is the cheaper one, since converting W costs more than the produ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 
@@ -122,3 +123,13 @@ def use_linear(module: nn.Module) -> None:
     if kind not in _WIDE:
         _WIDE[kind] = type(kind.__name__, (WideLinear, kind), {"plain_linear": kind})
     module.__class__ = _WIDE[kind]
+
+
+def round_stochastic(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """float32 -> one of its two bfloat16 neighbors, so that the expected value is x. Exact values, infinities and NaN stay; other
+    types are rounded to the nearest."""
+    if dtype != torch.bfloat16:
+        return x.to(dtype)
+    bits = torch.randint(0, 1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+    bits.add_(x.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16))  # the upper half is a bfloat16 number already
+    return bits.view(torch.float32).bfloat16().masked_fill_(x.isnan(), math.nan)  # whose payload may have overflowed

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from ..modeling.arithmetic import round_stochastic
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -50,11 +51,4 @@ def widened(p: Tensor, rounding: str, compensation: Tensor | None, place: tuple[
     else:
         # Mixed into 32 bits, all that a CPU generator takes of a seed.
         seed = (place[0] * 0x9E3779B1 + place[1] * 0x85EBCA6B) & 0xFFFFFFFF
-        kept.copy_(rounded_stochastically(wide, torch.Generator(wide.device).manual_seed(seed)))
-
-
-def rounded_stochastically(x: Tensor, generator: torch.Generator) -> Tensor:
-    """float32 -> one of its two bfloat16 neighbors, in bfloat16. Exact values, infinities and NaN stay."""
-    noise = torch.randint(0, 1 << 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
-    moved = (x.contiguous().view(torch.int32) + noise).bitwise_and_(-(1 << 16)).view(torch.float32)
-    return torch.where(x.isfinite(), moved, x).bfloat16()
+        kept.copy_(round_stochastic(wide, kept.dtype, torch.Generator(wide.device).manual_seed(seed)))
