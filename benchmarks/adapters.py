@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from adapter_tasks import DECODER, ENCODER, TASKS, Bench
+from matrix import best_rate, candidates, cell, interval, order, verdict
 
 import graftwork
 from graftwork.registry import make_config
@@ -77,45 +78,13 @@ def options_of(bench: Bench, method: str) -> dict[str, Any]:
     return options
 
 
-def cell(path: Path, make, *arguments, rate: float | None = None) -> Any:
-    """The result in this file, or of make(*arguments), which is then written there. rate: a result of another rate is none."""
-    if path.exists():
-        found = json.loads(path.read_text())
-        if rate is None or found["rate"] == rate:
-            return found
-    found = make(*arguments)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found) + "\n")
-    return found
-
-
-def order(mean: float | None) -> float:
-    return -math.inf if mean is None or math.isnan(mean) else mean
-
-
-def best_rate(tried: dict[float, float | None]) -> float:
-    return max(tried, key=lambda rate: order(tried[rate]))
-
-
-def candidates(rates, tried: dict[float, float | None]) -> Iterator[float]:
-    """The rates to try; which come after the first ones depends on what the caller found and put into `tried`."""
-    yield from rates
-    if len(rates) < len(RATES):  # --quick
-        return
-    for further, edge in ((BELOW, min), (ABOVE, max)):
-        for rate in further:
-            if best_rate(tried) != edge(tried):
-                break
-            yield rate
-
-
 def run_task(bench: Bench, methods: list[str], out: Path, end: float, rates, seeds, steps: int | None = None) -> None:
     """All cells of one task, method by method, until `end`."""
     for method in methods:
         place = out / bench.task.name / method
         options = cell(place / "options.json", options_of, bench, method)
         tried: dict[float, float | None] = {}
-        for rate in candidates(rates, tried):
+        for rate in candidates(rates, tried, *((BELOW, ABOVE) if rates == RATES else ())):
             if time.monotonic() > end:
                 return print(f"stopped in {method}: the minutes are over; the same command goes on from here", file=sys.stderr)
             tried[rate] = cell(place / f"search-lr{rate:g}.json", bench.run, method, options, rate, 0, "validation", steps)["mean"]
@@ -130,16 +99,6 @@ def run_task(bench: Bench, methods: list[str], out: Path, end: float, rates, see
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------------
-def interval(ours: list[list[float]], theirs: list[list[float]], draws: int = 2000) -> tuple[float, float, float]:
-    """Mean difference and its 95 % interval; rows and seeds are drawn together, so that equal rows stay paired."""
-    gains = torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64)  # (seeds, rows)
-    generator = torch.Generator().manual_seed(0)
-    seeds = torch.randint(gains.shape[0], (draws, gains.shape[0]), generator=generator)
-    rows = torch.randint(gains.shape[1], (draws, gains.shape[1]), generator=generator)
-    means = torch.stack([gains[s][:, r].mean() for s, r in zip(seeds, rows)]).sort().values
-    return float(gains.mean()), float(means[int(0.025 * draws)]), float(means[int(0.975 * draws) - 1])
-
-
 def read(out: Path, task: str, seeds=SEEDS) -> dict[str, list[dict[str, Any]]]:
     """{method: its finals} of the methods whose cells of a task are all there."""
     found = {}
@@ -148,10 +107,6 @@ def read(out: Path, task: str, seeds=SEEDS) -> dict[str, list[dict[str, Any]]]:
         if all(f.exists() for f in files):
             found[place.name] = [json.loads(f.read_text()) for f in files]
     return found
-
-
-def verdict(mean: float, low: float, high: float) -> str:
-    return "better" if low > 0 else "worse" if high < 0 else "no difference"
 
 
 def table(out: Path, task: str, rates=RATES, seeds=SEEDS, steps: int | None = None) -> str:
