@@ -89,6 +89,9 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
         for i, s in enumerate(selections):
             unless(not s.traits["full_tuning_only"], f"selection.{i}", f"{s.name} chooses among the model's own weights, which "
                    f"{adapter.name} freezes", f"remove selection {s.name}, or adapter: null with storage: dense")
+        partner = adapter.traits.get("selection")
+        unless(partner is None or any(s.name == partner for s in selections), "selection",
+               f"{adapter.name} trains what selection {partner} draws, and keeps its form by it", f"selection: [{{method: {partner}}}]")
         if start is not None:
             unless(not recipe.adapter_from, "initializer",
                    f"{start.name} starts a new adapter, and adapter.from continues a trained one", "remove initializer")

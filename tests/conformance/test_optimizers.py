@@ -27,6 +27,7 @@ SLOW = [
     ("adamw", {"rounding": "stochastic"}), ("adamw", {"rounding": "kahan"}), ("galore", {"rounding": "kahan"}),
     ("sgd", {"momentum": 0.9, "nesterov": True, "state_dtype": "bfloat16"}), ("lion", {"rounding": "kahan"}),
     ("adafactor", {"beta1": 0.9, "scale_parameter": True}), ("adam_mini", {"state_dtype": "bfloat16"}),
+    ("came", {"state_dtype": "bfloat16", "rounding": "kahan"}),
     ("muon", {"adjust_lr_fn": "match_rms_adamw", "ns_dtype": "float32", "rounding": "stochastic"}),
     ("adamw8bit", {"min_8bit_size": 5}),
     ("fira", {"svd": "randomized", "growth_limit": None}), ("frugal", {"subspace": "random", "moments": "keep"}),

@@ -30,13 +30,13 @@ Slots = dict[str, tuple[tuple[int, ...], torch.dtype]]
 _SAVED_GROUP_KEYS = ("lr", "base_lr", "lr_scale", "weight_decay", "role")
 
 
-def _below_one(betas: tuple[float, float]) -> tuple[float, float]:
+def below_one(betas: tuple[float, ...]) -> tuple[float, ...]:
     if not all(0.0 <= b < 1.0 for b in betas):
         raise ValueError("each beta must lie in [0, 1)")
     return betas
 
 
-Betas = Annotated[tuple[float, float], AfterValidator(_below_one)]
+Betas = Annotated[tuple[float, float], AfterValidator(below_one)]
 
 
 class CommonConfig(MethodConfig):
