@@ -28,7 +28,8 @@ SLOW = [
     ("sgd", {"momentum": 0.9, "nesterov": True, "state_dtype": "bfloat16"}), ("lion", {"rounding": "kahan"}),
     ("adafactor", {"beta1": 0.9, "scale_parameter": True}), ("adam_mini", {"state_dtype": "bfloat16"}),
     ("muon", {"adjust_lr_fn": "match_rms_adamw", "ns_dtype": "float32", "rounding": "stochastic"}),
-    ("adamw8bit", {"min_8bit_size": 5}),
+    ("adamw8bit", {"min_8bit_size": 5}), ("galore", {"state": "8bit", "min_8bit_size": 5}),
+    ("galore", {"state": "8bit", "min_8bit_size": 5, "moments": "rotate"}),
     ("fira", {"svd": "randomized", "growth_limit": None}), ("frugal", {"subspace": "random", "moments": "keep"}),
     ("natural_galore", {"history": 3, "moments": "rotate"}), ("subtrack", {"state_dtype": "bfloat16"}),
     ("gradnormlorp", {"proj_type": "full", "state_dtype": "bfloat16"}), ("cosmos", {"state_dtype": "bfloat16", "gamma": 0.0})]
