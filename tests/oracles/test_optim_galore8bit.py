@@ -50,6 +50,7 @@ def test_equals_galore_torch_8bit(shape, monkeypatch):
             assert (decoded(mine.state[p], name, signed) - other).norm() < 0.02 * other.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moments", ["keep", "reset", "rotate"])
 def test_step_is_adam_in_the_subspace_from_the_codes(moments):
     p = torch.nn.Parameter(start((40, 24)))
