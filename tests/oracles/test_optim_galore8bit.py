@@ -100,6 +100,31 @@ def test_bytes_are_the_formula():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method, extra", [("apollo", 12), ("fira", 4 * 24 * 5 + 4)])
+def test_apollo_and_fira_take_the_same_rule(method, extra):
+    """From the same codes a step is that of float moments; bytes are 2 b r and the block maxima."""
+    p, q = (torch.nn.Parameter(start((40, 24))) for _ in range(2))
+    options = {"lr": 1e-2, "rank": 5, "update_proj_gap": 100}
+    mine, dense = optimizer(method, [p], state="8bit", min_8bit_size=1, **options), optimizer(method, [q], **options)
+    for step in range(4):
+        p.grad = start((40, 24), 20 + step)
+        q.grad = p.grad.clone()
+        mine.step()
+        dense.step()
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            q.copy_(p)
+            for name, signed, _ in MOMENTS:
+                exact, coded = dense.state[q][name], decoded(mine.state[p], name, signed)
+                assert 0 < (exact - coded).norm() < 0.03 * exact.norm()
+                exact.copy_(coded)
+            if "update_norm" in dense.state[q]:
+                torch.testing.assert_close(mine.state[p]["update_norm"], dense.state[q]["update_norm"])
+    counted = sum(t.numel() * t.itemsize for t in mine.state[p].values())
+    assert counted == 2 * 200 + 8 + extra + 4 == type(mine).state_bytes((40, 24), config=mine.config)
+
+
+@pytest.mark.slow
 def test_trains_as_far_as_with_float_moments():
     ends = {}
     for state in ("dense", "8bit"):
