@@ -216,6 +216,8 @@ def test_an_alias_beside_the_key_it_stands_for(tmp_path):
 # -- combinations --------------------------------------------------------------------------------------------------------------
 REFUSED = {
     "full tuning of codes": ({"adapter": None, "storage": "nf4"}, "storage", "frozen codes", "adapter: lora"),
+    "codes that an estimator would move": ({"adapter": None, "storage": "int8", "estimator": "mezo"}, "estimator", "only an optimizer",
+        "estimator: backprop"),
     "initializer without adapter": ({"adapter": None, "initializer": "pissa"}, "initializer", "there is none",
         "remove initializer"),
     "fleet without adapter": ({"adapter": None, "data": {"train": "*.jsonl"}}, "data.train", "fleet", "adapter: lora"),

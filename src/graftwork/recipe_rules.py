@@ -76,9 +76,13 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
             found.append((section, why, fix))
 
     if adapter is None:
-        unless(storage.name == "dense", "storage",
+        trained = bool(storage.traits.get("trainable"))
+        unless(storage.traits.get("lossless") or trained, "storage",
                f"full tuning trains the weights themselves, and {storage.name} weights are frozen codes",
                f"storage: dense, or keep {storage.name} and add adapter: lora")
+        unless(not trained or estimator.traits["gradients"], "estimator",
+               f"{estimator.name} moves weights in place, and {storage.name} weights are codes that only an optimizer writes",
+               "estimator: backprop, or storage: dense")
         unless(start is None, "initializer", "an initializer starts an adapter, and there is none", "remove initializer")
         unless(not recipe.is_fleet, "data.train", "a fleet trains one adapter a file, and there is no adapter",
                "add adapter: lora")

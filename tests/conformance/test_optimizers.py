@@ -29,7 +29,12 @@ SLOW = [
     ("adafactor", {"beta1": 0.9, "scale_parameter": True}), ("adam_mini", {"state_dtype": "bfloat16"}),
     ("came", {"state_dtype": "bfloat16", "rounding": "kahan"}),
     ("muon", {"adjust_lr_fn": "match_rms_adamw", "ns_dtype": "float32", "rounding": "stochastic"}),
-    ("adamw8bit", {"min_8bit_size": 5}),
+    ("adamw8bit", {"min_8bit_size": 5}), ("galore", {"state": "8bit", "min_8bit_size": 5}),
+    ("galore", {"state": "8bit", "min_8bit_size": 5, "moments": "rotate"}),
+    ("apollo", {"state": "8bit", "min_8bit_size": 5}), ("fira", {"state": "8bit", "min_8bit_size": 5}),
+    ("q_galore", {"min_8bit_size": 5, "similarity": "cosine", "queue_size": 1, "update_proj_gap": 1, "quant_group_size": 16}),
+    ("q_galore", {"svd": "randomized", "queue_size": 1, "cos_threshold": -1.0, "gamma_proj": 1.5, "state": "dense"}),
+    ("q_galore", {"projection": "dense", "cos_threshold": None, "rounding": "nearest"}),
     ("fira", {"svd": "randomized", "growth_limit": None}), ("frugal", {"subspace": "random", "moments": "keep"}),
     ("natural_galore", {"history": 3, "moments": "rotate"}), ("subtrack", {"state_dtype": "bfloat16"}),
     ("gradnormlorp", {"proj_type": "full", "state_dtype": "bfloat16"}), ("cosmos", {"state_dtype": "bfloat16", "gamma": 0.0})]

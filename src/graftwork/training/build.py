@@ -19,7 +19,7 @@ from ..errors import TrainingError
 from ..modeling.arithmetic import widen
 from ..recipe import Recipe
 from ..registry import MethodConfig, lookup
-from ..storage.base import apply_storage
+from ..storage.base import apply_storage, train_weights
 from .step import TrainStep
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -85,7 +85,7 @@ def build_grafts(recipe: Recipe, model: nn.Module, names: Sequence[str] = ("defa
     For initializers: batches(name) gives model inputs, first_rate(name) the learning rate of the first step."""
     config = adapter_config(recipe, model)
     if config is None:
-        model.requires_grad_(True)
+        train_weights(model)
         return []
     if recipe.adapter_from:
         from ..artifact import attach_saved

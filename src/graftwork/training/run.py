@@ -21,6 +21,7 @@ from ..errors import DataError, GraftworkError, TrainingError, UsageError
 from ..files import FileLock, atomic_folder, atomic_write_text, disk_errors, safe_name
 from ..modeling.state import state_of
 from ..recipe import Recipe, load_recipe
+from ..storage.base import dense_state
 from . import checkpoint as ckpt
 from .batches import FleetBatches, StepBatches, heaviest_step, total_steps
 from .build import build_grafts, build_model, build_step, task_of
@@ -358,7 +359,7 @@ class _Run:
             return target
         target = self.folder / "model"
         with atomic_folder(target, overwrite=True) as new:
-            self.model.save_pretrained(new)
+            self.model.save_pretrained(new, state_dict=dense_state(self.model))
             self.tokenizer.save_pretrained(new)
             source = getattr(self.model, "graft_source", None)
             for path in source.license_files() if source else []:
