@@ -8,7 +8,7 @@ In one's own Transformers Trainer: `trainer.add_callback(LISASelection(LISA(laye
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +21,8 @@ from ..registry import MethodConfig
 
 @dataclass
 class SelectionContext:
-    """What a selection may act on. graft is None for full tuning. total_steps: length of the run, for schedules."""
+    """What a selection may act on. graft is None for full tuning. total_steps: length of the run, for schedules. batches(): inputs
+    of the model for statistics, in the order of training (those of the step where the run offers no others); None: there are none."""
 
     model: nn.Module
     graft: Any | None
@@ -30,6 +31,7 @@ class SelectionContext:
     step: int
     total_steps: int
     seed: int
+    batches: Callable[[], Iterable[dict[str, Any]]] | None = None
 
 
 class Selection:

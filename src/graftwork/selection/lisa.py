@@ -53,11 +53,7 @@ class LISASelection(Selection):
         """The layers drawn for one interval, sorted."""
         if self.config.layers > total:
             raise UsageError(f"lisa: layers = {self.config.layers}, but the model has {total}", remedy=f"choose at most {total}")
-        # the layers with the smallest hashes: uniform, and a list of numbers also while a simulation runs on fake tensors
-        def key(layer: int) -> bytes:
-            return hashlib.blake2b(f"lisa/{seed}/{interval}/{layer}".encode(), digest_size=8).digest()
-
-        return sorted(sorted(range(total), key=key)[: self.config.layers])
+        return sorted(sorted(range(total), key=lambda layer: draw(seed, interval, layer))[: self.config.layers])
 
     def _apply(self, ctx: SelectionContext) -> None:
         self._drawn = ctx.step // self.config.interval
@@ -67,3 +63,9 @@ class LISASelection(Selection):
         chosen = {id(p) for i in active for p in blocks[i].parameters()}
         train_only(ctx, chosen | {id(p) for _, p in ctx.parameters if self.config.always_on and id(p) not in inside})
 
+
+def draw(seed: int, interval: int, layer: int) -> float:
+    """A number from (0, 1), one for each layer and interval; the layers with the smallest are drawn. A hash, not a generator: it is
+    the same also while a simulation runs on fake tensors."""
+    digest = hashlib.blake2b(f"lisa/{seed}/{interval}/{layer}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") + 0.5) / 2**64
