@@ -113,6 +113,8 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
            f"{estimator.name} runs no backward pass, so there are no activations to save", "train.gradient_checkpointing: false")
     unless(estimator.traits["gradients"] or not recipe.is_fleet, "estimator",
            f"{estimator.name} moves all adapters of a mixed batch at once", "estimator: backprop")
+    unless(not (estimator.traits.get("couples_rows") and recipe.is_fleet), "estimator",
+           f"{estimator.name} treats the rows of a batch together, and those of a fleet are of different adapters", "estimator: backprop")
     unless(adapter is None or adapter.name in estimator.traits.get("adapters", [adapter.name]), "estimator",
            f"{estimator.name} trains {', '.join(estimator.traits.get('adapters', []))}, not {adapter and adapter.name}",
            "estimator: backprop")

@@ -129,6 +129,7 @@ class _Run:
                    for name, m in self.members.items()}
         only = next(iter(factors.values()))
         step = build_step(self.recipe, self.model, self.grafts, len(self.batches))
+        step.calibration = lambda: self._statistics_batches(next(iter(self.members)))
         self.stopped = step.stopped
         if self.recipe.is_fleet:
             self.batches.stopped = step.stopped
@@ -271,7 +272,7 @@ class _Run:
                                                                             train.schedule)
 
     def _statistics_batches(self, name: str):
-        """Model inputs in the order of training, for initializers that look at data; of the initializer's own file if it has one."""
+        """Model inputs in the order of training, for what looks at data; of the initializer's own file if it has one."""
         from ..data import build_splits, model_inputs
 
         steps, other = self.members[name], getattr(self.recipe.initializer, "data", None)
