@@ -106,6 +106,12 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
            f"{estimator.name} runs no backward pass, so there are no activations to save", "train.gradient_checkpointing: false")
     unless(estimator.traits["gradients"] or not recipe.is_fleet, "estimator",
            f"{estimator.name} moves all adapters of a mixed batch at once", "estimator: backprop")
+    unless(estimator.traits["gradients"] or "max_grad_norm" not in recipe.train.model_fields_set or not recipe.train.max_grad_norm,
+           "train.max_grad_norm", f"{estimator.name} moves the parameters itself, so there is no gradient to clip",
+           "remove train.max_grad_norm")
+    dropout = type(recipe.adapter).model_fields.get("dropout") if adapter and not recipe.adapter_from else None
+    unless(estimator.traits["gradients"] or dropout is None or recipe.adapter.dropout in (0, dropout.default), "adapter.dropout",
+           f"{estimator.name} compares forwards of one batch, and dropout would differ between them: it is off", "adapter.dropout: 0")
     unless(adapter is None or adapter.name in estimator.traits.get("adapters", [adapter.name]), "estimator",
            f"{estimator.name} trains {', '.join(estimator.traits.get('adapters', []))}, not {adapter and adapter.name}",
            "estimator: backprop")
