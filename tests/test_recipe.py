@@ -246,6 +246,12 @@ REFUSED = {
         "max_grad_norm: 0"),
     "packed classification": ({"objective": "classification", "data": {"train": "d", "packing": True}}, "data.packing",
                               "whole rows", "false"),
+    "fused without backward": ({"estimator": "deepzero", "optimizer": {"method": "adamw", "fused": True}, "train": {"max_grad_norm": 0}},
+        "optimizer.fused", "runs none", "optimizer.fused: false"),
+    "checkpointing of coordinates": ({"estimator": "deepzero", "train": {"gradient_checkpointing": True}},
+        "train.gradient_checkpointing", "no backward pass", "false"),
+    "derivative of a metric": ({"objective": "metric"}, "objective", "every derivative would be 0", "estimator: mezo"),
+    "tangents of a metric": ({"objective": "metric", "estimator": "forward_gradient"}, "objective", "differentiates", "estimator: mezo"),
     "best of nothing": ({"train": {"restore_best": True}, "data": {"train": "d", "eval_fraction": 0.1}}, "train.eval_steps",
                         "eval_steps is 0", "train.eval_steps: 50"),
     "evaluation of nothing": ({"train": {"eval_steps": 5}}, "data.eval", "needs data", "eval_fraction"),
@@ -291,7 +297,8 @@ def test_the_remedies_work():
               "layers of a frozen model": {"selection": []}, "initializer of another adapter": {"adapter": "lora"},
               "fused and clipped": {"train": {"max_grad_norm": 0}}, "zeroth order of a fleet": {"estimator": "backprop"},
               "evaluation of nothing": {"data": {"train": "d", "eval_fraction": 0.1}},
-              "clipping without a gradient": {"train": {"max_grad_norm": 0}}, "dropout between compared forwards": {"adapter": "lora"}}
+              "clipping without a gradient": {"train": {"max_grad_norm": 0}}, "derivative of a metric": {"estimator": "mezo"},
+              "dropout between compared forwards": {"adapter": "lora"}}
     for name, change in mended.items():
         load_recipe({**PLAIN, **REFUSED[name][0], **change})
 
