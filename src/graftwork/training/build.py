@@ -139,7 +139,7 @@ def build_step(recipe: Recipe, model: nn.Module, grafts: Sequence[Graft], total_
     objective = lookup("objective", recipe.objective.method).cls(recipe.objective)
     estimator = lookup("estimator", recipe.estimator.method).cls(recipe.estimator)
     selections = [lookup("selection", s.method).cls(s) for s in recipe.selection]
-    if recipe.optimizer is None:
+    if not estimator.gradients or estimator.moves_some:
         check_groups(recipe, grafts)
     clip = [[p for p in g.parameters()] for g in grafts] if len(grafts) > 1 else []
     return TrainStep(model, objective, estimator, parameters, grafts, selections, build_optimizer(recipe, model, grafts),
