@@ -17,10 +17,13 @@ from training_support import completions, folder, recipe
 ESTIMATORS = [info.name for info in methods("estimator")]
 SELECTIONS = [info.name for info in methods("selection")]
 #: options that make a short run show something; kept only where a method has them
-SMALL = {"lr": 1e-2, "eps": 1e-2, "interval": 2, "layers": 1, "target_r": 1, "warmup": 1, "final": 1, "final_r": 4}
+SMALL = {"lr": 1e-2, "eps": 1e-2, "interval": 2, "layers": 1, "target_r": 1, "warmup": 1, "final": 1, "final_r": 4, "max_coordinates": 24,
+         "grasp_samples": 2}
 
 #: rates at which 25 steps of an estimator without optimizer show something; 3e-4 where not named
 RATES = {"zo_sgd_sign": 1e-3}
+#: estimators whose gradient is zero but for a few entries: three short steps need not reach every tensor
+SPARSE = {"deepzero"}
 
 
 def together(estimator, selection):
@@ -91,7 +94,9 @@ def test_an_estimator_steps_moves_only_what_is_trained_and_repeats_itself(name):
     after = trained(step, 0, 3)
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is nobody's business
     for n, p in step.model.named_parameters():
-        assert torch.equal(p, start[n]) == (id(p) not in own), n
+        if not (name in SPARSE and id(p) in own):
+            assert torch.equal(p, start[n]) == (id(p) not in own), n
+    assert any(not torch.equal(p, start[n]) for n, p in step.model.named_parameters())
     assert step.model.training
     again = trained(built(name), 0, 3)
     assert all(torch.equal(after[n], again[n]) for n in after)

@@ -220,7 +220,7 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
 def _state_alone(step: Any) -> bool:
     """True where the first step leaves nothing behind but optimizer state: it need not be simulated."""
     return bool(step.grafts) and step.optimizer is not None and not step.selections and step.estimator.gradients \
-        and not step.optimizer.config.fused
+        and not (step.optimizer.config.fused or step.estimator.moves_some)
 
 
 def _allocate_state(step: Any) -> None:

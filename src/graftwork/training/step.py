@@ -63,7 +63,7 @@ class TrainStep:
             self.forward_model or self.model, self.objective, self.parameters, batches, self.row_scales(batches), holder,
             step, self.seed, lr, self.optimizer, lambda: self.auxiliary_loss(present)))
         fused = getattr(getattr(self.optimizer, "config", None), "fused", False)
-        if first and not (fused or result.updated or self.selections) and has_values(result.loss):
+        if first and not (fused or result.updated or self.estimator.moves_some or self.selections) and has_values(result.loss):
             self._warn_of_silent_sites(present)
         if present:
             self._by_adapter(batches, result, step)
