@@ -13,6 +13,7 @@ from graftwork.estimators.mezo import add_noise
 from graftwork.modeling.state import StateHolder, state_of
 from graftwork.objectives.base import LossOutput
 from graftwork.objectives.causal_lm import CausalLMObjective
+from memory_support import forward_peak, peak_of
 
 slow = pytest.mark.slow
 
@@ -171,3 +172,18 @@ def test_a_recipe_plans_within_memory_and_runs_with_an_optimizer(tmp_path):
                       adapter={"method": "lora", "r": 2, "target_modules": ["v_proj"]}, train={"max_steps": 3})
     assert not graftwork.plan(document, estimate_time=False).notes
     assert run(document).steps == 3
+
+
+@slow
+def test_memory_is_the_forward_the_outputs_of_blocks_the_gradient_and_a_permutation():
+    model = tiny.llama(vocab_size=512)
+    named, batch = list(model.requires_grad_(True).named_parameters()), batch_of(4, 32)
+    each = DeepZeroEstimator(DeepZero(max_coordinates=30, grasp_samples=2, sparsity=0.9))
+    size, largest = (f(p.numel() for _, p in named) for f in (sum, max))
+    records, plain = len(model.model.layers) * 4 * 32 * tiny.HIDDEN * 4, forward_peak(model, batch)
+    for at, once in ((0, 4 * size * 4), (1, 0)):  # ZO-GraSP: the values, those shifted, two estimates
+        found = peak_of(lambda at=at: measured(model, named, step=at, batches=[batch], each=each), model, batch)
+        assert found <= plain + records + size * 4 + 16 * largest + once + 4096
+        assert once or found > plain + size * 4
+        for _, p in named:
+            p.grad = None

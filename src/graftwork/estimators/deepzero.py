@@ -109,7 +109,7 @@ class DeepZeroEstimator(Estimator):
         return torch.stack(total + ([] if extra is None else [extra.double()])).sum(), rows
 
     def _comparable(self, ctx: StepContext, stack: Stack, base: Tensor) -> bool:
-        config = getattr(ctx.model, "config", None)
+        config = getattr(getattr(ctx.model, "module", ctx.model), "config", None)
         if not stack.blocks or getattr(config, "output_router_logits", False) or ctx.graft_losses() is not None:
             return False
         if not all((m, k) in stack.records for m in range(len(ctx.batches)) for k in range(len(stack.blocks))):

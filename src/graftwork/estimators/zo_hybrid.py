@@ -56,32 +56,34 @@ class ZOHybridEstimator(MeZOEstimator):
 
     def step(self, ctx: StepContext) -> StepResult:
         moving = [(n, p) for n, p in ctx.parameters if p.requires_grad]
-        chosen = self.first_order(ctx.model, moving)
+        chosen = self.first_order(ctx.model, ctx.parameters)
         below = [(n, p) for n, p in moving if n not in chosen]
-        coefficients: list = []
+        coefficients, result = [], None
         if below:
             with torch.no_grad(), evaluating(ctx.model):
-                coefficients, _, _ = self.measure(ctx, below)
-        for _, p in below:
-            p.requires_grad_(False)
-        try:
-            result = self.backward.step(ctx)
-        finally:
+                coefficients, loss, rows = self.measure(ctx, below)
+                result = StepResult(loss.float(), {}, rows)
+        if len(below) < len(moving):  # else a selection has frozen all of psi for now
             for _, p in below:
-                p.requires_grad_(True)
+                p.requires_grad_(False)
+            try:
+                result = self.backward.step(ctx)
+            finally:
+                for _, p in below:
+                    p.requires_grad_(True)
         mezo.update(below, ctx.seed, ctx.step, coefficients, self.config.zeroth_lr * schedule(ctx.optimizer), self.config.weight_decay)
         names = ["projected_gradient", *(f"projected_gradient_{i}" for i in range(1, len(coefficients)))]
         result.metrics = {**result.metrics, **dict(zip(names, coefficients))}
         return result
 
-    def first_order(self, model: nn.Module, moving: Named) -> set[str]:
+    def first_order(self, model: nn.Module, trained: Named) -> set[str]:
         """Names of psi. Raises IncompatibleError when nothing of what is trained belongs to it."""
         parts = self.config.first_order
         if parts is not None:
-            found = {n for n, _ in moving if any(part in n for part in parts)}
+            found = {n for n, _ in trained if any(part in n for part in parts)}
         else:
             late = after(model, self.config.layers)
-            found = {n for n, p in moving if id(p) in late}
+            found = {n for n, p in trained if id(p) in late}
         if not found:
             raise IncompatibleError(f"zo_hybrid: nothing that is trained {'has such a name' if parts else 'is in the last layers'}",
                                     remedy="estimator: mezo, or other layers (estimator.layers, estimator.first_order)")
