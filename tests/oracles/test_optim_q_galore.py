@@ -178,8 +178,8 @@ def test_state_bytes_are_the_formula():
 
 
 # -- INT8 weights ------------------------------------------------------------------------------------------------------------
-def coded_model(name="llama", dtype=torch.float32, **options):
-    model = apply_storage(tiny.ALL[name]().to(dtype), make_config("storage", "int8", **options))
+def coded_model(name="llama"):
+    model = apply_storage(tiny.ALL[name](), make_config("storage", "int8"))
     train_weights(model)
     return model
 
@@ -287,6 +287,18 @@ def test_casts_and_files_leave_the_stand_in_alone():
     assert torch.equal(kept.dequantize(), dense.bfloat16()) and kept.bits_per_weight == 8 + 64 * 4 / 960
     kept.load_state_dict(make_storage(-draw(24, 40), "int8", make_config("storage", "int8")).state_dict())
     assert (kept.read() + draw(24, 40)).abs().max() < 0.05 and kept.weight is weight
+
+
+def test_group_size_buys_precision_with_bits():
+    errors = {}
+    for group in (16, 64, 256, 1000):
+        kept = make_storage(draw(24, 40), "int8", make_config("storage", "int8", group_size=group))
+        assert kept.bits_per_weight == 8 + 64 * -(-960 // group) / 960
+        errors[group] = (kept.read() - draw(24, 40)).norm().item()
+    assert errors[16] < errors[64] < errors[256] < errors[1000]
+    for bad in (0, 8):
+        with pytest.raises(UsageError, match="group_size"):
+            make_config("storage", "int8", group_size=bad)
 
 
 def test_what_codes_refuse():
