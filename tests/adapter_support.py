@@ -47,6 +47,7 @@ OPTIONS = {
     "allora": {"r": 4, "eta": 1.5},
     "adalora": {"r": 4, "alpha": 20.0},
     "increlora": {"r": 4, "alpha": 20.0},
+    "sst": {"r": 6},
     "sora": {"r": 4, "alpha": 20.0},
 }
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]

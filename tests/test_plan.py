@@ -75,6 +75,7 @@ RECIPES = {
     "cosmos": {**FULL, "optimizer": {"method": "cosmos", "rank": 16}},
     "8-bit, rounded stochastically": {**FULL, "optimizer": {"method": "adamw8bit", "rounding": "stochastic"},
                                       "train": {"precision": "bf16"}},
+    "q_galore on codes": {**FULL, "storage": "int8", "optimizer": {"method": "q_galore", "rank": 16, "update_proj_gap": 1}},
     "mezo": {"adapter": None, "estimator": "mezo"},
     "lisa": {**FULL, "selection": [{"method": "lisa", "layers": 1, "interval": 1}]},
 }

@@ -48,6 +48,7 @@ def test_numbers_that_yaml_reads_as_text(tmp_path):
      "initializer": {"method": "pissa"}, "train": {"report_to": ["tensorboard"], "save_total_limit": None, "warmup": 7}},
     {**PLAIN, "adapter": None, "optimizer": {"method": "galore", "rank": 7, "betas": [0.8, 0.9]},
      "selection": [{"method": "lisa", "interval": 3}], "objective": {"method": "classification", "label_smoothing": 0.1}},
+    {**PLAIN, "estimator": "zo_adam", "adapter": "mixlora", "train": {"max_grad_norm": 0}},
     {**PLAIN, "estimator": {"method": "mezo", "n_samples": 2},
      "data": {"train": ["a", "b"], "eval": "c", "columns": {"text": "body"}}},
 ])
@@ -216,6 +217,8 @@ def test_an_alias_beside_the_key_it_stands_for(tmp_path):
 # -- combinations --------------------------------------------------------------------------------------------------------------
 REFUSED = {
     "full tuning of codes": ({"adapter": None, "storage": "nf4"}, "storage", "frozen codes", "adapter: lora"),
+    "codes that an estimator would move": ({"adapter": None, "storage": "int8", "estimator": "mezo"}, "estimator", "only an optimizer",
+        "estimator: backprop"),
     "initializer without adapter": ({"adapter": None, "initializer": "pissa"}, "initializer", "there is none",
         "remove initializer"),
     "fleet without adapter": ({"adapter": None, "data": {"train": "*.jsonl"}}, "data.train", "fleet", "adapter: lora"),
@@ -233,6 +236,10 @@ REFUSED = {
     "checkpointing without backward": ({"estimator": "mezo", "train": {"gradient_checkpointing": True}},
         "train.gradient_checkpointing",
                                        "no backward pass", "false"),
+    "clipping without a gradient": ({"estimator": "mezo", "train": {"max_grad_norm": 1.0}}, "train.max_grad_norm",
+        "no gradient to clip", "remove train.max_grad_norm"),
+    "dropout between compared forwards": ({"estimator": "zo_sgd", "adapter": {"method": "lora", "dropout": 0.1}}, "adapter.dropout",
+        "differ between them", "adapter.dropout: 0"),
     "zeroth order of a fleet": ({"estimator": "mezo", "data": {"train": "*.jsonl"}}, "estimator", "at once", "backprop"),
     "fused and accumulated": ({"optimizer": {"method": "adamw", "fused": True}, "train": {"grad_accumulation": 2,
         "max_grad_norm": 0}},
@@ -241,6 +248,12 @@ REFUSED = {
         "max_grad_norm: 0"),
     "packed classification": ({"objective": "classification", "data": {"train": "d", "packing": True}}, "data.packing",
                               "whole rows", "false"),
+    "fused without backward": ({"estimator": "deepzero", "optimizer": {"method": "adamw", "fused": True}, "train": {"max_grad_norm": 0}},
+        "optimizer.fused", "runs none", "optimizer.fused: false"),
+    "checkpointing of coordinates": ({"estimator": "deepzero", "train": {"gradient_checkpointing": True}},
+        "train.gradient_checkpointing", "no backward pass", "false"),
+    "derivative of a metric": ({"objective": "metric"}, "objective", "every derivative would be 0", "estimator: mezo"),
+    "tangents of a metric": ({"objective": "metric", "estimator": "forward_gradient"}, "objective", "differentiates", "estimator: mezo"),
     "best of nothing": ({"train": {"restore_best": True}, "data": {"train": "d", "eval_fraction": 0.1}}, "train.eval_steps",
                         "eval_steps is 0", "train.eval_steps: 50"),
     "evaluation of nothing": ({"train": {"eval_steps": 5}}, "data.eval", "needs data", "eval_fraction"),
@@ -285,7 +298,9 @@ def test_the_remedies_work():
     mended = {"full tuning of codes": {"adapter": "lora"}, "projection of an adapter": {"optimizer": "adamw"},
               "layers of a frozen model": {"selection": []}, "initializer of another adapter": {"adapter": "lora"},
               "fused and clipped": {"train": {"max_grad_norm": 0}}, "zeroth order of a fleet": {"estimator": "backprop"},
-              "evaluation of nothing": {"data": {"train": "d", "eval_fraction": 0.1}}}
+              "evaluation of nothing": {"data": {"train": "d", "eval_fraction": 0.1}},
+              "clipping without a gradient": {"train": {"max_grad_norm": 0}}, "derivative of a metric": {"estimator": "mezo"},
+              "dropout between compared forwards": {"adapter": "lora"}}
     for name, change in mended.items():
         load_recipe({**PLAIN, **REFUSED[name][0], **change})
 
@@ -295,3 +310,10 @@ def test_all_reasons_come_together():
     with pytest.raises(RecipeError) as error:
         load_recipe(document)
     assert len(error.value.problems) == 3
+
+
+def test_a_default_that_is_not_set_is_no_choice():
+    """The default norm stays silent where nothing is clipped, and the resolved recipe does not turn it into a choice."""
+    made = load_recipe({**PLAIN, "estimator": "mezo", "train": {"batch_size": 2}})
+    assert "max_grad_norm" not in made.document()["train"] and load_recipe(made.document()).document() == made.document()
+    assert load_recipe({**PLAIN, "train": {"batch_size": 2}}).document()["train"]["max_grad_norm"] == 1.0

@@ -71,11 +71,13 @@ class Recipe(BaseModel):
             return None if config is None else {"method": config.method, **config.model_dump(mode="json")}
 
         adapter = {"from": self.adapter_from} if self.adapter_from else section(self.adapter)
+        # what is refused when it is set must not look as if it were set
+        clips = lookup("estimator", self.estimator.method).traits["gradients"] or not self.train.max_grad_norm
         return {"model": self.model, "storage": section(self.storage), "adapter": adapter,
                 "initializer": section(self.initializer), "optimizer": section(self.optimizer),
                 "estimator": section(self.estimator), "selection": [section(s) for s in self.selection],
                 "objective": section(self.objective), "data": self.data.model_dump(mode="json", exclude_none=True),
-                "train": self.train.model_dump(mode="json"), "output_dir": self.output_dir,
+                "train": self.train.model_dump(mode="json", exclude=None if clips else {"max_grad_norm"}), "output_dir": self.output_dir,
                 "trust_remote_code": self.trust_remote_code}
 
     def yaml(self) -> str:

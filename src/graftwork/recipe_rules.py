@@ -76,9 +76,13 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
             found.append((section, why, fix))
 
     if adapter is None:
-        unless(storage.name == "dense", "storage",
+        trained = bool(storage.traits.get("trainable"))
+        unless(storage.traits.get("lossless") or trained, "storage",
                f"full tuning trains the weights themselves, and {storage.name} weights are frozen codes",
                f"storage: dense, or keep {storage.name} and add adapter: lora")
+        unless(not trained or estimator.traits["gradients"], "estimator",
+               f"{estimator.name} moves weights in place, and {storage.name} weights are codes that only an optimizer writes",
+               "estimator: backprop, or storage: dense")
         unless(start is None, "initializer", "an initializer starts an adapter, and there is none", "remove initializer")
         unless(not recipe.is_fleet, "data.train", "a fleet trains one adapter a file, and there is no adapter",
                "add adapter: lora")
@@ -89,6 +93,9 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
         for i, s in enumerate(selections):
             unless(not s.traits["full_tuning_only"], f"selection.{i}", f"{s.name} chooses among the model's own weights, which "
                    f"{adapter.name} freezes", f"remove selection {s.name}, or adapter: null with storage: dense")
+        partner = adapter.traits.get("selection")
+        unless(partner is None or any(s.name == partner for s in selections), "selection",
+               f"{adapter.name} trains what selection {partner} draws, and keeps its form by it", f"selection: [{{method: {partner}}}]")
         if start is not None:
             unless(not recipe.adapter_from, "initializer",
                    f"{start.name} starts a new adapter, and adapter.from continues a trained one", "remove initializer")
@@ -102,13 +109,27 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
     unless(estimator.traits["gradients"] or optimizer is None, "optimizer",
            f"{estimator.name} moves the parameters itself and takes no optimizer",
            f"remove optimizer (its rate is estimator.lr of {estimator.name})")
-    unless(estimator.traits["gradients"] or not recipe.train.gradient_checkpointing, "train.gradient_checkpointing",
+    backward = estimator.traits["gradients"] and estimator.traits["differentiates"]
+    unless(backward or not recipe.train.gradient_checkpointing, "train.gradient_checkpointing",
            f"{estimator.name} runs no backward pass, so there are no activations to save", "train.gradient_checkpointing: false")
-    unless(estimator.traits["gradients"] or not recipe.is_fleet, "estimator",
-           f"{estimator.name} moves all adapters of a mixed batch at once", "estimator: backprop")
+    unless(not fused or backward, "optimizer.fused",
+           f"a fused optimizer updates inside backward, and {estimator.name} runs none", "optimizer.fused: false")
+    unless((backward and not estimator.traits["moves_some"]) or not recipe.is_fleet, "estimator",
+           f"{estimator.name} measures all adapters of a mixed batch at once", "estimator: backprop")
+    unless(estimator.traits["gradients"] or "max_grad_norm" not in recipe.train.model_fields_set or not recipe.train.max_grad_norm,
+           "train.max_grad_norm", f"{estimator.name} moves the parameters itself, so there is no gradient to clip",
+           "remove train.max_grad_norm")
+    dropout = type(recipe.adapter).model_fields.get("dropout") if adapter and not recipe.adapter_from else None
+    unless(backward or dropout is None or recipe.adapter.dropout in (0, dropout.default), "adapter.dropout",
+           f"{estimator.name} compares forwards of one batch, and dropout would differ between them: it is off", "adapter.dropout: 0")
+    unless(not (estimator.traits.get("couples_rows") and recipe.is_fleet), "estimator",
+           f"{estimator.name} treats the rows of a batch together, and those of a fleet are of different adapters", "estimator: backprop")
     unless(adapter is None or adapter.name in estimator.traits.get("adapters", [adapter.name]), "estimator",
            f"{estimator.name} trains {', '.join(estimator.traits.get('adapters', []))}, not {adapter and adapter.name}",
            "estimator: backprop")
+    unless(objective.traits.get("differentiable", True) or not estimator.traits["differentiates"], "objective",
+           f"{objective.name} is piecewise constant and {estimator.name} differentiates: every derivative would be 0",
+           "estimator: mezo, which compares values, or objective: causal_lm")
     unless(not (fused and estimator.traits.get("reads_gradients")), "estimator",
            f"a fused optimizer updates inside backward, before {estimator.name} could read the gradients", "optimizer.fused: false")
     for i, s in enumerate(selections):
@@ -118,8 +139,9 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
                f"adapter: {wanted[0] if wanted else ''}, or remove selection {s.name}")
         unless(not (wanted and recipe.is_fleet), f"selection.{i}",
                f"{s.name} acts on one adapter, and a fleet trains one a file", "train the files one by one")
-        unless(estimator.traits["gradients"] or not s.traits["reads_gradients"], f"selection.{i}",
-               f"{s.name} reads gradients and {estimator.name} makes none", "estimator: backprop")
+        unless((estimator.traits["gradients"] and not estimator.traits["moves_some"]) or not s.traits["reads_gradients"], f"selection.{i}",
+               f"{s.name} reads gradients and {estimator.name} makes none" + " for some tensors" * estimator.traits["gradients"],
+               "estimator: backprop")
         unless(not (fused and s.traits["reads_gradients"]), f"selection.{i}",
                f"a fused optimizer updates inside backward, before {s.name} could read the gradients", "optimizer.fused: false")
     unless(not (fused and recipe.train.grad_accumulation > 1), "train.grad_accumulation",

@@ -17,10 +17,20 @@ from training_support import completions, folder, recipe
 ESTIMATORS = [info.name for info in methods("estimator")]
 SELECTIONS = [info.name for info in methods("selection")]
 #: options that make a short run show something; kept only where a method has them
-SMALL = {"lr": 1e-2, "eps": 1e-2, "interval": 2, "layers": 1, "target_r": 1, "warmup": 1, "final": 1, "final_r": 4}
+SMALL = {"lr": 1e-2, "eps": 1e-2, "interval": 2, "layers": 1, "target_r": 1, "warmup": 1, "final": 1, "final_r": 4, "max_coordinates": 24,
+         "grasp_samples": 2}
 
 #: rates at which 25 steps of an estimator without optimizer show something; 3e-4 where not named
 RATES = {"zo_sgd_sign": 1e-3}
+#: estimators whose gradient is zero but for a few entries: three short steps need not reach every tensor
+SPARSE = {"deepzero"}
+#: runs in `make test-fast`
+QUICK = {"backprop", "mezo", "zo_sgd", None, "lisa", "adalora", "sora"}
+
+
+def marked(*names):
+    """The parameters of a test, slow unless all its names are quick."""
+    return pytest.param(*names, marks=[] if QUICK.issuperset(names) else [pytest.mark.slow])
 
 
 def together(estimator, selection):
@@ -82,7 +92,7 @@ def test_every_name_is_collected_and_documented():
     assert set(lookup("selection", "lisa").traits) == {"reads_gradients", "full_tuning_only", "events_only", "adapters"}
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", map(marked, ESTIMATORS))
 def test_an_estimator_steps_moves_only_what_is_trained_and_repeats_itself(name):
     step = built(name)
     own = {id(p) for _, p in step.parameters}
@@ -91,14 +101,16 @@ def test_an_estimator_steps_moves_only_what_is_trained_and_repeats_itself(name):
     after = trained(step, 0, 3)
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is nobody's business
     for n, p in step.model.named_parameters():
-        assert torch.equal(p, start[n]) == (id(p) not in own), n
+        if not (name in SPARSE and id(p) in own):
+            assert torch.equal(p, start[n]) == (id(p) not in own), n
+    assert any(not torch.equal(p, start[n]) for n, p in step.model.named_parameters())
     assert step.model.training
     again = trained(built(name), 0, 3)
     assert all(torch.equal(after[n], again[n]) for n in after)
     assert lookup("estimator", name).traits["gradients"] == (step.optimizer is not None)
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", map(marked, ESTIMATORS))
 def test_an_estimator_lets_the_loss_fall(name):
     step = built(name, full=True)
     if step.optimizer is None:
@@ -141,8 +153,8 @@ def restore(step, saved):
         selection.load_state_dict(ckpt.join(state, tensors))
 
 
-@pytest.mark.parametrize("estimator, selection", [(e, None) for e in ESTIMATORS] + [("backprop", s) for s in SELECTIONS]
-                         + [(e, s) for e in ESTIMATORS for s in SELECTIONS if e != "backprop" and together(e, s)])
+@pytest.mark.parametrize("estimator, selection", [marked(e, s) for e in ESTIMATORS for s in [None, *SELECTIONS]
+                                                  if s is None or together(e, s)])
 def test_state_round_trips_at_any_step(estimator, selection):
     whole = built(estimator, selection)
     trained(whole, 0, 3)
@@ -154,7 +166,7 @@ def test_state_round_trips_at_any_step(estimator, selection):
     assert all(torch.equal(expected[n], got[n]) for n in expected)
 
 
-@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("name", map(marked, SELECTIONS))
 def test_a_selection_leaves_the_global_generator_alone_and_some_parameters_in_place(name):
     step, state = built(selection=name), torch.get_rng_state()
     trained(step, 0, 4)

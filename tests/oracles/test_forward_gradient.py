@@ -1,7 +1,10 @@
 """Forward gradients against reverse-mode autograd's g . v, on whole models, tied and bf16 ones, and adapters."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import graftwork
 import tiny
@@ -11,6 +14,7 @@ from graftwork.estimators.forward_gradient import ForwardGradient, ForwardGradie
 from graftwork.objectives.causal_lm import CausalLMObjective
 from graftwork.registry import make_config
 from graftwork.training.step import TrainStep
+from memory_support import forward_peak, peak_of
 
 slow = pytest.mark.slow
 
@@ -107,3 +111,22 @@ def test_a_model_without_forward_derivative_is_refused_and_stays_whole():
     assert [n for n, _ in model.named_parameters()] == names
     assert all(isinstance(p, torch.nn.Parameter) and not m._forward_pre_hooks for m in model.modules() for p in m._parameters.values()
                if p is not None)
+
+
+@slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_twice_the_forward_and_the_tangents_of_one_module(dtype):
+    """Not the tangents of all weights, and no graph: deeper models need no more."""
+    beside = {}
+    for depth in (2, 6):
+        model = tiny.llama(dtype=dtype, vocab_size=1024, num_hidden_layers=depth)
+        step, batch = built(model), batch_of(4, 32)
+        step.run([batch], 0)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        beside[depth] = peak_of(partial(step.run, [batch], 1), model, batch) - weights
+        with sdpa_kernel(SDPBackend.MATH):
+            activations = forward_peak(model, batch) - weights
+        largest = max(p.numel() for p in model.parameters())
+        assert beside[depth] <= 2 * activations + largest * (4 + dtype.itemsize) + 4096
+    assert beside[6] <= beside[2] + 8192  # four layers have tangents of 100 KiB and more
+    assert all(p.grad is None for p in model.parameters())

@@ -15,9 +15,9 @@ from graftwork.modeling.arithmetic import round_stochastic
 from graftwork.modeling.state import StateHolder, state_of
 from graftwork.objectives.base import LossOutput
 from graftwork.objectives.causal_lm import CausalLMObjective
-from graftwork.planning.ledger import Ledger
 from graftwork.registry import make_config
 from graftwork.training.step import TrainStep
+from memory_support import forward_peak, peak_of
 
 
 class Quadratic(nn.Module):
@@ -187,21 +187,9 @@ def test_memory_is_that_of_the_forward_plus_one_tensor(what):
     parameters = list(grafts[0].named_parameters()) if grafts else list(model.named_parameters())
     batch = batch_of(4, 32)
 
-    def peak(action):
-        with Ledger() as ledger:
-            ledger.track(model, "weights")
-            ledger.track({k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}, "other")
-            action()
-        return ledger.peak_bytes
-
-    def forward():
-        with torch.no_grad():
-            CausalLMObjective().loss(model, batch, 1.0)
-
     step = mezo_step(model, parameters, grafts, n_samples=2)
     largest = max(p.numel() * 4 for _, p in parameters)
-    alone = peak(forward)
-    assert peak(lambda: step.run([batch], 0)) <= alone + largest + 4096
+    assert peak_of(lambda: step.run([batch], 0), model, batch) <= forward_peak(model, batch) + largest + 4096
     assert sum(p.numel() * p.element_size() for _, p in parameters) > 2 * largest  # a second copy of the weights would show
 
 

@@ -10,8 +10,8 @@ from graftwork.data.collate import Collator
 from graftwork.estimators.mezo import add_noise
 from graftwork.estimators.sparse_mezo import SparseMeZO, SparseMeZOEstimator, threshold
 from graftwork.objectives.causal_lm import CausalLMObjective
-from graftwork.planning.ledger import Ledger
 from graftwork.training.step import TrainStep
+from memory_support import forward_peak, peak_of
 
 slow = pytest.mark.slow
 
@@ -152,18 +152,8 @@ def test_memory_is_that_of_the_forward_plus_one_tensor(dtype):
     named, batch = list(model.named_parameters()), batch_of(4, 32)
     step = built(model)
 
-    def peak(action):
-        with Ledger() as ledger:
-            ledger.track(model, "weights")
-            ledger.track({k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}, "other")
-            action()
-        return ledger.peak_bytes
-
-    def forward():
-        with torch.no_grad():
-            CausalLMObjective().loss(model, batch, 1.0)
-
-    assert peak(lambda: step.run([batch], 0)) <= peak(forward) + max(p.numel() * 4 for _, p in named) + 4096
+    largest = max(p.numel() * 4 for _, p in named)
+    assert peak_of(lambda: step.run([batch], 0), model, batch) <= forward_peak(model, batch) + largest + 4096
 
 
 @slow

@@ -14,9 +14,9 @@ from graftwork.estimators.mezo import MeZO, MeZOEstimator, add_noise
 from graftwork.modeling.state import StateHolder
 from graftwork.objectives.base import LossOutput
 from graftwork.objectives.causal_lm import CausalLMObjective
-from graftwork.planning.ledger import Ledger
 from graftwork.registry import lookup, make_config
 from graftwork.training.step import TrainStep
+from memory_support import forward_peak, peak_of
 
 FAMILY = ["zo_sgd", "zo_sgd_sign", "zo_momentum", "zo_adam", "zo_conservative", "zo_blockwise"]
 slow = pytest.mark.slow
@@ -219,20 +219,9 @@ def test_memory_is_forward_state_and_one_tensor_and_no_gradient_is_made(name, dt
     assert state == sum(cls.state_bytes(tuple(p.shape), p.dtype) for _, p in named)
     assert state == sum(p.numel() for _, p in named) * 4 * {"zo_momentum": 1, "zo_adam": 2}.get(name, 0)
 
-    def peak(action):
-        with Ledger() as ledger:
-            ledger.track(model, "weights")
-            ledger.track(step.estimator.state_dict(), "optimizer_state")
-            ledger.track({k: v for k, v in batch.items() if isinstance(v, torch.Tensor)}, "other")
-            action()
-        return ledger.peak_bytes
-
-    def forward():
-        with torch.no_grad():
-            CausalLMObjective().loss(model, batch, 1.0)
-
     largest = max(p.numel() * 4 for _, p in named)
-    assert peak(lambda: step.run([batch], 1)) <= peak(forward) + largest + 4096
+    kept = step.estimator.state_dict()
+    assert peak_of(lambda: step.run([batch], 1), model, batch, kept) <= forward_peak(model, batch, kept) + largest + 4096
     assert all(p.grad is None for _, p in named)
 
 
@@ -291,3 +280,17 @@ def test_options_out_of_range_are_refused():
     for name, wrong in [("zo_adam", {"betas": (1.0, 0.9)}), ("zo_momentum", {"momentum": 1.0}), ("zo_sgd", {"blocks": "word"})]:
         with pytest.raises(UsageError):
             make_config("estimator", name, **wrong)
+
+
+def test_rates_of_an_adapter_s_own_are_refused_where_one_rate_moves_all():
+    from graftwork.recipe import load_recipe
+    from graftwork.training.build import check_groups
+
+    plain = {"model": "m", "data": {"train": "d"}, "estimator": {"method": "zo_sgd", "weight_decay": 0.1}}
+    for options, own in [({"r": 2}, False), ({"r": 2, "loraplus_lr_ratio": 4.0}, True)]:
+        graft = graftwork.attach(tiny.llama(), "lora", **options)
+        if own:
+            with pytest.raises(UsageError, match="one rate"):
+                check_groups(load_recipe(plain), [graft])
+        else:
+            check_groups(load_recipe(plain), [graft])

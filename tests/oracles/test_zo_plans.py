@@ -8,7 +8,8 @@ from training_support import completions, folder, recipe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, moments", [("zo_adam", 2), ("zo_conservative", 0), ("zo_blockwise", 0), ("sparse_mezo", 0)])
+@pytest.mark.parametrize("name, moments", [("zo_adam", 2), ("zo_conservative", 0), ("zo_blockwise", 0), ("sparse_mezo", 0),
+                                            ("forward_gradient", 0)])
 def test_plans(name, moments, tmp_path):
     document = recipe(folder(tmp_path), completions(tmp_path / "d.jsonl"), tmp_path / "o", estimator=name, optimizer=None, adapter=None)
     made = graftwork.plan(document, estimate_time=False)

@@ -74,7 +74,7 @@ def cost(method) -> dict[str, str]:
             return {"parameters": "set by its options, not by the matrices"}
         return {f"parameters {where}": f"{method.cls.parameter_count(site, method.config()):,}"}
     told = {"initializer": {"before training": f"one pass over the {traits.get('needs') or 'weights'}"},
-            "estimator": {"backward pass": "yes" if traits.get("gradients", True) else "none: forward passes only"},
+            "estimator": {"backward pass": "yes" if traits["gradients"] and traits["differentiates"] else "none: forward passes only"},
             "selection": {"reads gradients": "yes" if traits.get("reads_gradients") else "no"},
             "objective": {"logits alive": "a chunk" if "chunk_tokens" in method.config.model_fields else "one row of classes"}}
     return told.get(method.axis, {})

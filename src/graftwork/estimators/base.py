@@ -60,13 +60,15 @@ class Estimator:
     """Base of all estimators. State is tensors only."""
 
     gradients: ClassVar[bool] = True  # fills .grad (False: moves parameters itself)
+    differentiates: ClassVar[bool] = True  # takes derivatives of the objective (False: compares its values)
+    moves_some: ClassVar[bool] = False  # fills .grad of some parameters and moves the others itself
 
     def __init__(self, config: MethodConfig):
         self.config = config
 
     @classmethod
     def derived_traits(cls) -> dict[str, Any]:
-        return {"gradients": cls.gradients}
+        return {"gradients": cls.gradients, "differentiates": cls.differentiates, "moves_some": cls.moves_some}
 
     def step(self, ctx: StepContext) -> StepResult:
         raise NotImplementedError

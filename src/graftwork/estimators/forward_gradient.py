@@ -48,6 +48,8 @@ class ForwardGradient(MethodConfig):
           bibtex="@article{baydin2022forward, title={Gradients without Backpropagation}, author={Baydin, Atilim Gunes and Pearlmutter, "
                  "Barak A. and Syme, Don and Wood, Frank and Torr, Philip}, journal={arXiv:2202.08587}, year={2022}}")
 class ForwardGradientEstimator(MeZOEstimator):
+    differentiates = True
+
     def __init__(self, config: ForwardGradient | None = None):
         super().__init__(config or ForwardGradient())
 

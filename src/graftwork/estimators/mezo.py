@@ -56,7 +56,7 @@ class MeZO(MethodConfig):
                  "Sadhika and Gao, Tianyu and Nichani, Eshaan and Damian, Alex and Lee, Jason D. and Chen, Danqi and Arora, "
                  "Sanjeev}, booktitle={NeurIPS}, year={2023}}")
 class MeZOEstimator(Estimator):
-    gradients = False
+    gradients = differentiates = False
 
     def __init__(self, config: MeZO | None = None):
         super().__init__(config or MeZO())

@@ -49,7 +49,7 @@ class AdafactorOptimizer(PlainOptimizer):
         first = {} if config.beta1 is None else {"exp_avg": (shape, kept)}
         if len(shape) < 2:
             return {**first, "exp_avg_sq": (shape, kept)}
-        return {**first, "exp_avg_sq_row": (shape[:-1], kept), "exp_avg_sq_col": (shape[:-2] + shape[-1:], kept)}
+        return {**first, **factored_slots("exp_avg_sq", shape, kept)}
 
     def decay(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
         return grad  # `move` decays, by the scaled rate
@@ -59,8 +59,8 @@ class AdafactorOptimizer(PlainOptimizer):
         rate = torch.as_tensor(group["lr"], dtype=weight.dtype)  # stays a tensor: rms(W) is not read
         if config.scale_parameter:
             rate = rate * _rms(weight).clamp(min=config.eps[1])
-        update = _scaled(grad, state, 1.0 - step ** config.decay_rate, config.eps[0])
-        update.div_((_rms(update) / config.clip_threshold).clamp_(min=1.0)).mul_(rate)
+        update = over_root(grad, grad.square().add_(config.eps[0]), state, "exp_avg_sq", 1.0 - step ** config.decay_rate)
+        clip_rms_(update, config.clip_threshold).mul_(rate)
         if config.beta1 is not None:
             update = state["exp_avg"].mul_(config.beta1).add_(update, alpha=1.0 - config.beta1)
         if wd:
@@ -72,12 +72,21 @@ def _rms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x) / x.numel() ** 0.5
 
 
-def _scaled(grad: Tensor, state: dict[str, Tensor], beta: float, eps: float) -> Tensor:
-    """Update the second moment and return G / sqrt(V)."""
-    square = grad.square().add_(eps)
-    if grad.ndim < 2:
-        return state["exp_avg_sq"].mul_(beta).add_(square, alpha=1.0 - beta).rsqrt().mul_(grad)
-    row = state["exp_avg_sq_row"].mul_(beta).add_(square.mean(-1), alpha=1.0 - beta)
-    column = state["exp_avg_sq_col"].mul_(beta).add_(square.mean(-2), alpha=1.0 - beta)
+def clip_rms_(update: Tensor, threshold: float) -> Tensor:
+    """U / max(1, rms(U) / threshold), in place."""
+    return update.div_((_rms(update) / threshold).clamp_(min=1.0))
+
+
+def factored_slots(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Slots:
+    """Row and column means of tensors like a parameter of that shape, which has two dimensions at least."""
+    return {f"{name}_row": (shape[:-1], dtype), f"{name}_col": (shape[:-2] + shape[-1:], dtype)}
+
+
+def over_root(x: Tensor, square: Tensor, state: dict[str, Tensor], name: str, beta: float) -> Tensor:
+    """Average `square` into the state `name` (factored, where x is no vector), and x / sqrt(average); `square` is used up."""
+    if x.ndim < 2:
+        return state[name].mul_(beta).add_(square, alpha=1.0 - beta).rsqrt().mul_(x)
+    row = state[f"{name}_row"].mul_(beta).add_(square.mean(-1), alpha=1.0 - beta)
+    column = state[f"{name}_col"].mul_(beta).add_(square.mean(-2), alpha=1.0 - beta)
     factor = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-    return torch.mul(factor, column.rsqrt().unsqueeze(-2), out=square).mul_(grad)
+    return torch.mul(factor, column.rsqrt().unsqueeze(-2), out=square).mul_(x)

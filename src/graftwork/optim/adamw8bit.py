@@ -19,14 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..modeling.blockwise import BLOCK, dequantize_blockwise, quantize_blockwise
 from ..registry import register
 from .base import OptimizerConfig, Slots, kept_dtype
+from .coded import coded_slots, read_moments, write_moments
 from .plain import PlainOptimizer
 from .rules import adamw_
-
-#: moment -> does it have a sign
-_MOMENTS = {"exp_avg": True, "exp_avg_sq": False}
 
 
 class AdamW8bit(OptimizerConfig):
@@ -45,21 +42,12 @@ class AdamW8bitOptimizer(PlainOptimizer):
 
     @classmethod
     def slots(cls, config: AdamW8bit, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> Slots:
-        size = torch.Size(shape).numel()
-        if size < config.min_8bit_size:
-            return {name: (shape, kept_dtype(dtype, config)) for name in _MOMENTS}
-        blocks = (-(-size // BLOCK),)
-        return {f"{name}_{part}": slot for name in _MOMENTS
-                for part, slot in (("codes", (shape, torch.uint8)), ("absmax", (blocks, torch.float32)))}
+        return coded_slots(shape, kept_dtype(dtype, config), config.min_8bit_size)
 
     def move(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: int) -> None:
-        coded = "exp_avg_codes" in state
-        moments = [dequantize_blockwise(state[f"{name}_codes"], state[f"{name}_absmax"], signed).to(weight.dtype)
-                   if coded else state[name] for name, signed in _MOMENTS.items()]
+        moments = read_moments(state, weight.dtype)
         # The kernel counts steps itself, in a tensor of its own here.
         before = torch.tensor(step - 1.0, dtype=torch.float32, device=weight.device)
-        adamw_([weight], [grad], *([moment] for moment in moments), [before], lr=group["lr"], betas=self.config.betas,
+        adamw_([weight], [grad], *([moment] for moment in moments.values()), [before], lr=group["lr"], betas=self.config.betas,
                eps=self.config.eps, weight_decay=0.0)
-        for moment, (name, signed) in zip(moments, _MOMENTS.items() if coded else ()):
-            for part, value in zip(("codes", "absmax"), quantize_blockwise(moment, signed)):
-                state[f"{name}_{part}"].copy_(value)
+        write_moments(state, moments)

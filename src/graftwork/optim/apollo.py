@@ -7,8 +7,10 @@ steps from the next seed; R = G P^T or P^T G (b r numbers); N = M / (sqrt(V) + e
     U = s G, norm growth limited to 1 % a step;   W <- W - lr c_t sqrt(scale) U;   then W <- W - lr * wd * W
 
 The update has the full rank of G. State 2 b r, a seed and a norm; `projection: cached` keeps P (a r more) and saves drawing it
-at each step. Departures from the reference package: P is not kept by default (the paper's byte count; same numbers); no limit
-after an all-zero gradient (see residuals.py); no `scale_front`, because a constant before the limiter cancels in its ratio.
+at each step, `state: 8bit` makes the 2 b r numbers as many bytes and 8 ceil(b r / 256).
+
+Departures from the reference package: P is not kept by default (the paper's byte count; same numbers); no limit after an
+all-zero gradient (see residuals.py); no `scale_front`, because a constant before the limiter cancels in its ratio.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from pydantic import Field
 
 from ..registry import register
 from .base import OptimizerConfig
+from .coded import State, adam
 from .residuals import NormScaled
-from .rules import Adam
 from .staged import StagedOptimizer, Stages
 from .subspace import RandomSubspace
 
@@ -38,6 +40,8 @@ class Apollo(OptimizerConfig):
     scale_type: Literal["channel", "tensor"] = "channel"
     growth_limit: float | None = Field(1.01, ge=1, description="largest growth of the update's norm a step; null: no limit")
     projection: Literal["seeded", "cached"] = Field("seeded", description="draw P at each step, or keep it")
+    state: State = Field("dense", description="8bit: the moments as 8-bit codes in blocks of 256")
+    min_8bit_size: int = Field(4096, ge=0, description="moments with fewer numbers keep state_dtype")
     eps: float = Field(1e-6, ge=0)
     seed: int = Field(0, ge=0, description="the i-th parameter starts from seed + i, i from 1")
 
@@ -61,7 +65,7 @@ class ApolloOptimizer(StagedOptimizer):
     @classmethod
     def build(cls, config: Apollo) -> Stages:
         return Stages(RandomSubspace(config.rank, config.update_proj_gap, cached=config.projection == "cached"),
-                      Adam(config.betas, config.eps),
+                      adam(config.betas, config.eps, config.state, config.min_8bit_size),
                       NormScaled(config.scale, per_channel=config.scale_type == "channel", growth=config.growth_limit))
 
 

@@ -4,8 +4,8 @@ State per parameter is a dict of tensors, allocated at the parameter's first gra
 - `step`: 0-dim float32, number of updates so far (as in torch.optim); `seed`: 0-dim int64, for methods that draw numbers;
 - whatever the method's `slots` name, of the configured state_dtype (float64 for float64 parameters);
 - `compensation`: what the last rounding of a 16-bit weight cut off, with `rounding: kahan`.
-All of it is counted by `state_bytes`. Decisions (refresh now?) read a Python mirror of step and seed, so that no tensor is
-read on the hot path and a step runs on fake tensors; loading restores the mirror from the tensors.
+All of it is counted by `state_bytes`. Decisions (refresh now?) read a Python mirror of step and seed, or a slot that is kept on the
+host, so that no step waits for a device and a step runs on fake tensors; loading restores the mirror from the tensors.
 """
 
 from __future__ import annotations
@@ -21,22 +21,25 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, UsageError
+from ..modeling.trained_codes import codes_of
 from ..registry import MethodConfig, lookup, make_config
 from .groups import as_groups
 from .rounding import NARROW, check_rounding, widened
 
 #: slot name -> (shape, dtype) of one state tensor
 Slots = dict[str, tuple[tuple[int, ...], torch.dtype]]
+#: slots that decide what a step does, read without waiting for a device
+ON_HOST = ("seed", "refresh_gap")
 _SAVED_GROUP_KEYS = ("lr", "base_lr", "lr_scale", "weight_decay", "role")
 
 
-def _below_one(betas: tuple[float, float]) -> tuple[float, float]:
+def below_one(betas: tuple[float, ...]) -> tuple[float, ...]:
     if not all(0.0 <= b < 1.0 for b in betas):
         raise ValueError("each beta must lie in [0, 1)")
     return betas
 
 
-Betas = Annotated[tuple[float, float], AfterValidator(_below_one)]
+Betas = Annotated[tuple[float, float], AfterValidator(below_one)]
 
 
 class CommonConfig(MethodConfig):
@@ -153,10 +156,11 @@ class BaseOptimizer(torch.optim.Optimizer):
         return loss
 
     def _move(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """`_apply`, with the configured rounding of 16-bit weights."""
-        if self.config.rounding == "nearest":
-            return self._apply(group, params)
-        for p in params:
+        """`_apply`, with the configured rounding of 16-bit weights; weights that are codes are decoded for it."""
+        plain = [p for p in params if codes_of(p) is None] if self.config.rounding == "nearest" else []
+        if plain:
+            self._apply(group, plain)
+        for p in params if not plain else [p for p in params if codes_of(p) is not None]:
             state, clock = self.prepare(group, p)
             with widened(p, self.config.rounding, state.get("compensation"), (clock.index, clock.step)):
                 self._apply(group, [p])
@@ -188,7 +192,7 @@ class BaseOptimizer(torch.optim.Optimizer):
                 if name == "seed":
                     state[name] = torch.tensor(clock.seed, dtype=dtype, device="cpu")
                 else:
-                    state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
+                    state[name] = torch.zeros(shape, dtype=dtype, device="cpu" if name in ON_HOST else p.device)
         return state, clock
 
     def drop(self, p: Tensor) -> None:
@@ -266,8 +270,7 @@ class BaseOptimizer(torch.optim.Optimizer):
 
     def _set_state(self, p: Tensor, tensors: Mapping[str, Tensor]) -> None:
         clock = self._clocks[p]
-        on_host = {"seed"}
-        self.state[p] = {k: torch.as_tensor(v).detach().clone().to("cpu" if k in on_host else p.device)
+        self.state[p] = {k: torch.as_tensor(v).detach().clone().to("cpu" if k in ON_HOST else p.device)
                          for k, v in tensors.items()}
         clock.step = int(tensors["step"]) if "step" in tensors else 0
         clock.seed = int(tensors["seed"]) if "seed" in tensors else self._first_seed(clock.index)

@@ -5,9 +5,11 @@ With the basis, R (b r numbers) and N = M / (sqrt(V) + eps), uncorrected, of GaL
     s_j = ||N_j|| / (||R_j|| + 1e-8) per row (m >= n) or column (m < n), or one s for the matrix
     S = s (G - R'), its norm growing at most by `growth_limit` a step;   W <- W - lr c_t (scale N' + S);   then W <- W - lr wd W
 
-The update has full rank. State a r + 2 b r and one norm. Departures from the reference package: it projects back with the factor
-`scale` and so subtracts scale R' where the paper subtracts R', which leaks the part 1 - scale of the subspace into S
-(`remainder: reference` does so too); no limit after a step whose S was zero (see residuals.py).
+The update has full rank. State a r + 2 b r and one norm (`state: 8bit`: 2 b r bytes and 8 ceil(b r / 256) for the 2 b r numbers).
+
+Departures from the reference package: it projects back with the factor `scale` and so subtracts scale R' where the paper
+subtracts R', which leaks the part 1 - scale of the subspace into S (`remainder: reference` does so too); no limit after a step
+whose S was zero (see residuals.py).
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from pydantic import Field
 
 from ..registry import register
 from .base import OptimizerConfig
+from .coded import State, adam
 from .residuals import ScaledRemainder
-from .rules import Adam
 from .staged import StagedOptimizer, Stages
 from .subspace import SVDSubspace
 
@@ -34,6 +36,8 @@ class Fira(OptimizerConfig):
     growth_limit: float | None = Field(1.01, ge=1, description="largest growth of the norm of S a step; null: no limit")
     remainder: Literal["exact", "reference"] = Field("exact", description="G - R', or the reference package's G - scale R'")
     svd: Literal["exact", "randomized"] = "exact"
+    state: State = Field("dense", description="8bit: the moments as 8-bit codes in blocks of 256")
+    min_8bit_size: int = Field(4096, ge=0, description="moments with fewer numbers keep state_dtype")
     eps: float = Field(1e-6, ge=0)
     seed: int = Field(0, ge=0, description="of the randomized SVD")
 
@@ -50,6 +54,6 @@ class FiraOptimizer(StagedOptimizer):
     @classmethod
     def build(cls, config: Fira) -> Stages:
         return Stages(SVDSubspace(config.rank, config.update_proj_gap, randomized=config.svd == "randomized"),
-                      Adam(config.betas, config.eps),
+                      adam(config.betas, config.eps, config.state, config.min_8bit_size),
                       ScaledRemainder(config.scale, per_channel=config.scale_type == "channel", growth=config.growth_limit,
                                       exact=config.remainder == "exact"))

@@ -12,6 +12,9 @@ Departures from the reference package: the projection is kept as its own r rows 
 alive); `reverse_std` chooses its side by the gradient, so rank = min(m, n) works for wide weights; state is float32 for
 bfloat16 weights unless asked; all state is tensors; optional randomized SVD, and optional `moments` at a refresh (the
 reference keeps the old ones although the basis they refer to has gone).
+
+`state: 8bit` keeps the moments as 8-bit codes (coded.py), a r floats and 2 b r bytes + 8 ceil(b r / 256); small ones, and the
+projection, stay floating point. The reference's 8-bit class runs bitsandbytes' kernel instead, on CUDA only.
 """
 
 from __future__ import annotations
@@ -22,8 +25,9 @@ from pydantic import Field
 
 from ..registry import register
 from .base import OptimizerConfig
+from .coded import State, adam
 from .residuals import Dropped
-from .rules import Adam, Moments
+from .rules import Moments
 from .staged import StagedOptimizer, Stages
 from .subspace import ProjType, SVDSubspace
 
@@ -37,6 +41,8 @@ class GaLore(OptimizerConfig):
     proj_type: ProjType = Field("std", description="side(s) to compress; std: the smaller one")
     svd: Literal["exact", "randomized"] = "exact"
     moments: Moments = Field("keep", description="the moments at a refresh: keep (as published), reset, rotate")
+    state: State = Field("dense", description="8bit: the moments as 8-bit codes in blocks of 256")
+    min_8bit_size: int = Field(4096, ge=0, description="moments with fewer numbers keep state_dtype")
     eps: float = Field(1e-6, ge=0)
     seed: int = Field(0, ge=0, description="of the randomized SVD")
 
@@ -53,4 +59,4 @@ class GaLoreOptimizer(StagedOptimizer):
     @classmethod
     def build(cls, config: GaLore) -> Stages:
         return Stages(SVDSubspace(config.rank, config.update_proj_gap, config.proj_type, randomized=config.svd == "randomized"),
-                      Adam(config.betas, config.eps), Dropped(config.scale), config.moments)
+                      adam(config.betas, config.eps, config.state, config.min_8bit_size), Dropped(config.scale), config.moments)

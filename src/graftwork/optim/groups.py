@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..modeling.trained_codes import codes_of
 
 _HEADS = {"lm_head", "embed_out", "score", "classifier", "qa_outputs", "cls"}
 
@@ -74,7 +75,8 @@ def as_groups(source: Any, *, weight_decay: float, trainable: Iterable[nn.Parame
 
 def _is_linear(module: nn.Module) -> bool:
     # Conv1D is GPT-2's transposed linear; it is recognised by name so that Transformers need not be imported.
-    return isinstance(module, nn.Linear) or any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+    return (isinstance(module, nn.Linear) or codes_of(module._parameters.get("weight")) is not None
+            or any(kind.__name__ == "Conv1D" for kind in type(module).__mro__))
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""Rounding of updated 16-bit weights without a float32 master copy.
+"""Rounding of updated 16-bit weights, and of weights that are codes, without a float32 master copy.
 
 A weight W of bfloat16 has 8 significant bits: an update below |W| / 512 is lost when it is rounded to the nearest. Two remedies,
 both on top of any rule, with x the float32 result of the update:
@@ -8,6 +8,9 @@ both on top of any rule, with x the float32 result of the update:
 
 Stochastic rounding keeps no state: its numbers come from a generator seeded with the parameter's place and step, so that a
 resumed run draws the same. The float32 copy exists for one tensor at a time.
+
+A weight that is codes (modeling.trained_codes) is read before the update and coded again after it, to the nearest code or
+stochastically; a `kahan` remainder would be the master copy that such weights do without.
 """
 
 from __future__ import annotations
@@ -20,12 +23,18 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..modeling.arithmetic import round_stochastic
+from ..modeling.trained_codes import codes_of
 
 NARROW = (torch.bfloat16, torch.float16)
 
 
 def check_rounding(rounding: str, p: Tensor) -> None:
-    """Raises: UsageError for float16 weights under stochastic rounding."""
+    """Raises: UsageError for float16 weights under stochastic rounding, and coded ones under kahan."""
+    if codes_of(p) is not None:
+        if rounding == "kahan":
+            raise UsageError("kahan rounding keeps a remainder as large as the weight, and these weights are codes without a copy",
+                             remedy="rounding: stochastic")
+        return
     if rounding == "stochastic" and p.dtype == torch.float16:
         raise UsageError("stochastic rounding works on bfloat16, whose numbers are float32's without the lower half; a parameter "
                          "is float16", remedy="rounding: kahan, or bfloat16 weights")
@@ -33,11 +42,12 @@ def check_rounding(rounding: str, p: Tensor) -> None:
 
 @contextmanager
 def widened(p: Tensor, rounding: str, compensation: Tensor | None, place: tuple[int, int]) -> Iterator[None]:
-    """Inside, a 16-bit parameter is float32 (its compensation added); after it, rounded back into its own storage."""
-    if p.dtype not in NARROW:
+    """Inside, a 16-bit or coded parameter is float32 (its compensation added); after it, rounded back into its own storage."""
+    codes = codes_of(p)
+    if codes is None and p.dtype not in NARROW:
         yield
         return
-    kept, wide = p.data, p.data.float()
+    kept, wide = p.data, p.data.float() if codes is None else codes.read()
     if compensation is not None:
         wide.add_(compensation)
     p.data = wide
@@ -45,10 +55,16 @@ def widened(p: Tensor, rounding: str, compensation: Tensor | None, place: tuple[
         yield
     finally:
         p.data = kept
-    if rounding == "kahan":
+    if codes is not None and rounding == "nearest":
+        codes.write(wide)
+    elif rounding == "kahan":
         kept.copy_(wide)
         compensation.copy_(wide.sub_(kept))
     else:
         # Mixed into 32 bits, all that a CPU generator takes of a seed.
         seed = (place[0] * 0x9E3779B1 + place[1] * 0x85EBCA6B) & 0xFFFFFFFF
-        kept.copy_(round_stochastic(wide, kept.dtype, torch.Generator(wide.device).manual_seed(seed)))
+        generator = torch.Generator(wide.device).manual_seed(seed)
+        if codes is not None:
+            codes.write(wide, generator)
+        else:
+            kept.copy_(round_stochastic(wide, kept.dtype, generator))

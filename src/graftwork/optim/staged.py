@@ -95,7 +95,7 @@ class StagedOptimizer(BaseOptimizer):
     def _update_projected(self, group: dict[str, Any], weight: Tensor, grad: Tensor, state: dict[str, Tensor],
                           clock: Clock) -> None:
         subspace, rule, residual = self.stages.subspace, self.stages.rule, self.stages.residual
-        if subspace.due(clock):
+        if subspace.due(clock, state):
             self._refresh(grad, state, clock)
         basis = subspace.basis(grad, state, clock)
         low = project(grad, basis)

@@ -86,7 +86,7 @@ class Subspace:
         left, right = sides(shape, self.proj_type)
         return (r if left else shape[0], r if right else shape[1])
 
-    def due(self, clock: Clock) -> bool:
+    def due(self, clock: Clock, state: dict[str, Tensor]) -> bool:
         return clock.step % self.gap == 0
 
     def basis(self, grad: Tensor, state: dict[str, Tensor], clock: Clock) -> Basis:
@@ -118,10 +118,13 @@ class SVDSubspace(Subspace):
         seed = {"seed": ((), torch.int64)} if self.seeded else {}
         return {**seed, **self._basis_slots(shape, dtype)}
 
-    def refresh(self, grad: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
+    def _move_seed(self, state: dict[str, Tensor], clock: Clock) -> None:
         if self.seeded and clock.step > 0:
             clock.seed = next_seed(clock.seed)
             state["seed"].fill_(clock.seed)
+
+    def refresh(self, grad: Tensor, state: dict[str, Tensor], clock: Clock) -> None:
+        self._move_seed(state, clock)
         u, vh = top_vectors(grad, self.rank_for(grad.shape), clock.seed if self.seeded else None)
         # Copied into their own storage: a slice would keep all min(m, n) vectors alive.
         if "projection_left" in state:

@@ -201,16 +201,17 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
         ledger.track([fake, unread], "other")
         scope, objectives.logits_scope = objectives.logits_scope, lambda: ledger.category("logits")
         try:
+            first = max((s.heaviest_step(step.context(0)) for s in step.selections), default=0)
             if _state_alone(step):
                 _allocate_state(step)
             else:
-                step.run(fake, 0)
+                step.run(fake, first)
             ledger.track(step.estimator.state_dict(), "optimizer_state")
             ledger.refresh()
             before = ledger.events
             counter = _Flops()
             ledger.on_operation = counter
-            step.run(fake, 1)
+            step.run(fake, first + 1)
         finally:
             objectives.logits_scope = scope
     return ledger, counter.total, ledger.events - before, sum(p.numel() for _, p in step.parameters)
@@ -219,7 +220,7 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
 def _state_alone(step: Any) -> bool:
     """True where the first step leaves nothing behind but optimizer state: it need not be simulated."""
     return bool(step.grafts) and step.optimizer is not None and not step.selections and step.estimator.gradients \
-        and not step.optimizer.config.fused
+        and not (step.optimizer.config.fused or step.estimator.moves_some)
 
 
 def _allocate_state(step: Any) -> None:

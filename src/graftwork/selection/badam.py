@@ -20,8 +20,7 @@ from typing import Literal
 from pydantic import Field
 
 from ..registry import MethodConfig, register
-from .base import Selection, SelectionContext, drop_state
-from .lisa import decoder_blocks
+from .base import Selection, SelectionContext, parts_of_model, train_only
 
 
 class BAdam(MethodConfig):
@@ -60,23 +59,10 @@ class BAdamSelection(Selection):
 
     def blocks(self, ctx: SelectionContext) -> list[set[int]]:
         """The ids of each block's parameters, in the order of the model."""
-        layers = [{id(p) for p in layer.parameters()} for layer in decoder_blocks(ctx.model)]
-        if not self.config.embeddings:
-            return layers
-        inside, before, after = set().union(*layers), set(), set()
-        passed = False
-        for parameter in ctx.model.parameters():
-            passed = passed or id(parameter) in inside
-            if id(parameter) not in inside:
-                (after if passed else before).add(id(parameter))
-        return [block for block in (before, *layers, after) if block]
+        before, layers, after = parts_of_model(ctx)
+        return [block for block in (before, *layers, after) if block] if self.config.embeddings else layers
 
     def _apply(self, ctx: SelectionContext) -> None:
         self._turn = ctx.step // self.config.interval
         blocks = self.blocks(ctx)
-        chosen = blocks[self.active_block(ctx.seed, self._turn, len(blocks))]
-        for _, parameter in ctx.parameters:
-            parameter.requires_grad_(id(parameter) in chosen)
-            if id(parameter) not in chosen:
-                parameter.grad = None
-                drop_state(ctx.optimizer, parameter)
+        train_only(ctx, blocks[self.active_block(ctx.seed, self._turn, len(blocks))])

@@ -8,7 +8,7 @@ In one's own Transformers Trainer: `trainer.add_callback(LISASelection(LISA(laye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,7 +21,8 @@ from ..registry import MethodConfig
 
 @dataclass
 class SelectionContext:
-    """What a selection may act on. graft is None for full tuning. total_steps: length of the run, for schedules."""
+    """What a selection may act on. graft is None for full tuning. total_steps: length of the run, for schedules. batches(): inputs
+    of the model for statistics, in the order of training (those of the step where the run offers no others); None: there are none."""
 
     model: nn.Module
     graft: Any | None
@@ -30,6 +31,7 @@ class SelectionContext:
     step: int
     total_steps: int
     seed: int
+    batches: Callable[[], Iterable[dict[str, Any]]] | None = None
 
 
 class Selection:
@@ -54,6 +56,10 @@ class Selection:
         if ctx.graft is None or ctx.graft.method not in self.adapters:
             raise IncompatibleError(f"selection '{self.method}' acts on adapter {', '.join(self.adapters)}, not on {found}",
                                     remedy=f"adapter: {self.adapters[0]}, or remove this selection")
+
+    def heaviest_step(self, ctx: SelectionContext) -> int:
+        """The step of the run at which most trains, for the planner."""
+        return 0
 
     def begin(self, ctx: SelectionContext) -> None:
         """Once, after the optimizer exists (ctx.step is the step that comes next, also after a resume)."""
@@ -126,3 +132,32 @@ def drop_state(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter)
         optimizer.drop(parameter)
     else:
         optimizer.state.pop(parameter, None)
+
+
+def train_only(ctx: SelectionContext, chosen: Collection[int]) -> None:
+    """Let the parameters with these ids train and no other; what is frozen loses its gradient and optimizer state."""
+    for _, parameter in ctx.parameters:
+        parameter.requires_grad_(id(parameter) in chosen)
+        if id(parameter) not in chosen:
+            parameter.grad = None
+            drop_state(ctx.optimizer, parameter)
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's repeated blocks: its longest ModuleList of one class."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(b) for b in m}) == 1]
+    if not lists:
+        raise UsageError(f"{type(model).__name__} has no list of layers to choose from", remedy="remove this selection")
+    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
+
+
+def parts_of_model(ctx: SelectionContext) -> tuple[set[int], list[set[int]], set[int]]:
+    """(ids of what comes before the layers, of each layer, of what comes after them) among the model's parameters, in its order; a
+    tied head is with the embeddings."""
+    layers = [{id(p) for p in layer.parameters()} for layer in decoder_blocks(ctx.model)]
+    inside, before, after, passed = set().union(*layers), set(), set(), False
+    for parameter in ctx.model.parameters():
+        passed = passed or id(parameter) in inside
+        if id(parameter) not in inside:
+            (after if passed else before).add(id(parameter))
+    return before, layers, after

@@ -15,11 +15,10 @@ from __future__ import annotations
 import hashlib
 
 from pydantic import Field
-from torch import nn
 
 from ..errors import UsageError
 from ..registry import MethodConfig, register
-from .base import Selection, SelectionContext, drop_state
+from .base import Selection, SelectionContext, decoder_blocks, train_only
 
 
 class LISA(MethodConfig):
@@ -54,11 +53,7 @@ class LISASelection(Selection):
         """The layers drawn for one interval, sorted."""
         if self.config.layers > total:
             raise UsageError(f"lisa: layers = {self.config.layers}, but the model has {total}", remedy=f"choose at most {total}")
-        # the layers with the smallest hashes: uniform, and a list of numbers also while a simulation runs on fake tensors
-        def key(layer: int) -> bytes:
-            return hashlib.blake2b(f"lisa/{seed}/{interval}/{layer}".encode(), digest_size=8).digest()
-
-        return sorted(sorted(range(total), key=key)[: self.config.layers])
+        return sorted(sorted(range(total), key=lambda layer: draw(seed, interval, layer))[: self.config.layers])
 
     def _apply(self, ctx: SelectionContext) -> None:
         self._drawn = ctx.step // self.config.interval
@@ -66,17 +61,11 @@ class LISASelection(Selection):
         active = self.active_layers(ctx.seed, self._drawn, len(blocks))
         inside = {id(p) for block in blocks for p in block.parameters()}
         chosen = {id(p) for i in active for p in blocks[i].parameters()}
-        for _, parameter in ctx.parameters:
-            trains = id(parameter) in chosen or (self.config.always_on and id(parameter) not in inside)
-            parameter.requires_grad_(trains)
-            if not trains:
-                parameter.grad = None
-                drop_state(ctx.optimizer, parameter)
+        train_only(ctx, chosen | {id(p) for _, p in ctx.parameters if self.config.always_on and id(p) not in inside})
 
 
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's repeated blocks: its longest ModuleList of one class."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(b) for b in m}) == 1]
-    if not lists:
-        raise UsageError(f"{type(model).__name__} has no list of layers to choose from", remedy="remove this selection")
-    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
+def draw(seed: int, interval: int, layer: int) -> float:
+    """A number from (0, 1), one for each layer and interval; the layers with the smallest are drawn. A hash, not a generator: it is
+    the same also while a simulation runs on fake tensors."""
+    digest = hashlib.blake2b(f"lisa/{seed}/{interval}/{layer}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") + 0.5) / 2**64

@@ -1,8 +1,9 @@
 """The contract of a storage format, and the walk that puts a model's weights into one.
 
-A storage keeps one frozen weight W (out, in). Its tensors are `leaves`: codes and float metadata, all kept as
-uint8 Parameters without gradient and viewed at use, since `model.to(bf16)` and FSDP2 mixed precision would silently
-cast float leaves, and buffers are replicated by FSDP2 and re-broadcast by DDP. Only the storage reads its codes.
+A storage keeps one frozen weight W (out, in); a format whose codes can train says so by `train_weight`. Its tensors are
+`leaves`: codes and float metadata, all kept as uint8 Parameters without gradient and viewed at use, since `model.to(bf16)` and
+FSDP2 mixed precision would silently cast float leaves, and buffers are replicated by FSDP2 and re-broadcast by DDP. Only the
+storage reads its codes.
 """
 
 from __future__ import annotations
@@ -75,6 +76,11 @@ class Storage(nn.Module):
         stored = self.from_weight(weight.detach(), self.options, dtype=weight.dtype)
         return weight + (stored.dequantize() - weight).detach()
 
+    def train_weight(self) -> nn.Parameter:
+        """Let the weight itself train (full tuning), where the format can: from now on the module has a parameter `weight`, a
+        stand-in for its codes (see modeling.trained_codes). Raises UsageError where the codes are frozen."""
+        raise UsageError(f"{self.method} weights are frozen codes", remedy="storage: int8, dense, or add an adapter")
+
     # -- shared ---------------------------------------------------------------------------------------------------
     def product(self, x: Tensor, leaves: dict[str, Tensor] | None = None) -> Tensor:
         """W x without bias: (..., in) -> (..., out). Nothing dequantised is kept for the backward pass."""
@@ -107,7 +113,7 @@ class Storage(nn.Module):
     @property
     def bits_per_weight(self) -> float:
         """Exact, with all metadata (not the bias): 8 * bytes of the leaves / (out * in)."""
-        kept = sum(p.numel() * p.itemsize for n, p in self.named_parameters(recurse=False) if n != "bias")
+        kept = sum(p.numel() * p.itemsize for n, p in self.named_parameters(recurse=False) if n not in ("bias", "weight"))
         return 8.0 * kept / (self.out_features * self.in_features)
 
     def _apply(self, fn, recurse=True):
@@ -205,6 +211,38 @@ def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None) -> n
             on_site(f"{name}.{attribute}.{expert}")
     model.__dict__["graft_storage"] = config
     return model
+
+
+def train_weights(model: nn.Module) -> None:
+    """Make all of a model's own weights trainable, codes where the storage can. Raises UsageError for frozen codes."""
+    for module in list(model.modules()):
+        if isinstance(module, Storage):
+            module.train_weight()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def dense_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """The state dict of a model with dense weights in place of its storages, under the names of the model's file; None if nothing
+    is stored. All weights are dense at once."""
+    from ..modeling.experts import ExpertLoop
+
+    stored = {name: module for name, module in model.named_modules() if isinstance(module, Storage)}
+    if not stored:
+        return None
+    state, experts = model.state_dict(), {}
+    for name, module in stored.items():
+        for key in module.leaves():
+            del state[f"{name}.{key}"]
+        parent, _, last = name.rpartition(".")
+        if isinstance(model.get_submodule(parent.rpartition(".")[0]), ExpertLoop) and last.isdigit():
+            experts.setdefault(parent, []).append(module.dequantize())
+        else:
+            weight = module.dequantize()
+            state[f"{name}.weight"] = weight.T.contiguous() if getattr(module, "transposed_source", False) else weight
+    return {**state, **{name: torch.stack(parts) for name, parts in experts.items()}}
 
 
 def storage_bits(model: nn.Module) -> float:

@@ -15,11 +15,11 @@ from torch import nn
 
 from ..adapters.attach import attach
 from ..adapters.graft import Graft
-from ..errors import TrainingError
+from ..errors import IncompatibleError, TrainingError
 from ..modeling.arithmetic import widen
 from ..recipe import Recipe
 from ..registry import MethodConfig, lookup
-from ..storage.base import apply_storage
+from ..storage.base import apply_storage, train_weights
 from .step import TrainStep
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -85,7 +85,7 @@ def build_grafts(recipe: Recipe, model: nn.Module, names: Sequence[str] = ("defa
     For initializers: batches(name) gives model inputs, first_rate(name) the learning rate of the first step."""
     config = adapter_config(recipe, model)
     if config is None:
-        model.requires_grad_(True)
+        train_weights(model)
         return []
     if recipe.adapter_from:
         from ..artifact import attach_saved
@@ -120,6 +120,16 @@ def build_optimizer(recipe: Recipe, model: nn.Module, grafts: Sequence[Graft]) -
     return optimizer(recipe.optimizer, source)
 
 
+def check_groups(recipe: Recipe, grafts: Sequence[Graft]) -> None:
+    """Raises IncompatibleError where an adapter asks for rates of its own and the estimator has one for all tensors."""
+    decay = recipe.estimator.weight_decay
+    for graft in grafts:
+        if any(g["lr_scale"] != 1 or g.get("weight_decay", decay) != decay or g.get("update_gain") for g in graft.parameter_groups()):
+            raise IncompatibleError(f"{graft.method} gives its tensors rates or decays of their own, as it is set up here, and "
+                                    f"{recipe.estimator.method} moves all tensors at one rate",
+                                    remedy="estimator: backprop, or equal rates (lora: loraplus_lr_ratio: 1)")
+
+
 def build_step(recipe: Recipe, model: nn.Module, grafts: Sequence[Graft], total_steps: int) -> TrainStep:
     """Objective, estimator, selections and optimizer of a recipe as one step."""
     parameters = trained_parameters(model, grafts)
@@ -129,6 +139,8 @@ def build_step(recipe: Recipe, model: nn.Module, grafts: Sequence[Graft], total_
     objective = lookup("objective", recipe.objective.method).cls(recipe.objective)
     estimator = lookup("estimator", recipe.estimator.method).cls(recipe.estimator)
     selections = [lookup("selection", s.method).cls(s) for s in recipe.selection]
+    if not estimator.gradients or estimator.moves_some:
+        check_groups(recipe, grafts)
     clip = [[p for p in g.parameters()] for g in grafts] if len(grafts) > 1 else []
     return TrainStep(model, objective, estimator, parameters, grafts, selections, build_optimizer(recipe, model, grafts),
                      recipe.train.max_grad_norm, clip, total_steps, recipe.train.seed)

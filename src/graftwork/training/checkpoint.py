@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError
 from ..files import atomic_folder
+from ..modeling.trained_codes import codes_of
 
 NAME = "step-{:08d}"
 
@@ -78,7 +79,11 @@ def join(state: Any, tensors: dict[str, Tensor]) -> Any:
 
 def learned_tensors(model: nn.Module, parameters: list[tuple[str, nn.Parameter]], grafts: list[Any]) -> dict[str, Tensor]:
     """Every tensor that training may have changed, by stable name."""
-    tensors = {name: p.detach() for name, p in parameters}
+    tensors = {}
+    for name, p in parameters:
+        codes = codes_of(p)
+        tensors.update({name: p.detach()} if codes is None else {
+            f"{name.rpartition('.')[0]}.{key}": part for key, part in codes.parts().items()})
     if grafts:
         for graft in grafts:
             for key, module in graft.named_modules():

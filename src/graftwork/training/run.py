@@ -21,6 +21,7 @@ from ..errors import DataError, GraftworkError, TrainingError, UsageError
 from ..files import FileLock, atomic_folder, atomic_write_text, disk_errors, safe_name
 from ..modeling.state import state_of
 from ..recipe import Recipe, load_recipe
+from ..storage.base import dense_state
 from . import checkpoint as ckpt
 from .batches import FleetBatches, StepBatches, heaviest_step, total_steps
 from .build import build_grafts, build_model, build_step, task_of
@@ -128,6 +129,7 @@ class _Run:
                    for name, m in self.members.items()}
         only = next(iter(factors.values()))
         step = build_step(self.recipe, self.model, self.grafts, len(self.batches))
+        step.calibration = lambda: self._statistics_batches(next(iter(self.members)))
         self.stopped = step.stopped
         if self.recipe.is_fleet:
             self.batches.stopped = step.stopped
@@ -270,7 +272,7 @@ class _Run:
                                                                             train.schedule)
 
     def _statistics_batches(self, name: str):
-        """Model inputs in the order of training, for initializers that look at data; of the initializer's own file if it has one."""
+        """Model inputs in the order of training, for what looks at data; of the initializer's own file if it has one."""
         from ..data import build_splits, model_inputs
 
         steps, other = self.members[name], getattr(self.recipe.initializer, "data", None)
@@ -358,7 +360,7 @@ class _Run:
             return target
         target = self.folder / "model"
         with atomic_folder(target, overwrite=True) as new:
-            self.model.save_pretrained(new)
+            self.model.save_pretrained(new, state_dict=dense_state(self.model))
             self.tokenizer.save_pretrained(new)
             source = getattr(self.model, "graft_source", None)
             for path in source.license_files() if source else []:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class TrainStep:
     total_steps: int = 0
     seed: int = 0
     forward_model: nn.Module | None = None
+    calibration: Callable[[], Iterable[dict[str, Any]]] | None = None  # see SelectionContext.batches
     stopped: dict[str, str] = field(default_factory=dict)
     """Members of a fleet that have diverged, with the reason: they keep the values of their last finite step."""
     _begun: bool = field(default=False, repr=False)
@@ -49,6 +50,7 @@ class TrainStep:
     def compute(self, batches: Sequence[dict[str, Any]], step: int, lr: float | None = None) -> StepResult:
         """Up to and with clipping: gradients are ready, the optimizer has not moved."""
         ctx, first = self.context(step), not self._begun
+        ctx.batches = self.calibration or (lambda: batches)
         if first:
             for selection in self.selections:
                 selection.begin(ctx)
@@ -61,7 +63,7 @@ class TrainStep:
             self.forward_model or self.model, self.objective, self.parameters, batches, self.row_scales(batches), holder,
             step, self.seed, lr, self.optimizer, lambda: self.auxiliary_loss(present)))
         fused = getattr(getattr(self.optimizer, "config", None), "fused", False)
-        if first and not (fused or result.updated or self.selections) and has_values(result.loss):
+        if first and not (fused or result.updated or self.estimator.moves_some or self.selections) and has_values(result.loss):
             self._warn_of_silent_sites(present)
         if present:
             self._by_adapter(batches, result, step)
