@@ -376,7 +376,9 @@ COVER = pairwise(AXES, seed=1)
 
 def run_and_learn(method, storage, kind, dtype):
     """Attach on a stored base, compare with the dense reference, learn for a few steps."""
-    model = tiny.CAUSAL[kind](dtype=DTYPES[dtype])
+    # In bf16 a rounding error may send a token near a tie to another expert: with all experts at work none can go elsewhere.
+    more = {"num_experts_per_tok": 4} if kind == "mixtral" and dtype != "fp32" else {}
+    model = tiny.CAUSAL[kind](dtype=DTYPES[dtype], **more)
     apply_storage(model, make_config("storage", storage))
     before = output(model, IDS)
     graft = attach(model, method, filled=False)
