@@ -62,6 +62,8 @@ def sections_of(width: int) -> dict[str, dict[str, Any]]:
             own["rank"] = width // 4
         if "update_proj_gap" in fields:
             own["update_proj_gap"] = 50
+        for name in {"ns_dtype", "newton_schulz"} & set(fields):
+            own[name] = "float32"  # bf16, their default, is slow on processors without it
         unclipped = {"train": {"max_grad_norm": 0}} if fields["fused"].default else {}
         found[info.name] = {"optimizer": {"method": info.name, **own}, **unclipped}
     for name, own in SELECTIONS.items():
