@@ -179,10 +179,10 @@ def plot(task: str, found: dict[str, dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 6), sharey=True)
-    shown = {m: e for m, e in found.items() if math.isfinite(mean_loss(e))}
+    trained = {m: e for m, e in found.items() if math.isfinite(mean_loss(e))}
     for axis, label, of in ((axes[0], "optimizer state, bytes", lambda e: max(e["plan"]["state_bytes"], 1)),
                             (axes[1], "peak of a step, bytes (measured)", lambda e: e["finals"][0]["peak_bytes"])):
-        for method, entry in shown.items():
+        for method, entry in trained.items():
             axis.plot(of(entry), mean_loss(entry), "o", color="tab:red" if method == BASELINE else "tab:blue")
             axis.annotate(method, (of(entry), mean_loss(entry)), fontsize=7, xytext=(4, 2), textcoords="offset points")
         axis.set_xscale("symlog" if label.startswith("optimizer") else "log")
