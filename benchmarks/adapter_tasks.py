@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import os
-import random
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -15,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from rows import data_folder, read_rows, row_losses, write_rows
 
 import graftwork
 from graftwork.data import DataConfig
-from graftwork.data.dataset import build
 from graftwork.evaluation import evaluate
 from graftwork.files import folder_bytes
 from graftwork.modeling.state import state_of
@@ -75,16 +69,10 @@ class Bench:
     """One task with its loaded base and its rows as files."""
 
     def __init__(self, task: Task, folder: Path):
-        root = os.environ.get("GRAFTWORK_DATA")
-        if not root:
-            sys.exit("set GRAFTWORK_DATA to the folder of the data sets")
         self.task, self.folder = task, folder
         for split in ("train", "validation", "test"):
-            with gzip.open(Path(root) / task.folder / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
-                rows = [json.loads(line) for line in lines]
-            random.Random(0).shuffle(rows)
-            chosen = rows[: getattr(task, split)]
-            self.path(split).write_text("".join(json.dumps(task.row(row)) + "\n" for row in chosen), encoding="utf-8")
+            rows = read_rows(data_folder() / task.folder / f"{split}.jsonl.gz")
+            write_rows(self.path(split), [task.row(row) for row in rows], getattr(task, split))
         kind = {"task": "classification", "num_labels": task.classes} if task.classes else {}
         self.model, self.tokenizer = graftwork.load(task.base, dtype="fp32", **kind)
 
@@ -132,19 +120,8 @@ class Bench:
 
     def likelihood(self, split: str) -> list[float]:
         """Mean log-likelihood of each row's answer tokens, in hundredths of a nat."""
-        data = build(self.tokenizer, self.path(split), format=self.task.format, max_length=self.task.length)
-        collate, scores = data.collator(), []
-        order = sorted(range(len(data)), key=lambda i: len(data[i]["input_ids"]))
-        for first in range(0, len(order), 8):
-            batch = collate([data[i] for i in order[first: first + 8]])
-            with torch.no_grad():
-                hidden = self.model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-                labels = batch["labels"][:, 1:]
-                asked = labels != -100
-                loss = F.cross_entropy(self.model.lm_head(hidden[:, :-1][asked]).float(), labels[asked], reduction="none")
-                means = torch.zeros(len(asked)).index_add_(0, asked.nonzero()[:, 0], loss) / asked.sum(1).clamp(min=1)
-            scores += (-100 * means).tolist()
-        return [score for _, score in sorted(zip(order, scores))]
+        losses = row_losses(self.model, self.tokenizer, self.path(split), self.task.format, self.task.length)
+        return [-100 * loss for loss in losses]
 
     def step_ratio(self, method: str, options: dict[str, Any], baseline: dict[str, Any], pairs: int = 7) -> dict[str, Any]:
         """Seconds of one forward, backward and AdamW step, in interleaved pairs with LoRA."""

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import json
-import os
-import random
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -15,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from adapter_tasks import ROWS
+from rows import data_folder, read_rows, row_losses, write_rows
 
 import graftwork
-from graftwork.data.dataset import build
+from graftwork.modeling.models import load_tokenizer
 from graftwork.modeling.state import state_of
 from graftwork.planning.simulate import plan
 from graftwork.training.run import train_recipe
@@ -49,7 +45,7 @@ TASKS = {t.name: t for t in (
 HIDDEN = {"shakespeare": 192, "e2e": 576, "word_problems": 576}
 
 
-def characters(folder: Path) -> Any:
+def characters() -> Any:
     """A tokenizer of one token a byte, with a padding token and an end token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -58,9 +54,7 @@ def characters(folder: Path) -> Any:
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<end>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
-    fast.save_pretrained(folder)
-    return fast
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
 
 
 def small_llama(vocabulary: int, seed: int) -> Any:
@@ -77,30 +71,30 @@ class Bench:
     """One task with its rows as files; a fresh model for every cell."""
 
     def __init__(self, task: Task, folder: Path):
-        root = os.environ.get("GRAFTWORK_DATA")
-        if not root:
-            sys.exit("set GRAFTWORK_DATA to the folder of the data sets")
         self.task, self.folder = task, folder
         for split in ("train", "validation", "test"):
-            rows = self._rows(Path(root) / task.folder, split)
-            random.Random(0).shuffle(rows)
-            chosen = rows[: getattr(task, split)]
-            self.path(split).write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+            write_rows(self.path(split), self._rows(data_folder() / task.folder, split), getattr(task, split))
         if task.base is None:
-            self.base = folder / "small-llama"
-            self.tokenizer = characters(self.base)
-            small_llama(len(self.tokenizer), 0).save_pretrained(self.base)
+            self.tokenizer = characters()
+            self.base = str(self.scratch(0))
         else:
             self.base = task.base
-            self.tokenizer = graftwork.load(task.base, dtype="fp32")[1]
+            self.tokenizer = load_tokenizer(task.base)
 
     def _rows(self, folder: Path, split: str) -> list[dict[str, Any]]:
         if self.task.format == "text":
             with gzip.open(folder / f"{split}.txt.gz", "rt", encoding="utf-8") as file:
                 text, size = file.read(), self.task.length - 1  # and the end token
             return [{"text": text[i: i + size]} for i in range(0, len(text) - size, size)]
-        with gzip.open(folder / f"{split}.jsonl.gz", "rt", encoding="utf-8") as lines:
-            return [ROWS[self.task.name](json.loads(line)) for line in lines]
+        return [ROWS[self.task.name](row) for row in read_rows(folder / f"{split}.jsonl.gz")]
+
+    def scratch(self, seed: int) -> Path:
+        """The folder of the small model with the random weights of this seed."""
+        folder = self.folder / f"small-llama-{seed}"
+        if not folder.exists():
+            self.tokenizer.save_pretrained(folder)
+            small_llama(len(self.tokenizer), seed).save_pretrained(folder)
+        return folder
 
     def path(self, split: str) -> Path:
         return self.folder / f"{self.task.name}.{split}.jsonl"
@@ -112,19 +106,13 @@ class Bench:
         parts = {"adapter": None, **sections, rated: {**sections.get(rated, {}), "lr": rate}}
         train = {"max_steps": steps or task.steps, "batch_size": task.batch, "precision": "fp32", "seed": seed, "schedule": "cosine",
                  "warmup": 0.1, **parts.pop("train", {})}
-        return {"model": str(self.base), **parts, "train": train, "output_dir": str(self.folder / "run"),
+        return {"model": self.base, **parts, "train": train, "output_dir": str(self.folder / "run"),
                 "data": {"train": str(self.path("train")), "format": task.format, "max_length": task.length}}
 
     def model(self, seed: int, sections: dict[str, Any]) -> Any:
         """A fresh model in the storage and dtype of a method; from random weights of this seed, where there is no base."""
         kind = {"dtype": sections.get("train", {}).get("precision", "fp32"), "storage": sections.get("storage")}
-        base = self.base
-        if self.task.base is None:
-            base = self.folder / f"small-llama-{seed}"
-            if not base.exists():
-                self.tokenizer.save_pretrained(base)
-                small_llama(len(self.tokenizer), seed).save_pretrained(base)
-        return graftwork.load(base, **kind)[0]
+        return graftwork.load(self.scratch(seed) if self.task.base is None else self.base, **kind)[0]
 
     def run(self, sections: dict[str, Any], rate: float, seed: int, steps: int | None = None) -> dict[str, Any]:
         """Train one cell; the losses (nats a token) of each validation and test row. A run that ends with an error has none."""
@@ -135,7 +123,8 @@ class Bench:
             try:
                 result = train_recipe(recipe, quiet=True, model=model, tokenizer=self.tokenizer)
                 trained = time.perf_counter() - start
-                found = {split: self.losses(model, split) for split in ("validation", "test")}
+                found = {split: row_losses(model, self.tokenizer, self.path(split), self.task.format, self.task.length)
+                         for split in ("validation", "test")}
             except graftwork.GraftworkError as error:
                 return {"rate": rate, "validation": None, "test": None, "error": error.message, "sections": sections}
             finally:
@@ -144,21 +133,6 @@ class Bench:
         return {"rate": rate, **{k: statistics.mean(v) for k, v in found.items()}, "rows": found["test"],
                 "peak_bytes": result.peak_bytes, "train_loss": result.loss, "sections": sections,
                 "seconds": {"train": trained, "score": time.perf_counter() - start - trained}}
-
-    @torch.no_grad()
-    def losses(self, model: Any, split: str) -> list[float]:
-        """Mean negative log-likelihood of the trained tokens of each row."""
-        data = build(self.tokenizer, self.path(split), format=self.task.format, max_length=self.task.length)
-        collate, losses = data.collator(), []
-        order = sorted(range(len(data)), key=lambda i: len(data[i]["input_ids"]))
-        for first in range(0, len(order), 8):
-            batch = collate([data[i] for i in order[first: first + 8]])
-            hidden = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-            labels = batch["labels"][:, 1:]
-            asked = labels != -100
-            loss = F.cross_entropy(model.lm_head(hidden[:, :-1][asked]).float(), labels[asked], reduction="none")
-            losses += (torch.zeros(len(asked)).index_add_(0, asked.nonzero()[:, 0], loss) / asked.sum(1).clamp(min=1)).tolist()
-        return [loss for _, loss in sorted(zip(order, losses))]
 
     def planned(self, sections: dict[str, Any], rate: float) -> dict[str, Any]:
         """What `graft plan` says of this recipe: bytes at the peak, and those of the optimizer's state."""

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..modeling.blocks import block_list
+
 
 class Stack:
     """The blocks of a model and the record of a forward over several micro-batches."""
 
     def __init__(self, model: nn.Module):
-        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1 and len({type(b) for b in m}) == 1]
-        sizes = [sum(p.numel() for p in m.parameters()) for m in lists]
-        self.blocks: list[nn.Module] = list(lists[sizes.index(max(sizes))]) if lists else []
+        self.blocks = block_list(model, least=2)
         self.records: dict[tuple[int, int], Any] = {}  # (micro-batch, block) -> its output
         self.depths = self._inside()
 

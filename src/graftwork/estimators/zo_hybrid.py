@@ -25,9 +25,9 @@ from pydantic import Field
 from torch import nn
 
 from ..errors import IncompatibleError
+from ..modeling.blocks import block_list
 from ..registry import MethodConfig, register
 from . import mezo
-from ._restart import Stack
 from ._spsa import ZO_BENCH
 from .backprop import Backprop, BackpropEstimator
 from .base import StepContext, StepResult
@@ -92,7 +92,7 @@ class ZOHybridEstimator(MeZOEstimator):
 
 def after(model: nn.Module, layers: int) -> set[int]:
     """Ids of the parameters from the last `layers` blocks on, in the model's order; a tensor counts where it occurs first."""
-    blocks = Stack(model).blocks
+    blocks = block_list(model, least=2)
     if not blocks:
         raise IncompatibleError("zo_hybrid finds no stack of layers in this model", remedy="name the parts: estimator.first_order: [...]")
     order = [id(p) for p in model.parameters()]

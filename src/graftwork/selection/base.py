@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import IncompatibleError, UsageError
+from ..modeling.blocks import block_list
 from ..registry import MethodConfig
 
 
@@ -144,11 +145,11 @@ def train_only(ctx: SelectionContext, chosen: Collection[int]) -> None:
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's repeated blocks: its longest ModuleList of one class."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and len({type(b) for b in m}) == 1]
-    if not lists:
+    """The model's repeated blocks. Raises UsageError where it has none."""
+    blocks = block_list(model)
+    if not blocks:
         raise UsageError(f"{type(model).__name__} has no list of layers to choose from", remedy="remove this selection")
-    return list(max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())))
+    return blocks
 
 
 def parts_of_model(ctx: SelectionContext) -> tuple[set[int], list[set[int]], set[int]]:
