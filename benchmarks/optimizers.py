@@ -1,14 +1,14 @@
 """Which optimizer is worth its memory: every method of full tuning on a small model from scratch, the main ones on SmolLM2.
 
     GRAFTWORK_DATA=... python benchmarks/optimizers.py [--quick] [--tasks shakespeare e2e ...] [--methods adamw galore ...]
-                                                       [--share 1/2] [--minutes 150] [--table]
+                                                       [--share 1/2] [--beyond 1] [--minutes 150] [--table]
 
 (a) shakespeare: a Llama of 1.9 million parameters (4 blocks, width 192, one token a byte) from random weights, 200 steps of
 8 x 128 tokens of `lm/tinyshakespeare`, every optimizer, estimator and selection of full weights. (b) e2e and word_problems:
 SmolLM2-135M-Instruct, 10 steps of 4 rows, AdamW and six others. All methods of a task see the same rows in the same order.
 
 Search: three learning rates around a method's usual one, seed 0, judged on validation rows; where the best is at an edge, up to
-three more beyond it. Final: three seeds (of the weights, too, where training starts from none), judged on test rows. The bytes of
+--beyond more beyond it. Final: three seeds (of the weights, too, where training starts from none), judged on test rows. The bytes of
 optimizer state are the planner's; the peak is measured by the allocator in a step after the first, and the planner's figure
 stands beside it. Ranks are a quarter of the width, subspaces are refreshed every 50 steps. Short runs: they compare how fast
 methods learn, not where they end; and a method of zeroth order gets the same tokens, far fewer than it is made for.
@@ -43,11 +43,12 @@ BASELINE = "adamw"
 TUNED = (BASELINE, "galore", "apollo_mini", "fira", "adam_mini", "lisa", "mezo")
 QUICK = (BASELINE, "galore", "lisa", "mezo")
 #: the middle one of a method's three rates, from scratch and in fine-tuning, where it is not that of Adam
-ADAM = (3e-3, 3e-5)
+ADAM = (9.49e-4, 3e-5)
 RATES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("galore", "galore, 8-bit", "q_galore", "q_galore, int8 weights", "natural_galore", "gradnormlorp", "owlore", "fira",
-                     "subtrack", "apollo", "apollo_mini", "cosmos", "adafactor"), (1e-2, 1e-4)),
-    **dict.fromkeys(("adalomo", "muon"), (1e-2, 1e-3)), **dict.fromkeys(("sgd", "lomo"), (0.3, 1e-2)), "lion": (3e-4, 3e-6),
+    **dict.fromkeys(("galore", "galore, 8-bit", "q_galore", "q_galore, int8 weights", "natural_galore", "gradnormlorp", "owlore"),
+                    (3.16e-2, 1e-4)),
+    **dict.fromkeys(("fira", "subtrack", "apollo", "apollo_mini", "cosmos"), (1e-2, 1e-4)), "adafactor": (1e-3, 1e-4),
+    "adalomo": (3.16e-2, 1e-3), "muon": (1e-2, 1e-3), **dict.fromkeys(("sgd", "lomo"), (0.3, 1e-2)), "lion": (3e-4, 3e-6),
     **dict.fromkeys(("mezo", "sparse_mezo", "zo_sgd", "zo_sgd_sign", "zo_momentum", "zo_conservative", "zo_blockwise"), (1e-3, 1e-6)),
     "zo_adam": (1e-3, 1e-5), "forward_gradient": (1e-2, 1e-5)}
 STEP = 10 ** 0.5
@@ -93,7 +94,7 @@ DRIVEN: dict[str, dict[str, Any]] = {
     **{f"halo, {form}, level {level}": {"method": "halo", "format": form, "level": level} for form in ("int8", "fp8") for level in (0, 2)}}
 
 
-def rates_of(method: str, scratch: bool, count: int = 3) -> tuple[list[float], list[float], list[float]]:
+def rates_of(method: str, scratch: bool, count: int) -> tuple[list[float], list[float], list[float]]:
     """(the three, those below in turn, those above in turn), each sqrt(10) times its neighbour."""
     middle = RATES.get(method, ADAM)[0 if scratch else 1]
     return ([float(f"{middle * STEP ** k:.3g}") for k in (-1, 0, 1)], [float(f"{middle * STEP ** -k:.3g}") for k in range(2, 2 + count)],
@@ -104,11 +105,11 @@ def slug(method: str) -> str:
     return method.replace(", ", "-").replace(" ", "_")
 
 
-def run_task(bench: Bench, methods: dict[str, dict[str, Any]], out: Path, end: float, quick: bool) -> None:
+def run_task(bench: Bench, methods: dict[str, dict[str, Any]], out: Path, end: float, quick: bool, beyond: int) -> None:
     """All cells of one task, method by method, until `end`."""
     for method, sections in methods.items():
         place = out / bench.task.name / slug(method)
-        first, below, above = rates_of(method, bench.task.base is None)
+        first, below, above = rates_of(method, bench.task.base is None, beyond)
         if quick:
             first, below, above = first[1:2], [], []
         steps, tried = 20 if quick else None, {}
@@ -199,6 +200,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--share", default="1/1", help="i/n: every n-th method from the i-th")
+    parser.add_argument("--beyond", type=int, default=1, help="rates tried beyond the three, where the best of them is at an edge")
     parser.add_argument("--minutes", type=float, default=150)
     parser.add_argument("--table", action="store_true", help="the tables of the cells that exist, run nothing")
     arguments = parser.parse_args()
@@ -210,7 +212,7 @@ def main() -> int:
             methods = sections_of(HIDDEN[task])
             wanted = arguments.methods or (QUICK if quick else list(methods) if TASKS[task].base is None else TUNED)
             if not arguments.table:
-                run_task(Bench(TASKS[task], Path(folder)), {m: methods[m] for m in wanted[part - 1::parts]}, out, end, quick)
+                run_task(Bench(TASKS[task], Path(folder)), {m: methods[m] for m in wanted[part - 1::parts]}, out, end, quick, arguments.beyond)
             found = read(out, task, list(methods), 1 if quick else 3)
             texts.append(table(task, found))
             if not quick and BASELINE in found:
