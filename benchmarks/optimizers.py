@@ -212,7 +212,8 @@ def main() -> int:
             methods = sections_of(HIDDEN[task])
             wanted = arguments.methods or (QUICK if quick else list(methods) if TASKS[task].base is None else TUNED)
             if not arguments.table:
-                run_task(Bench(TASKS[task], Path(folder)), {m: methods[m] for m in wanted[part - 1::parts]}, out, end, quick, arguments.beyond)
+                mine = {method: methods[method] for method in wanted[part - 1::parts]}
+                run_task(Bench(TASKS[task], Path(folder)), mine, out, end, quick, arguments.beyond)
             found = read(out, task, list(methods), 1 if quick else 3)
             texts.append(table(task, found))
             if not quick and BASELINE in found:
