@@ -10,6 +10,7 @@ from graftwork.registry import AXES, methods
 HERE = Path(__file__).parent / "methods"
 INTRO = {
     "storage": "How the frozen weight of a site is kept and multiplied.",
+    "calibration": "Which codes a weight gets in a format of groups: `storage: {method: int4, calibration: gptq}`.",
     "adapter": "The learned change of a site. Composes with every storage unless a trait below says otherwise.",
     "initializer": "Where an adapter starts.",
     "optimizer": "Gradient to update, and with what state.",

@@ -19,6 +19,7 @@ from .errors import UsageError, nearest
 #: axis -> the package whose modules register methods of that axis
 AXES = {
     "storage": "graftwork.storage",
+    "calibration": "graftwork.storage.calibration",
     "adapter": "graftwork.adapters",
     "initializer": "graftwork.initializers",
     "optimizer": "graftwork.optim",

@@ -19,6 +19,8 @@ from graftwork.registry import lookup, methods
 from graftwork.storage import Storage, apply_storage, storage_bits
 from graftwork.storage.base import make_storage
 
+#: relative error that a format of few bits may have on normal numbers, where it is not 0.25
+COARSE = {"int3": 0.3, "int2": 0.7}
 FORMATS = [info.name for info in methods("storage")]
 DTYPES = [torch.float32, torch.bfloat16]
 every = pytest.mark.parametrize("method", FORMATS)
@@ -49,7 +51,7 @@ def test_every_format_is_collected():
     defined = set()
     for module in pkgutil.iter_modules(graftwork.storage.__path__):
         loaded = importlib.import_module(f"graftwork.storage.{module.name}")
-        defined |= {v for v in vars(loaded).values() if isinstance(v, type) and issubclass(v, Storage) and v is not Storage}
+        defined |= {v for v in vars(loaded).values() if isinstance(v, type) and issubclass(v, Storage) and not v.__subclasses__()}
     assert {lookup("storage", name).cls for name in FORMATS} == defined
     assert set(FORMATS) >= {"dense", "nf4"}
 
@@ -65,7 +67,7 @@ def test_any_shape(method, out_features, in_features, seed, dtype):
     assert torch.equal(stored.rows(torch.tensor([out_features - 1, 0])), dense[[out_features - 1, 0]])
     assert stored(matrix(2, 3, in_features, dtype=dtype)).shape == (2, 3, out_features)
     error = (dense.float() - weight.float()).norm() / weight.float().norm()
-    assert error == 0 if lossless(method) else error < 0.25
+    assert error == 0 if lossless(method) else error < COARSE.get(method, 0.25)
     assert torch.equal(keep(method, dense).dequantize(), dense) or error > 0
 
 
@@ -282,7 +284,7 @@ def test_whole_models(method, name):
         assert error == 0 and not seen
         return
     stored = {n: m for n, m in model.named_modules() if isinstance(m, Storage)}
-    assert error == 0 if lossless(method) else 0 < error < 0.8
+    assert error == 0 if lossless(method) else 0 < error < (0.8 if COARSE.get(method, 0) < 0.5 else 2)
     assert seen and len(stored) == len(seen)
     assert storage_bits(model) == pytest.approx(sum(m.bits_per_weight * m.in_features * m.out_features for m in stored.values())
                                                 / sum(m.in_features * m.out_features for m in stored.values()))

@@ -46,6 +46,11 @@ class Storage(nn.Module):
 
     # -- to be written by a format ------------------------------------------------------------------------------
     @classmethod
+    def needs(cls, config: StorageConfig) -> frozenset[str]:
+        """Names of the statistics of a layer's inputs that `from_weight` reads under these options; see calibration.statistics."""
+        return frozenset()
+
+    @classmethod
     def from_weight(cls, weight: Tensor, config: StorageConfig, *, bias: Tensor | None = None, dtype: torch.dtype | None = None,
                     statistics: Any = None, generator: torch.Generator | None = None) -> Storage:
         """Put a dense weight (out, in) into this format. dtype: the compute dtype (default: the weight's).

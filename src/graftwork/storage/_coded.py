@@ -1,0 +1,135 @@
+"""What the formats of codes share: leaves as frozen bytes with a shape each, and products tile by tile.
+
+A format gives `leaf_kinds` (shape and dtype of every leaf) and `decode` (rows of W in fp32 from the leaves). A forward decodes about
+TILE weights at a time, multiplies by them and drops them, so that no float copy of a large matrix ever exists; so does the
+backward pass, which saves nothing of the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import UsageError
+from ..modeling.arithmetic import dtype_for, product_dtype
+from .base import Storage, StorageConfig, bytes_parameter, view_as
+
+#: weights decoded at a time
+TILE = 1 << 20
+
+
+class CodedStorage(Storage):
+    """Subclasses implement `from_weight`, `leaf_kinds` and `decode`."""
+
+    def __init__(self, out_features: int, in_features: int, config: StorageConfig, leaves: dict[str, Tensor], bias: Tensor | None,
+                 compute_dtype: torch.dtype):
+        """leaves: the tensors of `leaf_kinds`, in their true dtypes."""
+        super().__init__(out_features, in_features, bias, compute_dtype)
+        self.options = config
+        for name, value in leaves.items():
+            self.register_parameter(name, bytes_parameter(value))
+        self._kinds = {name: (tuple(value.shape), value.dtype) for name, value in leaves.items()}
+
+    # -- to be written by a format --------------------------------------------------------------------------------
+    def decode(self, leaves: dict[str, Tensor], rows: slice) -> Tensor:
+        """Rows of W, (n, in) fp32, differentiable in the float leaves; rows: of W, with start and stop, step 1."""
+        raise NotImplementedError
+
+    # -- shared -----------------------------------------------------------------------------------------------------
+    def leaf_kinds(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """{leaf: its shape and dtype}."""
+        return self._kinds
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: view_as(self._parameters[name].detach(), dtype).view(shape) for name, (shape, dtype) in self.leaf_kinds().items()}
+
+    def _given(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        own = self.leaves()
+        if unknown := set(leaves) - set(own):
+            raise UsageError(f"storage '{self.method}' has no leaf '{sorted(unknown)[0]}'", remedy=f"leaves: {', '.join(own)}")
+        return {**own, **leaves}
+
+    def dequantize(self, leaves=None):
+        if leaves is None:
+            return self.dense_as(self.compute_dtype)
+        return self.decode(self._given(leaves), slice(0, self.out_features)).to(self.compute_dtype)
+
+    def _tiles(self):
+        """Slices of the rows of W; in a plan, too, each of them, since they are few."""
+        step = max(1, TILE // self.in_features)
+        return [slice(start, min(start + step, self.out_features)) for start in range(0, self.out_features, step)]
+
+    def _rounded(self, leaves: dict[str, Tensor], rows: slice, dtype: torch.dtype) -> Tensor:
+        # Rounded to the compute dtype on the way, so that every product is by the same numbers.
+        return self.decode(leaves, rows).to(self.compute_dtype).to(dtype)
+
+    @torch.no_grad()
+    def dense_as(self, dtype: torch.dtype) -> Tensor:
+        leaves, tiles = self.leaves(), self._tiles()
+        if len(tiles) == 1:
+            return self._rounded(leaves, tiles[0], dtype)
+        dense = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
+        for rows in tiles:
+            dense[rows] = self._rounded(leaves, rows, dtype)
+        return dense
+
+    @torch.no_grad()
+    def rows(self, index):
+        return self.dequantize().index_select(0, index)
+
+    def product(self, x: Tensor, leaves: dict[str, Tensor] | None = None) -> Tensor:
+        if leaves is not None:
+            return F.linear(x, self.dequantize(leaves).to(x.dtype))
+        return _TiledProduct.apply(x, self)
+
+    def forward_product(self, x: Tensor) -> Tensor:
+        """x D(W)^T, (..., in) -> (..., out) in x's dtype, without gradient: tile by tile, or by a kernel of the format."""
+        dtype, leaves, tiles = dtype_for(x), self.leaves(), self._tiles()
+        wide = x.to(dtype)
+        if len(tiles) == 1:
+            return F.linear(wide, self._rounded(leaves, tiles[0], dtype)).to(x.dtype)
+        y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype, device=x.device)
+        for rows in tiles:
+            y[..., rows] = F.linear(wide, self._rounded(leaves, rows, dtype))
+        return y
+
+    def transposed(self, grad: Tensor) -> Tensor:
+        dtype, leaves, tiles = product_dtype(grad.dtype, grad.device), self.leaves(), self._tiles()
+        wide, found = grad.to(dtype), None
+        for rows in tiles:
+            part = wide[..., rows] @ self._rounded(leaves, rows, dtype)
+            found = part if found is None else found.add_(part)
+        return found.to(grad.dtype)
+
+
+class _TiledProduct(torch.autograd.Function):
+    """y = x D(W)^T; D(W) is decoded again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, storage: CodedStorage) -> Tensor:
+        ctx.storage = storage
+        with torch.no_grad():
+            return storage.forward_product(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return (_TransposedProduct.apply(grad, ctx.storage) if ctx.needs_input_grad[0] else None), None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, _):
+        return ctx.storage.forward_product(tangent)
+
+
+class _TransposedProduct(torch.autograd.Function):
+    """g D(W), whose own derivative is the product again."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, storage: CodedStorage) -> Tensor:
+        ctx.storage = storage
+        with torch.no_grad():
+            return storage.transposed(grad)
+
+    @staticmethod
+    def backward(ctx, twice: Tensor):
+        return _TiledProduct.apply(twice, ctx.storage), None

@@ -1,0 +1,51 @@
+"""Codes of 1 to 8 bits in bytes, row by row: a stream of bits, the first code in the lowest bits of the first byte.
+
+Eight codes of b bits fill b bytes, so a row of n codes takes ceil(n b / 8) bytes and every row starts at a byte: any rows of a
+matrix can be read alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def packed_width(count: int, bits: int) -> int:
+    """Bytes of a row of `count` codes."""
+    return -(-count * bits // 8)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """(rows, n) uint8, each below 2**bits -> (rows, ceil(n bits / 8)) uint8."""
+    if bits == 8:
+        return codes
+    rows, count = codes.shape
+    each = 8 if 8 % bits else 8 // bits  # codes that fill whole bytes
+    codes = F.pad(codes, (0, -count % each)).view(rows, -1, each)
+    if 8 % bits == 0:
+        packed = codes[..., 0].clone()
+        for i in range(1, each):
+            packed |= codes[..., i] << (bits * i)
+        return packed[:, : packed_width(count, bits)].contiguous()
+    word = torch.zeros(codes.shape[:2], dtype=torch.int64, device=codes.device)
+    for i in range(8):
+        word |= codes[..., i].long() << (bits * i)
+    found = torch.stack([(word >> 8 * k) & 255 for k in range(bits)], -1).to(torch.uint8)
+    return found.view(rows, -1)[:, : packed_width(count, bits)].contiguous()
+
+
+def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
+    """The inverse: (rows, count) uint8."""
+    if bits == 8:
+        return packed
+    rows, low = packed.shape[0], 2**bits - 1
+    if 8 % bits == 0:
+        codes = torch.stack([(packed >> shift) & low for shift in range(0, 8, bits)], -1)
+        return codes.view(rows, -1)[:, :count]
+    packed = F.pad(packed, (0, -packed.shape[1] % bits)).view(rows, -1, bits)
+    word = torch.zeros(packed.shape[:2], dtype=torch.int64, device=packed.device)
+    for k in range(bits):
+        word |= packed[..., k].long() << 8 * k
+    codes = torch.stack([(word >> bits * i) & low for i in range(8)], -1).to(torch.uint8)
+    return codes.view(rows, -1)[:, :count]

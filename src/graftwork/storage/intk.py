@@ -1,0 +1,106 @@
+"""INT4, INT3 and INT2 weights in groups along the input.
+
+Asymmetric (default), L = 2^b - 1, per group of a row:
+
+    scale = (max - min) / L,   zero = -min / scale,   code = clamp(round(w / scale + zero), 0, L),   D(W) = scale (code - zero)
+
+`zero_point: float` keeps zero as it is (as HQQ and tinygemm do; a merge into it can be exact), `integer` (default) rounds it and
+holds it within the codes, after stretching the range to contain 0, as GPTQ and AWQ checkpoints do. Symmetric: scale =
+max|w| / (2^(b-1) - 1), codes -2^(b-1) ... 2^(b-1) - 1 kept with an offset, no zero. A constant group is exact.
+
+Bits a weight: b + (s + z) / g, with s = 16 bits of scale and z = 8 of an integer zero, 16 of a float one.
+Oracles: float64 closed form, hqq and torchao (tests/oracles/test_storage_intk.py).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from ..registry import register
+from ._groups import Grid, GroupConfig, GroupStorage
+
+SCALES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class IntConfig(GroupConfig):
+    symmetric: bool = False
+    """Codes around zero and no zero point."""
+    zero_point: Literal["integer", "float"] = "integer"
+    """integer: a whole number within the codes; float: any, in the scale's dtype."""
+    scale_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+
+
+class IntGrid(Grid):
+    def __init__(self, bits: int, symmetric: bool, whole: bool, dtype: torch.dtype):
+        self.bits, self.symmetric, self.whole = bits, symmetric, whole
+        self.parameters = {"scale": dtype} if symmetric else {"scale": dtype, "zero": torch.uint8 if whole else dtype}
+
+    def fit(self, groups):
+        top, kept = 2**self.bits - 1, self.parameters["scale"]
+        if self.symmetric:
+            return {"scale": _positive(groups.abs().amax(-1) / (2 ** (self.bits - 1) - 1 or 1), kept)}
+        low, high = groups.amin(-1), groups.amax(-1)
+        if self.whole:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        constant = low == high
+        scale = _positive(torch.where(constant, low.abs(), (high - low) / top), kept)
+        zero = torch.where(constant, (low < 0).float(), -low / scale.float())
+        return {"scale": scale, "zero": zero.round().clamp(0, top).to(torch.uint8) if self.whole else zero.to(kept)}
+
+    def _zero(self, parameters):
+        return 2 ** (self.bits - 1) if self.symmetric else parameters["zero"].float().unsqueeze(-1)
+
+    def encode(self, values, parameters):
+        unit = values / parameters["scale"].float().unsqueeze(-1)
+        zero = self._zero(parameters)
+        unit = unit.round() + zero if self.symmetric or self.whole else (unit + zero).round()
+        return unit.clamp(0, 2**self.bits - 1).to(torch.uint8)
+
+    def decode(self, codes, parameters):
+        return (codes.float() - self._zero(parameters)) * parameters["scale"].float().unsqueeze(-1)
+
+
+def _positive(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A scale as it is kept; 1 where it would be kept as 0, the largest number where it would overflow."""
+    kept = scale.clamp(max=torch.finfo(dtype).max).to(dtype)
+    return torch.where(kept == 0, torch.ones_like(kept), kept)
+
+
+class IntStorage(GroupStorage):
+    bits: int
+
+    @classmethod
+    def grid(cls, config):
+        return IntGrid(cls.bits, config.symmetric, config.zero_point == "integer", SCALES[config.scale_dtype])
+
+
+class Int4(IntConfig):
+    """Options of int4."""
+
+
+class Int3(IntConfig):
+    """Options of int3."""
+
+
+class Int2(IntConfig):
+    """Options of int2."""
+
+
+@register("storage", "int4", config=Int4, title="INT4 groups", lossless=False, summary="4-bit integers in groups of 64 along the input: "
+          "4.375 bits a weight")
+class Int4Storage(IntStorage):
+    bits = 4
+
+
+@register("storage", "int3", config=Int3, title="INT3 groups", lossless=False, summary="3-bit integers in groups of 64 along the input: "
+          "3.375 bits a weight")
+class Int3Storage(IntStorage):
+    bits = 3
+
+
+@register("storage", "int2", config=Int2, title="INT2 groups", lossless=False, summary="2-bit integers in groups of 64 along the input: "
+          "2.375 bits a weight")
+class Int2Storage(IntStorage):
+    bits = 2
