@@ -18,7 +18,7 @@ import graftwork
 from graftwork.modeling.models import load_tokenizer
 from graftwork.modeling.state import state_of
 from graftwork.planning.simulate import plan
-from graftwork.training.run import train_recipe
+from graftwork.training.run import Interrupted, train_recipe
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,8 @@ class Bench:
                 trained = time.perf_counter() - start
                 found = {split: row_losses(model, self.tokenizer, self.path(split), self.task.format, self.task.length)
                          for split in ("validation", "test")}
+            except Interrupted:
+                raise
             except graftwork.GraftworkError as error:
                 return {"rate": rate, "validation": None, "test": None, "error": error.message, "sections": sections}
             finally:

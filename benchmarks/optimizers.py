@@ -46,9 +46,9 @@ QUICK = (BASELINE, "galore", "lisa", "mezo")
 ADAM = (9.49e-4, 3e-5)
 RATES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("galore", "galore, 8-bit", "q_galore", "q_galore, int8 weights", "natural_galore", "gradnormlorp", "owlore"),
-                    (3.16e-2, 1e-4)),
+                    (10**-1.5, 1e-4)),
     **dict.fromkeys(("fira", "subtrack", "apollo", "apollo_mini", "cosmos"), (1e-2, 1e-4)), "adafactor": (1e-3, 1e-4),
-    "adalomo": (3.16e-2, 1e-3), "muon": (1e-2, 1e-3), **dict.fromkeys(("sgd", "lomo"), (0.3, 1e-2)), "lion": (3e-4, 3e-6),
+    "adalomo": (10**-1.5, 1e-3), "muon": (1e-2, 1e-3), **dict.fromkeys(("sgd", "lomo"), (0.3, 1e-2)), "lion": (3e-4, 3e-6),
     **dict.fromkeys(("mezo", "sparse_mezo", "zo_sgd", "zo_sgd_sign", "zo_momentum", "zo_conservative", "zo_blockwise"), (1e-3, 1e-6)),
     "zo_adam": (1e-3, 1e-5), "forward_gradient": (1e-2, 1e-5)}
 STEP = 10 ** 0.5
