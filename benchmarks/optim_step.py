@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/optim_step.py [--methods adamw galore ...] [--rounds 15] [--rank 64] [--threads 1]
 
 Interleaved: every round times one step of each optimizer on equal gradients, in rotating order; medians are printed and all
-times written to benchmarks/results/optim_step.json; one thread is timed by the processor's clock. Steps are between refreshes; `refresh` rows time a refresh step alone.
-State bytes are those of the storages that the state keeps alive. `svd` prints what the randomized SVD of a refresh loses.
+times written to benchmarks/results/optim_step.json; one thread is timed by the processor's clock. Steps are between refreshes,
+`refresh` rows time a refresh step alone. State bytes are those of the storages that the state keeps alive. `svd` prints what the
+randomized SVD of a refresh loses.
 
 Official: torch.optim, galore-torch, apollo-torch, q-galore-torch, bitsandbytes, came-pytorch, adam-mini, transformers. Two need help
 to run here (`_eight_bit`), torch.optim.Muon is timed on a small matrix, since it computes in bfloat16 only.

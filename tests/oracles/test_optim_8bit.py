@@ -115,7 +115,7 @@ def test_small_tensors_are_adamw_and_bytes_are_exact():
 def test_the_table_of_intervals_is_a_search_of_the_midpoints(signed):
     book = dynamic_map(signed)
     midpoints = (book[:-1] + book[1:]) * 0.5
-    far = torch.tensor(torch.inf)
-    x = torch.cat([midpoints, torch.nextafter(midpoints, far), torch.nextafter(midpoints, -far), book, torch.tensor([0.0, -0.0, 1e-40, -1e-40]),
-                   *(torch.randn(10_000, generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * 10.0**-k for k in range(8))])
-    assert torch.equal(_midpoints_below(x, signed), torch.bucketize(x, midpoints, out_int32=True))
+    far, edges = torch.tensor(torch.inf), torch.tensor([0.0, -0.0, 1e-40, -1e-40])
+    noise = torch.randn((8, 10_000), generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * 10.0 ** -torch.arange(8.0)[:, None]
+    x = torch.cat([midpoints, torch.nextafter(midpoints, far), torch.nextafter(midpoints, -far), book, edges, noise.flatten()])
+    assert torch.equal(_midpoints_below(x, signed), torch.bucketize(x, midpoints).to(torch.uint8))

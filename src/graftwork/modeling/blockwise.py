@@ -53,7 +53,7 @@ def quantize_blockwise(x: Tensor, signed: bool = True, *, grid: bool = False) ->
     codes = _midpoints_below(unit.view(-1)[:size], signed)
     if grid:
         codes.masked_fill_((scale == 0).repeat_interleave(BLOCK)[:size], 0)  # 0 times any entry is 0
-    return codes.to(torch.uint8).view(x.shape), scale
+    return codes.view(x.shape), scale
 
 
 def dequantize_blockwise(codes: Tensor, scale: Tensor, signed: bool = True) -> Tensor:
@@ -75,22 +75,22 @@ def _map_on(device: torch.device, signed: bool) -> Tensor:
 
 
 def _midpoints_below(unit: Tensor, signed: bool) -> Tensor:
-    """Number of midpoints strictly below each entry of a vector in [-1, 1], int32; a search of the 255 takes six times as long.
+    """Number of midpoints strictly below each entry of a vector in [-1, 1], uint8; a search of the 255 takes six times as long.
 
     The upper half of a float32 leaves it an interval that holds one midpoint at most: a table gives the count at the interval's
     lower end, and one comparison the rest."""
     below, midpoints = _intervals(unit.device, signed)
     count = below.index_select(0, (unit.view(torch.int32) >> 16).add_(1 << 15))
-    return count.add_(unit > midpoints.index_select(0, count))
+    return count.add_(unit > midpoints.index_select(0, count.int()))
 
 
 @cache
 @torch.inference_mode(False)
 def _intervals(device: torch.device, signed: bool) -> tuple[Tensor, Tensor]:
-    """(counts (65536,) int32, by the upper half as a signed number from its least on; midpoints (256,), the last infinite)"""
+    """(counts (65536,) uint8, by the upper half as a signed number from its least on; midpoints (256,), the last infinite)"""
     book = dynamic_map(signed)
     midpoints = (book[:-1] + book[1:]) * 0.5
     upper = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16
     least = torch.minimum(upper.view(torch.float32), (upper | 0xFFFF).view(torch.float32))
-    below = torch.bucketize(least, midpoints, out_int32=True)
+    below = torch.bucketize(least, midpoints).to(torch.uint8)
     return below.to(device), torch.cat([midpoints, torch.tensor([torch.inf])]).to(device)

@@ -11,8 +11,8 @@ f / sqrt(max(m, n)). The second f (arXiv 2502.16982) makes that AdamW's usual 0.
 
 State mn; 2 numel for embeddings, head and vectors, which get AdamW at lr * other_lr_scale. Weights and buffers equal those of
 torch.optim.Muon bit for bit in float32, where the processor has bfloat16 products (elsewhere they are computed in float32 and
-rounded, 20 times as fast). Departures: no decay unless asked; the gradient is not overwritten; `ns_dtype: float32` rounds nothing. Made for the full matrices of a model: a LoRA factor
-is orthogonalized as well, which its authors do not study.
+rounded, 20 times as fast). Departures: no decay unless asked; the gradient is not overwritten; `ns_dtype: float32` rounds nothing.
+Made for the full matrices of a model: a LoRA factor is orthogonalized as well, which its authors do not study.
 """
 
 from __future__ import annotations
@@ -64,6 +64,10 @@ class MuonOptimizer(PlainOptimizer):
         if _is_matrix(shape, role):
             return {"momentum_buffer": (shape, kept)}
         return {"exp_avg": (shape, kept), "exp_avg_sq": (shape, kept)}
+
+    @classmethod
+    def elementwise(cls, config: Muon, shape: tuple[int, ...], role: str) -> bool:
+        return not _is_matrix(shape, role)
 
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         others, states = [], []
