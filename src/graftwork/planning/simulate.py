@@ -126,11 +126,13 @@ def _unpacked(yes: bool) -> Iterator[None]:
 
 @contextmanager
 def _few_pieces() -> Iterator[None]:
-    """MeZO draws and adds its noise in pieces of 2^20 values: 70,000 of them for 70B. All need the memory of the second one
-    (which begins while the first one's buffers are alive), so a large tensor moves by its first, second and last piece here."""
+    """MeZO draws and adds its noise, and optimizers update large tensors, in pieces of 2^20 values: 70,000 of them for 70B. All need
+    the memory of the second one (which begins while the first one's buffers are alive), so a large tensor moves by its first,
+    second and last piece here."""
     from ..estimators import mezo
+    from ..optim import base, pieces
 
-    kept = mezo._pieces
+    kept, kept_spans = mezo._pieces, base.spans
 
     def few(p: Tensor) -> Iterator[Tensor]:
         size = mezo.PIECE
@@ -141,11 +143,15 @@ def _few_pieces() -> Iterator[None]:
         for start in (0, size, (p.numel() - 1) // size * size):
             yield flat[start:start + size]
 
-    mezo._pieces = few
+    def few_spans(size: int) -> list[slice]:
+        every = range(0, size, pieces.PIECE)
+        return [slice(start, min(start + pieces.PIECE, size)) for start in sorted({*every[:2], every[-1]})]
+
+    mezo._pieces, base.spans = few, few_spans
     try:
         yield
     finally:
-        mezo._pieces = kept
+        mezo._pieces, base.spans = kept, kept_spans
 
 
 @contextmanager
