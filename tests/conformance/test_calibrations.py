@@ -16,6 +16,8 @@ from graftwork.storage.calibration.statistics import InputStatistics
 
 #: output error allowed, as a multiple of that of the nearest codes on the same inputs; 1 where it is not here
 MARGIN = {"hqq": 1.15}
+#: options that make a slow method short
+SHORT = {"adaquant": {"steps": 20}}
 FORMATS = [info.name for info in methods("storage") if issubclass(info.cls, GroupStorage)]
 CALIBRATIONS = [info.name for info in methods("calibration")]
 BASIC = {"int4", "int2"}
@@ -53,8 +55,8 @@ def options(kind, calibration):
     return given
 
 
-def config_of(kind, calibration, **more):
-    return make_config("storage", kind, **options(kind, calibration), calibration={"method": calibration, **more})
+def config_of(kind, calibration):
+    return make_config("storage", kind, **options(kind, calibration), calibration={"method": calibration, **SHORT.get(calibration, {})})
 
 
 def quantizer_of(kind, config):
