@@ -15,7 +15,7 @@ from graftwork.storage.calibration.base import Calibrated, calibration_of
 from graftwork.storage.calibration.statistics import InputStatistics
 
 #: output error allowed, as a multiple of that of the nearest codes on the same inputs; 1 where it is not here
-MARGIN = {"hqq": 1.15}
+MARGIN = {"hqq": 1.15, "zeroquant_fp": 2}
 #: options that make a slow method short
 SHORT = {"adaquant": {"steps": 20}}
 FORMATS = [info.name for info in methods("storage") if issubclass(info.cls, GroupStorage)]
