@@ -121,7 +121,9 @@ class GroupStorage(CodedStorage):
 
     @classmethod
     def needs(cls, config):
-        return lookup("calibration", config.calibration["method"]).cls.needs
+        from .calibration.base import calibration_of
+
+        return calibration_of(config.calibration).needs
 
     @classmethod
     @torch.no_grad()
