@@ -49,3 +49,16 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
         word |= packed[..., k].long() << 8 * k
     codes = torch.stack([(word >> bits * i) & low for i in range(8)], -1).to(torch.uint8)
     return codes.view(rows, -1)[:, :count]
+
+
+def look_up(packed: Tensor, count: int, bits: int, table: Tensor) -> Tensor:
+    """table[unpack(packed, count, bits)]: (rows, count) fp32. table: (2**bits,) fp32.
+
+    Where whole codes fill a byte, all values of a byte are fetched at once, as one number of their size together."""
+    rows, together = packed.shape[0], {8: torch.float32, 4: torch.int64, 2: torch.complex128}.get(bits)
+    if together is None:
+        return table.index_select(0, unpack(packed, count, bits).reshape(-1).int()).view(rows, count)
+    if bits < 8:
+        table = table[unpack(torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None], 8 // bits, bits).int()]
+    found = table.view(together).view(-1).index_select(0, packed.reshape(-1).int()).view(table.dtype)
+    return found.view(rows, -1)[:, :count]

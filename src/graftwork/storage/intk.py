@@ -20,8 +20,7 @@ import torch
 
 from ..registry import register
 from ._groups import Grid, GroupConfig, GroupStorage
-
-SCALES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+from ._scales import FLOATS, positive
 
 
 class IntConfig(GroupConfig):
@@ -40,12 +39,12 @@ class IntGrid(Grid):
     def fit(self, groups):
         top, kept = 2**self.bits - 1, self.parameters["scale"]
         if self.symmetric:
-            return {"scale": _positive(groups.abs().amax(-1) / (2 ** (self.bits - 1) - 1 or 1), kept)}
+            return {"scale": positive(groups.abs().amax(-1) / (2 ** (self.bits - 1) - 1 or 1), kept)}
         low, high = groups.amin(-1), groups.amax(-1)
         if self.whole:
             low, high = low.clamp(max=0), high.clamp(min=0)
         constant = low == high
-        scale = _positive(torch.where(constant, low.abs(), (high - low) / top), kept)
+        scale = positive(torch.where(constant, low.abs(), (high - low) / top), kept)
         zero = torch.where(constant, (low < 0).float(), -low / scale.float())
         return {"scale": scale, "zero": zero.round().clamp(0, top).to(torch.uint8) if self.whole else zero.to(kept)}
 
@@ -58,14 +57,14 @@ class IntGrid(Grid):
         unit = unit.round() + zero if self.symmetric or self.whole else (unit + zero).round()
         return unit.clamp(0, 2**self.bits - 1).to(torch.uint8)
 
-    def decode(self, codes, parameters):
-        return (codes.float() - self._zero(parameters)) * parameters["scale"].float().unsqueeze(-1)
+    def table(self, device):
+        return torch.arange(2**self.bits, dtype=torch.float32, device=device)
 
+    def place(self, values, parameters):
+        return (values - self._zero(parameters)) * parameters["scale"].float().unsqueeze(-1)
 
-def _positive(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A scale as it is kept; 1 where it would be kept as 0, the largest number where it would overflow."""
-    kept = scale.clamp(max=torch.finfo(dtype).max).to(dtype)
-    return torch.where(kept == 0, torch.ones_like(kept), kept)
+    def integers(self, codes, parameters):
+        return (codes.float() - self._zero(parameters), parameters["scale"].float()) if self.symmetric or self.whole else None
 
 
 class IntStorage(GroupStorage):
@@ -73,7 +72,7 @@ class IntStorage(GroupStorage):
 
     @classmethod
     def grid(cls, config):
-        return IntGrid(cls.bits, config.symmetric, config.zero_point == "integer", SCALES[config.scale_dtype])
+        return IntGrid(cls.bits, config.symmetric, config.zero_point == "integer", FLOATS[config.scale_dtype])
 
 
 class Int4(IntConfig):
