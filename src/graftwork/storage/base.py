@@ -157,6 +157,8 @@ def frozen_linear(x: Tensor, storage: Storage) -> Tensor:
 def bytes_parameter(tensor: Tensor) -> nn.Parameter:
     """A tensor of any dtype as a frozen uint8 Parameter of its bytes, flat."""
     flat = tensor.detach().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # one number out of a matrix keeps its stride, which a view in bytes refuses
+        flat = flat.clone(memory_format=torch.contiguous_format)
     return nn.Parameter(flat if flat.dtype == torch.uint8 else flat.view(torch.uint8), requires_grad=False)
 
 
