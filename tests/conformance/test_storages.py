@@ -20,7 +20,7 @@ from graftwork.storage import Storage, apply_storage, storage_bits
 from graftwork.storage.base import make_storage
 
 #: relative error that a format of few bits may have on normal numbers, where it is not 0.25
-COARSE = {"int3": 0.3, "int2": 0.7}
+COARSE = {"int3": 0.3, "int2": 0.7, "vptq": 0.7}
 #: starts of the names of leaves whose size depends on the values of the weight; plans expect a size
 VARYING = {"spqr": ("outlier_values", "outlier_columns")}
 pytestmark = pytest.mark.filterwarnings("ignore:storage .* had no calibration data")
