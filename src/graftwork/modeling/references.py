@@ -25,6 +25,10 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
+#: what compression.quantize keeps in a folder until it is whole
+HALF_WRITTEN = "quantize-state.json"
+
+
 @dataclass(frozen=True)
 class Package:
     """A model inside a pip package: distribution and version, import name, path inside its folder."""
@@ -109,6 +113,9 @@ def _resolve_path(text: str, path: Path, trust_remote_code: bool) -> ModelRef:
     if (path / "config.json").is_file():
         kind = "folder" if weight_files(path) else "config"
         return ModelRef(text, kind, path, trust_remote_code=trust_remote_code)
+    if (path / HALF_WRITTEN).is_file():
+        raise ModelError(f"{path} is half written: its quantization has not finished",
+                         remedy="run the same `graft quantize` again, which continues it")
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return ModelRef(text, "gguf", ggufs[0])

@@ -9,6 +9,7 @@ storage reads its codes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..modeling.arithmetic import dtype_for, product_dtype
-from ..modeling.protocols import has_values
+from ..modeling.protocols import Product, has_values
 from ..registry import MethodConfig, lookup
 
 
@@ -49,6 +50,13 @@ class Storage(nn.Module):
     def needs(cls, config: StorageConfig) -> frozenset[str]:
         """Names of the statistics of a layer's inputs that `from_weight` reads under these options; see calibration.statistics."""
         return frozenset()
+
+    @classmethod
+    def without_data(cls, config: StorageConfig) -> StorageConfig:
+        """The options under which `from_weight` needs no statistics and otherwise does the same: for weights that are made after
+        the calibration (an edit), or that no data reached."""
+        plain = {"calibration": {"method": "rtn"}} if cls.needs(config) and "calibration" in type(config).model_fields else {}
+        return config.model_copy(update=plain)
 
     @classmethod
     def from_weight(cls, weight: Tensor, config: StorageConfig, *, bias: Tensor | None = None, dtype: torch.dtype | None = None,
@@ -186,36 +194,83 @@ def make_storage(weight: Tensor, method: str, config: StorageConfig, **kwargs) -
     return lookup("storage", method).cls.from_weight(weight, config, **kwargs)
 
 
-def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None) -> nn.Module:
+@dataclass(frozen=True)
+class Place:
+    """One linear map that goes into a storage: a module, or expert `expert` of the fused parameter `attribute` of one."""
+
+    name: str
+    module: nn.Module
+    product: Product
+    attribute: str | None = None
+    expert: int | None = None
+
+
+def places(model: nn.Module, config: StorageConfig, within: str = "") -> list[Place]:
+    """The maps of a model (or of its module `within`) that are dense now and that this config puts into a storage."""
+    from ..modeling.experts import expert_linears
+    from ..modeling.sites import linear_modules
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    root, prefix = model.get_submodule(within), f"{within}." if within else ""
+    found = [Place(f"{within}.{name}".strip("."), module, product) for name, module, product in linear_modules(root)
+             if module is not head and not isinstance(module, Storage)]
+    found = [place for place in found if place.name.split(".")[-1] not in config.skip_modules]
+    return found + [Place(f"{prefix}{name}.{attribute}.{expert}", module, product, attribute, expert)
+                    for name, module, attribute, expert, product in expert_linears(root)
+                    if not isinstance(getattr(module, attribute), nn.ModuleList)]
+
+
+def store(model: nn.Module, place: Place, config: StorageConfig, statistics: Any = None) -> Storage:
+    """Put one map into its storage, in place."""
+    from ..modeling.calls import keep_calls
+    from ..modeling.experts import replace_expert
+    from ..modeling.protocols import is_conv1d
+
+    dense, cls = place.product.dense(), lookup("storage", config.method).cls
+    bias = place.product.bias if place.expert is None else None
+    try:
+        stored = cls.from_weight(dense.detach(), config, bias=bias, dtype=dense.dtype, statistics=statistics)
+    except UsageError as error:
+        raise UsageError(f"{place.name}: {error.message}", remedy=error.remedy) from None
+    if place.expert is not None:
+        replace_expert(place.module, place.attribute, place.expert, stored)
+        return stored
+    stored.transposed_source = is_conv1d(place.module)  # its weight in the model's file is (in, out)
+    parent, _, last = place.name.rpartition(".")
+    owner = model.get_submodule(parent)
+    here = next(stored.parameters()).device == dense.device  # a needless move would be refused for fake tensors
+    setattr(owner, last, stored if here else stored.to(dense.device))
+    keep_calls(owner, last)  # a fused kernel would be handed the weight, which is codes now
+    return stored
+
+
+def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None, batches=None, notes: list[str] | None = None) -> nn.Module:
     """Replace every linear map of the model (except `skip_modules` and the output head) by its storage, in place.
 
     Works site by site: one dense weight is alive beside the storages at any time. on_site(name) is called per site
-    for progress. Dense storage leaves nn.Linear as it is: a plain module is the dense format."""
-    from ..modeling.calls import keep_calls
-    from ..modeling.experts import expert_linears, replace_expert
-    from ..modeling.protocols import is_conv1d
-    from ..modeling.sites import linear_modules
-
+    for progress. Dense storage leaves nn.Linear as it is: a plain module is the dense format. A config that reads how inputs are
+    distributed takes them from `batches` (model inputs, iterable or a function that returns one), block by block: see
+    calibration.walk. notes: gets what a reader should know of that; left out, they are warnings.
+    A model that is in this storage already stays as it is; UsageError where its codes came from files and are of another one."""
     if config.method == "dense":
         return model
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    cls = lookup("storage", config.method).cls
-    for name, module, product in list(linear_modules(model)):
-        if module is head or isinstance(module, Storage) or name.split(".")[-1] in config.skip_modules:
-            continue
-        dense = product.dense()
-        stored = cls.from_weight(dense.detach(), config, bias=product.bias, dtype=dense.dtype)
-        stored.transposed_source = is_conv1d(module)  # its weight in the model's file is (in, out)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], stored.to(dense.device))
-        keep_calls(parent, name.rpartition(".")[2])  # a fused kernel would be handed the weight, which is codes now
+    kept = model.__dict__.get("graft_storage")
+    if kept is not None and kept.method == config.method and kept == config:
+        return model
+    if kept is not None and model.__dict__.get("graft_codes_kept"):
+        other = "with other options" if kept.method == config.method else f"not {config.method}"
+        raise UsageError(f"the weights of this model are {kept.method} codes already, {other}",
+                         remedy="leave the storage out to keep the codes, or give the dense model")
+    needs = lookup("storage", config.method).cls.needs(config)
+    if needs and any(has_values(p) for p in model.parameters()):
+        from .calibration.walk import walk
+
+        walk(model, config, batches, on_site=on_site, notes=notes)
+        return model
+    for place in places(model, config):
+        store(model, place, config)
         if on_site:
-            on_site(name)
-    for name, module, attribute, expert, product in list(expert_linears(model)):
-        dense = product.dense()
-        replace_expert(module, attribute, expert, cls.from_weight(dense.detach(), config, dtype=dense.dtype))
-        if on_site:
-            on_site(f"{name}.{attribute}.{expert}")
+            on_site(place.name)
     model.__dict__["graft_storage"] = config
     return model
 
