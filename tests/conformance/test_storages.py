@@ -20,7 +20,10 @@ from graftwork.storage import Storage, apply_storage, storage_bits
 from graftwork.storage.base import make_storage
 
 #: relative error that a format of few bits may have on normal numbers, where it is not 0.25
-COARSE = {"int3": 0.3, "int2": 0.7}
+COARSE = {"int3": 0.3, "int2": 0.7, "vptq": 0.7}
+#: starts of the names of leaves whose size depends on the values of the weight; plans expect a size
+VARYING = {"spqr": ("outlier_values", "outlier_columns")}
+pytestmark = pytest.mark.filterwarnings("ignore:storage .* had no calibration data")
 FORMATS = [info.name for info in methods("storage")]
 DTYPES = [torch.float32, torch.bfloat16]
 every = pytest.mark.parametrize("method", FORMATS)
@@ -41,6 +44,10 @@ def state(module):
 
 def same(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) and left[k].dtype == right[k].dtype for k in left)
+
+
+def sizes(method, tensors):
+    return {n: (None if n.split(".")[-1].startswith(VARYING.get(method, ())) else t.shape, t.dtype) for n, t in tensors}
 
 
 def lossless(method):
@@ -220,7 +227,7 @@ def test_what_is_no_matrix_is_refused(method, shape):
 @each_dtype
 def test_fake_tensors_have_the_real_bytes(method, dtype):
     real = keep(method, matrix(37, 71, dtype=dtype))
-    expected = [{n: (t.shape, t.dtype) for n, t in tensors} for tensors in (real.named_parameters(), real.leaves().items())]
+    expected = [sizes(method, tensors) for tensors in (real.named_parameters(), real.leaves().items())]
     bits = real.bits_per_weight
     with FakeTensorMode():
         fake = keep(method, torch.empty(37, 71, dtype=dtype))
@@ -230,8 +237,8 @@ def test_fake_tensors_have_the_real_bytes(method, dtype):
         assert y.shape == (2, 5, 37) and y.dtype == dtype and x.grad.shape == x.shape and x.grad.dtype == dtype
         assert fake.dequantize().shape == (37, 71) and fake.dequantize().dtype == dtype
         assert fake.rows(torch.zeros(3, dtype=torch.int64)).shape == (3, 71)
-        found = [{n: (t.shape, t.dtype) for n, t in tensors} for tensors in (fake.named_parameters(), fake.leaves().items())]
-        assert found == expected and fake.bits_per_weight == bits
+        found = [sizes(method, tensors) for tensors in (fake.named_parameters(), fake.leaves().items())]
+        assert found == expected and fake.bits_per_weight == pytest.approx(bits, abs=2 if method in VARYING else 0)
     assert torch.equal(keep(method, matrix(37, 71, dtype=dtype)).dequantize(), real.dequantize())  # nothing fake was remembered
 
 
@@ -330,6 +337,6 @@ def test_a_stored_model_under_fake_tensors(method):
         logits = model(input_ids=torch.zeros(2, 8, dtype=torch.int64)).logits
         logits.sum().backward()
         assert logits.shape == (2, 8, tiny.VOCAB)
-        fake = {n: (p.shape, p.dtype) for n, p in model.named_parameters()}
+        fake = sizes(method, model.named_parameters())
     real = apply_storage(tiny.llama(), lookup("storage", method).config())
-    assert fake == {n: (p.shape, p.dtype) for n, p in real.named_parameters()}
+    assert fake == sizes(method, real.named_parameters())

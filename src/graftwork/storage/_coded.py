@@ -7,9 +7,12 @@ backward pass, which saves nothing of the weight.
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..modeling.arithmetic import dtype_for, product_dtype
@@ -20,7 +23,12 @@ TILE = 1 << 20
 
 
 class CodedStorage(Storage):
-    """Subclasses implement `from_weight`, `leaf_kinds` and `decode`."""
+    """Subclasses implement `from_weight`, `leaf_kinds` and `decode`.
+
+    varying: leaves whose first size depends on the values of the weight (fake weights give an expectation); loading a state dict
+    takes over the sizes that it has."""
+
+    varying: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, out_features: int, in_features: int, config: StorageConfig, leaves: dict[str, Tensor], bias: Tensor | None,
                  compute_dtype: torch.dtype):
@@ -43,6 +51,16 @@ class CodedStorage(Storage):
 
     def leaves(self) -> dict[str, Tensor]:
         return {name: view_as(self._parameters[name].detach(), dtype).view(shape) for name, (shape, dtype) in self.leaf_kinds().items()}
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in self.varying:
+            shape, dtype = self._kinds[name]
+            found, each = state_dict.get(prefix + name), math.prod(shape[1:]) * dtype.itemsize
+            if found is not None and found.numel() != self._parameters[name].numel() and found.numel() % each == 0:
+                own = self._parameters[name]
+                self._kinds[name] = ((found.numel() // each, *shape[1:]), dtype)
+                self._parameters[name] = nn.Parameter(torch.empty(found.numel(), dtype=own.dtype, device=own.device), requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _given(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         own = self.leaves()

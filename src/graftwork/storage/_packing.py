@@ -62,3 +62,24 @@ def look_up(packed: Tensor, count: int, bits: int, table: Tensor) -> Tensor:
         table = table[unpack(torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None], 8 // bits, bits).int()]
     found = table.view(together).view(-1).index_select(0, packed.reshape(-1).int()).view(table.dtype)
     return found.view(rows, -1)[:, :count]
+
+
+def wide_width(count: int, bits: int) -> int:
+    """Bytes of a row of `count` codes of any number of bits, in planes."""
+    return sum(packed_width(count, min(8, bits - low)) for low in range(0, bits, 8))
+
+
+def pack_wide(codes: Tensor, bits: int) -> Tensor:
+    """(rows, n) int64, each below 2**bits -> (rows, wide_width(n, bits)) uint8: all lowest bytes, then the next, ..., each plane packed."""
+    planes = [pack(((codes >> low) & 255).to(torch.uint8), min(8, bits - low)) for low in range(0, bits, 8)]
+    return torch.cat(planes, 1)
+
+
+def unpack_wide(packed: Tensor, count: int, bits: int) -> Tensor:
+    """The inverse: (rows, count) int64."""
+    codes, start = None, 0
+    for low in range(0, bits, 8):
+        width = packed_width(count, min(8, bits - low))
+        plane = unpack(packed[:, start: start + width], count, min(8, bits - low)).long() << low
+        codes, start = plane if codes is None else codes | plane, start + width
+    return codes

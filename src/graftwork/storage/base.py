@@ -164,8 +164,11 @@ def frozen_linear(x: Tensor, storage: Storage) -> Tensor:
 
 def bytes_parameter(tensor: Tensor) -> nn.Parameter:
     """A tensor of any dtype as a frozen uint8 Parameter of its bytes, flat."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # one number out of a matrix keeps its stride, which a view in bytes refuses
+        flat = flat.clone(memory_format=torch.contiguous_format)
     # A view also where it is bytes already: fake tensors that an operation remembers could not be moved to a device.
-    return nn.Parameter(tensor.detach().contiguous().reshape(-1).view(torch.uint8), requires_grad=False)
+    return nn.Parameter(flat.view(torch.uint8), requires_grad=False)
 
 
 def view_as(parameter: Tensor, dtype: torch.dtype) -> Tensor:
