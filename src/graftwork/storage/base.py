@@ -156,8 +156,8 @@ def frozen_linear(x: Tensor, storage: Storage) -> Tensor:
 
 def bytes_parameter(tensor: Tensor) -> nn.Parameter:
     """A tensor of any dtype as a frozen uint8 Parameter of its bytes, flat."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return nn.Parameter(flat if flat.dtype == torch.uint8 else flat.view(torch.uint8), requires_grad=False)
+    # A view also where it is bytes already: fake tensors that an operation remembers could not be moved to a device.
+    return nn.Parameter(tensor.detach().contiguous().reshape(-1).view(torch.uint8), requires_grad=False)
 
 
 def view_as(parameter: Tensor, dtype: torch.dtype) -> Tensor:
