@@ -18,6 +18,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
+from ..errors import UsageError
 from ..modeling.protocols import has_values
 from ..registry import lookup, make_config
 from ._coded import CodedStorage
@@ -134,10 +135,29 @@ class GroupStorage(CodedStorage):
             found = calibration.calibrate(weight, quantizer, statistics)
         else:
             found = calibration.shapes(weight, quantizer)
-        leaves = {"codes": pack(found.codes, quantizer.grid.bits), **found.parameters}
-        if found.input_scale is not None:
-            leaves["input_scale"] = found.input_scale
-        return cls(*weight.shape, config, leaves, bias, dtype or weight.dtype)
+        return cls.from_codes(found.codes, found.parameters, config, input_scale=found.input_scale, bias=bias, dtype=dtype or weight.dtype)
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, parameters: dict[str, Tensor], config: GroupConfig, *, input_scale: Tensor | None = None,
+                   bias: Tensor | None = None, dtype: torch.dtype) -> GroupStorage:
+        """Codes (out, in) uint8 and the grid's parameters {name: (out, groups)}, found elsewhere. dtype: the compute dtype."""
+        grid = cls.grid(config)
+        leaves = {"codes": pack(codes, grid.bits), **{name: parameters[name].to(kept) for name, kept in grid.parameters.items()}}
+        if input_scale is not None:
+            leaves["input_scale"] = input_scale
+        return cls(*codes.shape, config, leaves, bias, dtype)
+
+    def with_leaves(self, leaves, *, exact=True):
+        if wrong := set(leaves) - set(self.trainable_leaves):
+            raise UsageError(f"storage '{self.method}': leaf '{sorted(wrong)[0]}' is not one that an adapter trains",
+                             remedy=f"trainable: {', '.join(self.trainable_leaves) or 'none'}")
+        options = self.options
+        if exact and "scale_dtype" in type(options).model_fields:
+            options = options.model_copy(update={"scale_dtype": "fp32"})
+        kinds = {**{name: dtype for name, (_, dtype) in self.leaf_kinds().items()}, **self.grid(options).parameters}
+        kept = {name: value.detach().to(kinds[name]) for name, value in self._given(leaves).items()}
+        cls = getattr(type(self), "plain_class", type(self))
+        return cls(self.out_features, self.in_features, options, kept, self.bias, self.compute_dtype)
 
     def decode(self, leaves, rows):
         quantizer = self.quantizer(self.options, self.in_features)
