@@ -93,6 +93,10 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
         for i, s in enumerate(selections):
             unless(not s.traits["full_tuning_only"], f"selection.{i}", f"{s.name} chooses among the model's own weights, which "
                    f"{adapter.name} freezes", f"remove selection {s.name}, or adapter: null with storage: dense")
+        leaf = adapter.traits.get("owns_leaf")
+        unless(leaf is None or leaf in storage.cls.trainable_leaves, "adapter",
+               f"{adapter.name} trains the {leaf}s of quantized weights, and {storage.name} has none that can be trained",
+               "storage: int4, or adapter: lora")
         partner = adapter.traits.get("selection")
         unless(partner is None or any(s.name == partner for s in selections), "selection",
                f"{adapter.name} trains what selection {partner} draws, and keeps its form by it", f"selection: [{{method: {partner}}}]")

@@ -97,9 +97,18 @@ class CodedStorage(Storage):
         return self.dequantize().index_select(0, index)
 
     def product(self, x: Tensor, leaves: dict[str, Tensor] | None = None) -> Tensor:
-        if leaves is not None:
-            return F.linear(x, self.dequantize(leaves).to(x.dtype))
-        return _TiledProduct.apply(x, self)
+        if leaves is None:
+            return _TiledProduct.apply(x, self)
+        if torch.is_grad_enabled():
+            return _LeafProduct.apply(x, self, tuple(leaves), *leaves.values())
+        return self._product_with(x, self._given(leaves))  # plain operations: forward-mode tangents pass
+
+    def _product_with(self, x: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+        """x D(W)^T with these leaves, tile by tile."""
+        dtype = dtype_for(x)
+        wide = x.to(dtype)
+        parts = [F.linear(wide, self._rounded(leaves, rows, dtype)) for rows in self._tiles()]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(x.dtype)
 
     def forward_product(self, x: Tensor) -> Tensor:
         """x D(W)^T, (..., in) -> (..., out) in x's dtype, without gradient: tile by tile, or by a kernel of the format."""
@@ -151,3 +160,36 @@ class _TransposedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, twice: Tensor):
         return _TiledProduct.apply(twice, ctx.storage), None
+
+
+class _LeafProduct(torch.autograd.Function):
+    """y = x D(W)^T, differentiable in some float leaves. Saved are x and these leaves; the backward pass decodes W again, and forms the
+    gradient of W a tile at a time, which the format's own derivative reduces to the leaves'."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, storage: CodedStorage, names: tuple[str, ...], *given: Tensor) -> Tensor:
+        ctx.storage, ctx.names = storage, names
+        ctx.save_for_backward(x, *given)
+        return storage._product_with(x, storage._given(dict(zip(names, given))))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        (x, *given), storage = ctx.saved_tensors, ctx.storage
+        dtype = product_dtype(grad.dtype, grad.device)
+        g, rows = grad.reshape(-1, grad.shape[-1]).to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
+        wanted = [needed for needed in ctx.needs_input_grad[3:]]
+        found = [torch.zeros_like(leaf) if needed else None for leaf, needed in zip(given, wanted)]
+        dx = None
+        for tile in storage._tiles():
+            with torch.enable_grad():
+                own = [leaf.detach().requires_grad_(needed) for leaf, needed in zip(given, wanted)]
+                dense = storage.decode(storage._given(dict(zip(ctx.names, own))), tile)
+            if ctx.needs_input_grad[0]:
+                part = g[:, tile] @ dense.detach().to(storage.compute_dtype).to(dtype)
+                dx = part if dx is None else dx.add_(part)
+            if any(wanted):
+                learned = [leaf for leaf, needed in zip(own, wanted) if needed]
+                parts = iter(torch.autograd.grad(dense, learned, (g[:, tile].T @ rows).to(dense.dtype)))
+                found = [sum_ if sum_ is None else sum_.add_(next(parts)) for sum_ in found]
+        return None if dx is None else dx.to(x.dtype).reshape(x.shape), None, None, *found

@@ -178,13 +178,37 @@ class GroupStorage(CodedStorage):
             found = calibration.calibrate(source, quantizer, statistics)
         else:
             found = calibration.shapes(source, quantizer)
-        leaves = {"codes": pack(found.codes, grid.bits)}
-        leaves.update({name: pack(value, grid.packed[name]) if name in grid.packed else value for name, value in found.parameters.items()})
-        if outer is not None:
-            leaves["outer_scale"] = outer
-        if found.input_scale is not None:
-            leaves["input_scale"] = found.input_scale
-        return cls(*weight.shape, config, leaves, bias, dtype or weight.dtype)
+        return cls.from_codes(found.codes, found.parameters, config, shape=tuple(weight.shape), input_scale=found.input_scale,
+                              outer_scale=outer, bias=bias, dtype=dtype or weight.dtype)
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, parameters: dict[str, Tensor], config: GroupConfig, *, shape: tuple[int, int] | None = None,
+                   input_scale: Tensor | None = None, outer_scale: Tensor | None = None, bias: Tensor | None = None,
+                   dtype: torch.dtype) -> GroupStorage:
+        """Codes (out, in) uint8, with the padding that a format declares, and the grid's parameters {name: (out, groups)}, found
+        elsewhere. shape: of W (default: of the codes). dtype: the compute dtype."""
+        grid = cls.grid(config)
+        leaves = {"codes": pack(codes, grid.bits)}
+        for name, kept in grid.parameters.items():
+            value = parameters[name].to(kept)
+            leaves[name] = pack(value, grid.packed[name]) if name in grid.packed else value
+        if outer_scale is not None:
+            leaves["outer_scale"] = outer_scale
+        if input_scale is not None:
+            leaves["input_scale"] = input_scale
+        return cls(*(shape or codes.shape), config, leaves, bias, dtype)
+
+    def with_leaves(self, leaves, *, exact=True):
+        if wrong := set(leaves) - set(self.trainable_leaves):
+            raise UsageError(f"storage '{self.method}': leaf '{sorted(wrong)[0]}' is not one that an adapter trains",
+                             remedy=f"trainable: {', '.join(self.trainable_leaves) or 'none'}")
+        options = self.options
+        if exact and "scale_dtype" in type(options).model_fields:
+            options = options.model_copy(update={"scale_dtype": "fp32"})
+        kinds = {**{name: dtype for name, (_, dtype) in self.leaf_kinds().items()}, **self.grid(options).parameters}
+        kept = {name: value.detach().to(kinds[name]) for name, value in self._given(leaves).items()}
+        cls = getattr(type(self), "plain_class", type(self))
+        return cls(self.out_features, self.in_features, options, kept, self.bias, self.compute_dtype)
 
     def decode(self, leaves, rows):
         dense = self.values(leaves, rows)

@@ -36,6 +36,8 @@ class Storage(nn.Module):
     """
 
     trainable_leaves: ClassVar[tuple[str, ...]] = ()
+    """Float leaves in which `product` and `dequantize` are differentiable, for adapters that train them. One called `scale` has a row
+    for every row of W, and W is proportional to it."""
     options: StorageConfig
     in_features: int
     out_features: int
@@ -88,6 +90,16 @@ class Storage(nn.Module):
             return weight
         stored = self.from_weight(weight.detach(), self.options, dtype=weight.dtype)
         return weight + (stored.dequantize() - weight).detach()
+
+    def with_leaves(self, leaves: dict[str, Tensor], *, exact: bool = True) -> Storage:
+        """A storage of the same codes with other values of some of `trainable_leaves`; bias and compute dtype are this one's. exact:
+        they are kept in fp32 where the format has an option for it, else rounded to the dtypes of this one."""
+        raise UsageError(f"storage '{self.method}' has no leaves that an adapter trains", remedy="storage: int4")
+
+    def shifted(self, change: Tensor, *, exact: bool = True) -> Storage | None:
+        """A storage of the same codes whose weight is W + change (out, in), where the format can hold that; else None. exact: as in
+        `with_leaves`."""
+        return None
 
     def train_weight(self) -> nn.Parameter:
         """Let the weight itself train (full tuning), where the format can: from now on the module has a parameter `weight`, a

@@ -68,11 +68,19 @@ class IntGrid(Grid):
 
 
 class IntStorage(GroupStorage):
+    trainable_leaves = ("scale", "zero")
     bits: int
 
     @classmethod
     def grid(cls, config):
         return IntGrid(cls.bits, config.symmetric, config.zero_point == "integer", FLOATS[config.scale_dtype])
+
+    def shifted(self, change, *, exact=True):
+        """zero <- zero - change / scale: a float zero holds a change that is the same for a whole group."""
+        own, groups = self.leaves(), self.quantizer(self.options, self.in_features).split(change.float())
+        if "zero" not in own or not own["zero"].is_floating_point() or "input_scale" in own or (groups != groups[..., :1]).any():
+            return None
+        return self.with_leaves({"zero": own["zero"].float() - groups[..., 0] / own["scale"].float()}, exact=exact)
 
 
 class Int4(IntConfig):
