@@ -88,7 +88,7 @@ class Tuned:
 
     def __init__(self, rows, quantizer):
         self.grid, groups = quantizer.grid, quantizer.split(rows)
-        self.start, self.top = self.grid.fit(groups), 2**self.grid.bits - 1
+        self.start, self.top = quantizer.fit(rows), 2**self.grid.bits - 1
         scaled = "scale" in self.start and self.start["scale"].dtype.is_floating_point
         self.unit = self.start["scale"].float() if scaled else groups.abs().mean(-1).clamp(min=1e-30)
         self.size = self.unit.mean(1, keepdim=True)  # errors count in it, so that no gradient is lost against Adam's epsilon
