@@ -30,7 +30,7 @@ from .base import Calibrated, Calibration, in_pieces
 
 
 class AdaQuant(MethodConfig):
-    steps: int = Field(200, ge=1, description="of Adam")
+    steps: int = Field(100, ge=1, description="of Adam")
     lr_weight: float = Field(0.05, ge=0, description="of weights, in steps of their group")
     lr_scale: float = Field(0.02, ge=0, description="of the logarithm of scales")
     lr_zero: float = Field(0.1, ge=0, description="of zeros, in codes")
