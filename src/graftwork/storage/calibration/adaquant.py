@@ -30,7 +30,7 @@ from .base import Calibrated, Calibration, in_pieces
 
 
 class AdaQuant(MethodConfig):
-    steps: int = Field(200, ge=1, description="of Adam")
+    steps: int = Field(100, ge=1, description="of Adam")
     lr_weight: float = Field(0.05, ge=0, description="of weights, in steps of their group")
     lr_scale: float = Field(0.02, ge=0, description="of the logarithm of scales")
     lr_zero: float = Field(0.1, ge=0, description="of zeros, in codes")
@@ -88,7 +88,7 @@ class Tuned:
 
     def __init__(self, rows, quantizer):
         self.grid, groups = quantizer.grid, quantizer.split(rows)
-        self.start, self.top = self.grid.fit(groups), 2**self.grid.bits - 1
+        self.start, self.top = quantizer.fit(rows), 2**self.grid.bits - 1
         scaled = "scale" in self.start and self.start["scale"].dtype.is_floating_point
         self.unit = self.start["scale"].float() if scaled else groups.abs().mean(-1).clamp(min=1e-30)
         self.size = self.unit.mean(1, keepdim=True)  # errors count in it, so that no gradient is lost against Adam's epsilon

@@ -63,9 +63,9 @@ class AWQCalibration(Calibration):
             moments = torch.einsum("ngi,ngj->gij", padded, padded)
 
         def part(rows, _):
-            groups = quantizer.split(rows if wide is None else rows * wide)
-            parameters = quantizer.grid.fit(groups) if moments is None else clipped(quantizer.grid, groups, moments)
-            return Calibrated(quantizer.join(quantizer.grid.encode(groups, parameters)), parameters, scale)
+            rows = rows if wide is None else rows * wide
+            parameters = quantizer.fit(rows) if moments is None else clipped(quantizer, rows, moments)
+            return Calibrated(quantizer.encode(rows, parameters), parameters, scale)
 
         return in_pieces(weight, part)
 
@@ -85,18 +85,19 @@ class AWQCalibration(Calibration):
         return best
 
 
-def clipped(grid, groups, moments):
-    """groups (rows, groups, g), moments (groups, g, g) of the inputs -> the grid's parameters for the best range of each."""
-    best, whole = grid.fit(groups), groups.abs().amax(-1, keepdim=True)
+def clipped(quantizer, rows, moments):
+    """rows (n, in), moments (groups, g, g) of the inputs -> the grid's parameters for the best range of each group."""
+    groups, best = quantizer.split(rows), quantizer.fit(rows)
+    whole = groups.abs().amax(-1, keepdim=True)
 
     def loss(parameters):
-        off = groups - grid.decode(grid.encode(groups, parameters), parameters)
+        off = groups - quantizer.grid.decode(quantizer.grid.encode(groups, parameters), parameters)
         return (torch.einsum("rgi,gij->rgj", off, moments) * off).sum(-1)
 
     least = loss(best)
     for step in range(1, 10):
         limit = whole * (1 - step / 20)
-        tried = grid.fit(groups.clamp(-limit, limit))
+        tried = quantizer.fit(quantizer.join(groups.clamp(-limit, limit)))
         now = loss(tried)
         better = now < least
         least = torch.where(better, now, least)

@@ -54,7 +54,7 @@ class HQQCalibration(Calibration):
         grid, groups = quantizer.grid, quantizer.split(rows)
         real = (torch.arange(quantizer.groups * quantizer.group, device=rows.device) < rows.shape[1]).view(quantizer.groups, -1).float()
         count, beta = real.sum(-1), self.config.beta
-        tried = grid.fit(groups)
+        tried = quantizer.fit(rows)
         best, least = dict(tried), None
         for _ in range(self.config.steps + 1):
             off = groups - grid.decode(grid.encode(groups, tried), tried)

@@ -70,8 +70,8 @@ class ZeroQuantFPCalibration(Calibration):
     def _check(self, quantizer):
         scale = quantizer.grid.parameters.get("scale")
         if scale is None or not scale.is_floating_point:
-            raise UsageError("calibration 'zeroquant_fp' holds float scales to powers of two, and this format has none",
-                             remedy="a format with a scale of its own a group (int4, fp4), or calibration: gptq")
+            raise UsageError("calibration 'zeroquant_fp' holds the float scales of groups to powers of two, and this format has none",
+                             remedy="a format whose groups have one (int4, or fp4 with scale: fp16), or calibration: gptq")
 
     def _held(self, weight, quantizer):
         largest = None
