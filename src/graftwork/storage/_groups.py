@@ -63,6 +63,8 @@ class Grid:
     parameters: dict[str, torch.dtype]
     packed: ClassVar[dict[str, int]] = {}
     """Parameters (uint8) that a leaf keeps in fewer bits: {name: bits}, packed along a row."""
+    table: tuple[float, ...] = ()
+    """2**bits numbers where decode is `place(table[codes], parameters)`: codes are then looked up byte by byte."""
     joint: str = ""
     """Why a column cannot be coded without others; empty where it can. Only calibration rtn is then possible."""
 
@@ -76,18 +78,14 @@ class Grid:
 
     def decode(self, codes: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """The inverse, fp32 (..., m); differentiable in float parameters."""
-        return self.place(self.table(codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape), parameters)
-
-    def table(self, device: torch.device) -> Tensor | None:
-        """(2**bits,) fp32 where decode is `place(table[codes], parameters)`: codes are then looked up byte by byte."""
-        return None
+        return self.place(look_up(codes.reshape(1, -1), codes.numel(), 8, self.table).view(codes.shape), parameters)
 
     def integers(self, codes: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """(whole numbers (..., m) of magnitude below 16, scale (...)), both fp32, whose product decode is; None if it is no such."""
         return None
 
     def place(self, values: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """Values (..., m) fp32 of the table -> of the group."""
+        """Values (..., m) fp32 of the table, which may be overwritten -> of the group."""
         raise NotImplementedError
 
 
@@ -227,8 +225,7 @@ class GroupStorage(CodedStorage):
         """What the grid alone says, (n, in) fp32."""
         quantizer, parameters = self._read(leaves, rows)
         grid, codes = quantizer.grid, leaves["codes"][rows]
-        table = grid.table(codes.device)
-        if table is None:
+        if not grid.table:
             return quantizer.decode(unpack(codes, quantizer.columns, grid.bits), parameters)[:, : self.in_features]
-        values = quantizer.split(look_up(codes, quantizer.columns, grid.bits, table))
+        values = quantizer.split(look_up(codes, quantizer.columns, grid.bits, grid.table))
         return quantizer.join(grid.place(values, parameters))[:, : self.in_features]

@@ -24,6 +24,7 @@ from pydantic import Field
 
 from ..registry import register
 from ._groups import Grid, GroupConfig, GroupStorage
+from ._packing import look_up
 from ._scales import positive
 
 BASE = {4: (0, 1, 2, 3, 4, 6, 8, 12), 3: (0, 1, 2, 4)}
@@ -44,7 +45,7 @@ class BitMoDGrid(Grid):
         self.bits, self.whole = bits, scale == "int8"
         self.parameters = {"scale": torch.uint8 if self.whole else torch.float16, "selector": torch.uint8}
         base = [*BASE[bits], *(-value for value in BASE[bits][1:])]
-        self.grids = [sorted([*base, special]) for special in SPECIAL[bits]]
+        self.grids = [tuple(sorted([*base, special])) for special in SPECIAL[bits]]
 
     def _tables(self, device):
         """(4, 2**bits) fp32"""
@@ -78,9 +79,13 @@ class BitMoDGrid(Grid):
             codes = found if codes is None else torch.where(selector == index, found, codes)
         return codes
 
+    def place(self, values, parameters):
+        scale = self._scale(parameters["scale"])
+        return values * scale if torch.is_grad_enabled() else values.mul_(scale)
+
     def decode(self, codes, parameters):
-        index = codes.int() + (parameters["selector"].int() << self.bits).unsqueeze(-1)
-        return self._tables(codes.device).view(-1).index_select(0, index.view(-1)).view(codes.shape) * self._scale(parameters["scale"])
+        index = codes + (parameters["selector"] << self.bits).unsqueeze(-1)
+        return self.place(look_up(index.view(1, -1), index.numel(), 8, sum(self.grids, ())).view(codes.shape), parameters)
 
 
 def _below(unit: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:

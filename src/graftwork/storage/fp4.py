@@ -40,6 +40,7 @@ class FP4Grid(Grid):
 
     def __init__(self, book: str, scale: str):
         self.book, self.scale, self.top = BOOKS[book], scale, max(BOOKS[book])
+        self.table = (*self.book, *(-value for value in self.book))
         self.parameters = {"scale": scale_dtype(scale)}
 
     def fit(self, groups):
@@ -55,11 +56,9 @@ class FP4Grid(Grid):
         codes = torch.tensor(order, dtype=torch.uint8, device=values.device)[place]
         return codes + 8 * unit.signbit().to(torch.uint8)
 
-    def table(self, device):
-        return torch.tensor([*self.book, *(-value for value in self.book)], device=device)
-
     def place(self, values, parameters):
-        return values * read_scale(parameters["scale"], self.scale).unsqueeze(-1)
+        scale = read_scale(parameters["scale"], self.scale).unsqueeze(-1)
+        return values * scale if torch.is_grad_enabled() else values.mul_(scale)
 
 
 @register("storage", "fp4", config=FP4, title="FP4 groups (E2M1, MXFP4, NVFP4, bitsandbytes fp4)", lossless=False,

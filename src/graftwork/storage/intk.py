@@ -33,7 +33,7 @@ class IntConfig(GroupConfig):
 
 class IntGrid(Grid):
     def __init__(self, bits: int, symmetric: bool, whole: bool, dtype: torch.dtype):
-        self.bits, self.symmetric, self.whole = bits, symmetric, whole
+        self.bits, self.symmetric, self.whole, self.table = bits, symmetric, whole, tuple(map(float, range(2**bits)))
         self.parameters = {"scale": dtype} if symmetric else {"scale": dtype, "zero": torch.uint8 if whole else dtype}
 
     def fit(self, groups):
@@ -57,11 +57,9 @@ class IntGrid(Grid):
         unit = unit.round() + zero if self.symmetric or self.whole else (unit + zero).round()
         return unit.clamp(0, 2**self.bits - 1).to(torch.uint8)
 
-    def table(self, device):
-        return torch.arange(2**self.bits, dtype=torch.float32, device=device)
-
     def place(self, values, parameters):
-        return (values - self._zero(parameters)) * parameters["scale"].float().unsqueeze(-1)
+        scale, zero = parameters["scale"].float().unsqueeze(-1), self._zero(parameters)
+        return (values - zero) * scale if torch.is_grad_enabled() else values.sub_(zero).mul_(scale)
 
     def integers(self, codes, parameters):
         return (codes.float() - self._zero(parameters), parameters["scale"].float()) if self.symmetric or self.whole else None

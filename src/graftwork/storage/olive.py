@@ -31,6 +31,7 @@ from torch import Tensor
 from ..modeling.protocols import has_values
 from ..registry import register
 from ._groups import Grid, GroupConfig, GroupQuantizer, GroupStorage
+from ._packing import look_up
 from ._scales import positive
 
 VICTIM = 8
@@ -87,10 +88,10 @@ class OliVeGrid(Grid):
         victim = codes == VICTIM
         first, second = _pair(victim)
         outlier = torch.stack([second, first], -1).view(codes.shape)
-        index = codes.int() + 16 * outlier.int()
+        index = codes + 16 * outlier.to(torch.uint8)
         table = [*_signed(self.normal), *_signed(OUTLIER)]
         table[VICTIM] = table[16 + VICTIM] = 0
-        values = torch.tensor(table, dtype=torch.float32, device=codes.device).index_select(0, index.view(-1)).view(codes.shape)
+        values = look_up(index.view(1, -1), index.numel(), 8, tuple(table)).view(codes.shape)
         return values * parameters["scale"].float().unsqueeze(-1)
 
 
