@@ -65,6 +65,8 @@ class Grid:
     """Parameters (uint8) that a leaf keeps in fewer bits: {name: bits}, packed along a row."""
     table: tuple[float, ...] = ()
     """2**bits numbers where decode is `place(table[codes], parameters)`: codes are then looked up byte by byte."""
+    choice: str = ""
+    """The parameter (uint8) that says which table of a group it is, where `table` is several, one after the other."""
     joint: str = ""
     """Why a column cannot be coded without others; empty where it can. Only calibration rtn is then possible."""
 
@@ -78,6 +80,8 @@ class Grid:
 
     def decode(self, codes: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """The inverse, fp32 (..., m); differentiable in float parameters."""
+        if self.choice:
+            codes = codes + (parameters[self.choice] << self.bits).unsqueeze(-1)
         return self.place(look_up(codes.reshape(1, -1), codes.numel(), 8, self.table).view(codes.shape), parameters)
 
     def integers(self, codes: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -225,7 +229,9 @@ class GroupStorage(CodedStorage):
         """What the grid alone says, (n, in) fp32."""
         quantizer, parameters = self._read(leaves, rows)
         grid, codes = quantizer.grid, leaves["codes"][rows]
-        if not grid.table:
+        uneven = quantizer.columns % quantizer.group or quantizer.group * grid.bits % 8
+        if not grid.table or grid.choice and uneven:
             return quantizer.decode(unpack(codes, quantizer.columns, grid.bits), parameters)[:, : self.in_features]
-        values = quantizer.split(look_up(codes, quantizer.columns, grid.bits, grid.table))
+        choice = parameters[grid.choice] if grid.choice else None
+        values = quantizer.split(look_up(codes, quantizer.columns, grid.bits, grid.table, choice))
         return quantizer.join(grid.place(values, parameters))[:, : self.in_features]

@@ -59,16 +59,20 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
 _TOGETHER = {4: torch.int64, 2: torch.complex128}
 
 
-def look_up(packed: Tensor, count: int, bits: int, table: tuple[float, ...]) -> Tensor:
+def look_up(packed: Tensor, count: int, bits: int, table: tuple[float, ...], choice: Tensor | None = None) -> Tensor:
     """table[unpack(packed, count, bits)]: (rows, count) fp32, new. table: 2**bits numbers (fewer if no code is higher).
 
+    choice (rows, k) uint8: table is several tables one after the other, and the k-th part of a row, of whole bytes, has its own.
     Where whole codes fill a byte, all values of a byte are fetched at once, as one number as wide as they are."""
+    rows, span = packed.shape[0], 8
     if bits not in _TOGETHER:
-        packed, bits = unpack(packed, count, bits), 8
+        packed, span, bits = unpack(packed, count, bits), bits, 8
+    index = packed.int()
+    if choice is not None:
+        index = index.view(*choice.shape, -1) + (choice.int() << span).unsqueeze(-1)
     # Nothing fake may be remembered.
     entries = (_entries if has_values(packed) else _entries.__wrapped__)(table, bits, packed.device)
-    found = entries.index_select(0, packed.reshape(-1).int()).view(torch.float32)
-    return found.view(packed.shape[0], -1)[:, :count]
+    return entries.index_select(0, index.reshape(-1)).view(torch.float32).view(rows, -1)[:, :count]
 
 
 @lru_cache(64)
@@ -78,4 +82,4 @@ def _entries(table: tuple[float, ...], bits: int, device: torch.device) -> Tenso
     if bits == 8:
         return values
     each = unpack(torch.arange(256, dtype=torch.uint8, device=device)[:, None], 8 // bits, bits)
-    return values[each.long()].view(_TOGETHER[bits]).view(-1)
+    return values.view(-1, min(len(table), 2**bits))[:, each.long()].view(_TOGETHER[bits]).view(-1)

@@ -24,7 +24,6 @@ from pydantic import Field
 
 from ..registry import register
 from ._groups import Grid, GroupConfig, GroupStorage
-from ._packing import look_up
 from ._scales import positive
 
 BASE = {4: (0, 1, 2, 3, 4, 6, 8, 12), 3: (0, 1, 2, 4)}
@@ -39,13 +38,14 @@ class BitMoD(GroupConfig):
 
 
 class BitMoDGrid(Grid):
-    packed = {"selector": 2}
+    packed, choice = {"selector": 2}, "selector"
 
     def __init__(self, bits: int, scale: str):
         self.bits, self.whole = bits, scale == "int8"
         self.parameters = {"scale": torch.uint8 if self.whole else torch.float16, "selector": torch.uint8}
         base = [*BASE[bits], *(-value for value in BASE[bits][1:])]
         self.grids = [tuple(sorted([*base, special])) for special in SPECIAL[bits]]
+        self.table = sum(self.grids, ())
 
     def _tables(self, device):
         """(4, 2**bits) fp32"""
@@ -82,10 +82,6 @@ class BitMoDGrid(Grid):
     def place(self, values, parameters):
         scale = self._scale(parameters["scale"])
         return values * scale if torch.is_grad_enabled() else values.mul_(scale)
-
-    def decode(self, codes, parameters):
-        index = codes + (parameters["selector"] << self.bits).unsqueeze(-1)
-        return self.place(look_up(index.view(1, -1), index.numel(), 8, sum(self.grids, ())).view(codes.shape), parameters)
 
 
 def _below(unit: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:

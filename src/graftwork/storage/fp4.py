@@ -22,7 +22,7 @@ import torch
 
 from ..registry import register
 from ._groups import Grid, GroupConfig, GroupStorage
-from ._scales import E4M3_MAX, FLOATS, keep_scale, positive, read_scale, scale_dtype
+from ._scales import E4M3_MAX, SCALES, keep_scale, positive, read_scale, scale_dtype
 
 #: magnitudes by the low three bits of a code
 BOOKS = {"e2m1": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), "bnb": (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)}
@@ -79,4 +79,4 @@ class FP4Storage(GroupStorage):
         if config.scale != "e4m3":
             return None
         room = 1 if config.calibration["method"] == "rtn" else 2
-        return positive(weight.abs().amax().float() * room / (E4M3_MAX * max(BOOKS[config.book])), FLOATS["fp32"]).view(1, 1)
+        return positive(weight.abs().amax().float() * room / (E4M3_MAX * max(BOOKS[config.book])), SCALES["fp32"]).view(1, 1)

@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 
 from ..registry import register
 from ._groups import Grid, GroupConfig, GroupStorage
-from ._scales import FLOATS, positive
+from ._scales import SCALES, positive
 from .base import check_weight
 
 TYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -48,7 +48,7 @@ class FP8Grid(Grid):
 
     def __init__(self, kind: str, scale_dtype: str):
         self.type, self.top = TYPES[kind], torch.finfo(TYPES[kind]).max
-        self.parameters, self.table = {"scale": FLOATS[scale_dtype]}, VALUES[kind]
+        self.parameters, self.table = {"scale": SCALES[scale_dtype]}, VALUES[kind]
 
     def fit(self, groups):
         return {"scale": positive(groups.abs().amax(-1) / self.top, self.parameters["scale"])}

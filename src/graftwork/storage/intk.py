@@ -20,7 +20,7 @@ import torch
 
 from ..registry import register
 from ._groups import Grid, GroupConfig, GroupStorage
-from ._scales import FLOATS, positive
+from ._scales import SCALES, positive
 
 
 class IntConfig(GroupConfig):
@@ -70,7 +70,7 @@ class IntStorage(GroupStorage):
 
     @classmethod
     def grid(cls, config):
-        return IntGrid(cls.bits, config.symmetric, config.zero_point == "integer", FLOATS[config.scale_dtype])
+        return IntGrid(cls.bits, config.symmetric, config.zero_point == "integer", SCALES[config.scale_dtype])
 
 
 class Int4(IntConfig):
