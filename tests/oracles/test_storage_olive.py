@@ -75,6 +75,7 @@ def test_better_than_clipping_where_tails_are_heavy_only():
         assert low < error / clipped.sum() < high
 
 
+@pytest.mark.slow
 def test_bits_odd_rows_and_extremes():
     assert kept(normal(8, 64)).bits_per_weight == 4 + 16 / 64
     assert kept(normal(8, 64), group_size=16).bits_per_weight == 4 + 16 / 16

@@ -63,6 +63,10 @@ class Grid:
     parameters: dict[str, torch.dtype]
     packed: ClassVar[dict[str, int]] = {}
     """Parameters (uint8) that a leaf keeps in fewer bits: {name: bits}, packed along a row."""
+    table: tuple[float, ...] = ()
+    """2**bits numbers where decode is `place(table[codes], parameters)`: codes are then looked up byte by byte."""
+    choice: str = ""
+    """The parameter (uint8) that says which table of a group it is, where `table` is several, one after the other."""
     joint: str = ""
     """Why a column cannot be coded without others; empty where it can. Only calibration rtn is then possible."""
 
@@ -76,18 +80,16 @@ class Grid:
 
     def decode(self, codes: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """The inverse, fp32 (..., m); differentiable in float parameters."""
-        return self.place(self.table(codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape), parameters)
-
-    def table(self, device: torch.device) -> Tensor | None:
-        """(2**bits,) fp32 where decode is `place(table[codes], parameters)`: codes are then looked up byte by byte."""
-        return None
+        if self.choice:
+            codes = codes + (parameters[self.choice] << self.bits).unsqueeze(-1)
+        return self.place(look_up(codes.reshape(1, -1), codes.numel(), 8, self.table).view(codes.shape), parameters)
 
     def integers(self, codes: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """(whole numbers (..., m) of magnitude below 16, scale (...)), both fp32, whose product decode is; None if it is no such."""
         return None
 
     def place(self, values: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """Values (..., m) fp32 of the table -> of the group."""
+        """Values (..., m) fp32 of the table, which may be overwritten -> of the group."""
         raise NotImplementedError
 
 
@@ -253,8 +255,9 @@ class GroupStorage(CodedStorage):
         """What the grid alone says, (n, in) fp32."""
         quantizer, parameters = self._read(leaves, rows)
         grid, codes = quantizer.grid, leaves["codes"][rows]
-        table = grid.table(codes.device)
-        if table is None:
+        uneven = quantizer.columns % quantizer.group or quantizer.group * grid.bits % 8
+        if not grid.table or grid.choice and uneven:
             return quantizer.decode(unpack(codes, quantizer.columns, grid.bits), parameters)[:, : self.in_features]
-        values = quantizer.split(look_up(codes, quantizer.columns, grid.bits, table))
+        choice = parameters[grid.choice] if grid.choice else None
+        values = quantizer.split(look_up(codes, quantizer.columns, grid.bits, grid.table, choice))
         return quantizer.join(grid.place(values, parameters))[:, : self.in_features]

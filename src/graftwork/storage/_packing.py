@@ -6,9 +6,13 @@ matrix can be read alone.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..modeling.protocols import has_values
 
 
 def packed_width(count: int, bits: int) -> int:
@@ -51,17 +55,33 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     return codes.view(rows, -1)[:, :count]
 
 
-def look_up(packed: Tensor, count: int, bits: int, table: Tensor) -> Tensor:
-    """table[unpack(packed, count, bits)]: (rows, count) fp32. table: (2**bits,) fp32.
+#: where whole codes fill a byte: a type as wide as the fp32 values of its codes together
+_TOGETHER = {4: torch.int64, 2: torch.complex128}
 
-    Where whole codes fill a byte, all values of a byte are fetched at once, as one number of their size together."""
-    rows, together = packed.shape[0], {8: torch.float32, 4: torch.int64, 2: torch.complex128}.get(bits)
-    if together is None:
-        return table.index_select(0, unpack(packed, count, bits).reshape(-1).int()).view(rows, count)
-    if bits < 8:
-        table = table[unpack(torch.arange(256, dtype=torch.uint8, device=packed.device)[:, None], 8 // bits, bits).int()]
-    found = table.view(together).view(-1).index_select(0, packed.reshape(-1).int()).view(table.dtype)
-    return found.view(rows, -1)[:, :count]
+def look_up(packed: Tensor, count: int, bits: int, table: tuple[float, ...], choice: Tensor | None = None) -> Tensor:
+    """table[unpack(packed, count, bits)]: (rows, count) fp32, new. table: 2**bits numbers (fewer if no code is higher).
+
+    choice (rows, k) uint8: table is several tables one after the other, and the k-th part of a row, of whole bytes, has its own.
+    Where whole codes fill a byte, all values of a byte are fetched at once, as one number as wide as they are."""
+    rows, span = packed.shape[0], 8
+    if bits not in _TOGETHER:
+        packed, span, bits = unpack(packed, count, bits), bits, 8
+    index = packed.int()
+    if choice is not None:
+        index = index.view(*choice.shape, -1) + (choice.int() << span).unsqueeze(-1)
+    # Nothing fake may be remembered.
+    entries = (_entries if has_values(packed) else _entries.__wrapped__)(table, bits, packed.device)
+    return entries.index_select(0, index.reshape(-1)).view(torch.float32).view(rows, -1)[:, :count]
+
+
+@lru_cache(64)
+@torch.inference_mode(False)
+def _entries(table: tuple[float, ...], bits: int, device: torch.device) -> Tensor:
+    values = torch.tensor(table, dtype=torch.float32, device=device)
+    if bits == 8:
+        return values
+    each = unpack(torch.arange(256, dtype=torch.uint8, device=device)[:, None], 8 // bits, bits)
+    return values.view(-1, min(len(table), 2**bits))[:, each.long()].view(_TOGETHER[bits]).view(-1)
 
 
 def wide_width(count: int, bits: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+SCALES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 #: largest and smallest positive E4M3 numbers
 E4M3_MAX, E4M3_MIN = 448.0, 2.0**-9
 
@@ -20,7 +20,7 @@ def positive(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def scale_dtype(kind: str) -> torch.dtype:
-    return FLOATS.get(kind, torch.uint8)
+    return SCALES.get(kind, torch.uint8)
 
 
 def keep_scale(largest: Tensor, top: float, kind: str) -> Tensor:
@@ -32,7 +32,7 @@ def keep_scale(largest: Tensor, top: float, kind: str) -> Tensor:
         return (exponent + 127).clamp(1, 254).to(torch.uint8)
     if kind == "e4m3":
         return (largest / top).clamp(E4M3_MIN, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-    return positive(largest / top, FLOATS[kind])
+    return positive(largest / top, SCALES[kind])
 
 
 def read_scale(kept: Tensor, kind: str) -> Tensor:

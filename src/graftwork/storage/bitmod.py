@@ -38,13 +38,14 @@ class BitMoD(GroupConfig):
 
 
 class BitMoDGrid(Grid):
-    packed = {"selector": 2}
+    packed, choice = {"selector": 2}, "selector"
 
     def __init__(self, bits: int, scale: str):
         self.bits, self.whole = bits, scale == "int8"
         self.parameters = {"scale": torch.uint8 if self.whole else torch.float16, "selector": torch.uint8}
         base = [*BASE[bits], *(-value for value in BASE[bits][1:])]
-        self.grids = [sorted([*base, special]) for special in SPECIAL[bits]]
+        self.grids = [tuple(sorted([*base, special])) for special in SPECIAL[bits]]
+        self.table = sum(self.grids, ())
 
     def _tables(self, device):
         """(4, 2**bits) fp32"""
@@ -78,9 +79,9 @@ class BitMoDGrid(Grid):
             codes = found if codes is None else torch.where(selector == index, found, codes)
         return codes
 
-    def decode(self, codes, parameters):
-        index = codes.int() + (parameters["selector"].int() << self.bits).unsqueeze(-1)
-        return self._tables(codes.device).view(-1).index_select(0, index.view(-1)).view(codes.shape) * self._scale(parameters["scale"])
+    def place(self, values, parameters):
+        scale = self._scale(parameters["scale"])
+        return values * scale if torch.is_grad_enabled() else values.mul_(scale)
 
 
 def _below(unit: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ import torch
 
 from ..registry import register
 from ._groups import Grid, GroupConfig, GroupStorage
-from ._scales import E4M3_MAX, FLOATS, keep_scale, positive, read_scale, scale_dtype
+from ._scales import E4M3_MAX, SCALES, keep_scale, positive, read_scale, scale_dtype
 
 #: magnitudes by the low three bits of a code
 BOOKS = {"e2m1": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), "bnb": (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)}
@@ -40,6 +40,7 @@ class FP4Grid(Grid):
 
     def __init__(self, book: str, scale: str):
         self.book, self.scale, self.top = BOOKS[book], scale, max(BOOKS[book])
+        self.table = (*self.book, *(-value for value in self.book))
         self.parameters = {"scale": scale_dtype(scale)}
 
     def fit(self, groups):
@@ -55,11 +56,9 @@ class FP4Grid(Grid):
         codes = torch.tensor(order, dtype=torch.uint8, device=values.device)[place]
         return codes + 8 * unit.signbit().to(torch.uint8)
 
-    def table(self, device):
-        return torch.tensor([*self.book, *(-value for value in self.book)], device=device)
-
     def place(self, values, parameters):
-        return values * read_scale(parameters["scale"], self.scale).unsqueeze(-1)
+        scale = read_scale(parameters["scale"], self.scale).unsqueeze(-1)
+        return values * scale if torch.is_grad_enabled() else values.mul_(scale)
 
 
 @register("storage", "fp4", config=FP4, title="FP4 groups (E2M1, MXFP4, NVFP4, bitsandbytes fp4)", lossless=False,
@@ -80,4 +79,4 @@ class FP4Storage(GroupStorage):
         if config.scale != "e4m3":
             return None
         room = 1 if config.calibration["method"] == "rtn" else 2
-        return positive(weight.abs().amax().float() * room / (E4M3_MAX * max(BOOKS[config.book])), FLOATS["fp32"]).view(1, 1)
+        return positive(weight.abs().amax().float() * room / (E4M3_MAX * max(BOOKS[config.book])), SCALES["fp32"]).view(1, 1)

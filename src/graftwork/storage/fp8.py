@@ -22,10 +22,11 @@ from pydantic import Field, model_validator
 
 from ..registry import register
 from ._groups import Grid, GroupConfig, GroupStorage
-from ._scales import FLOATS, positive
+from ._scales import SCALES, positive
 from .base import check_weight
 
 TYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+VALUES = {kind: tuple(torch.arange(256, dtype=torch.uint8).view(each).float().tolist()) for kind, each in TYPES.items()}
 
 
 class FP8(GroupConfig):
@@ -47,7 +48,7 @@ class FP8Grid(Grid):
 
     def __init__(self, kind: str, scale_dtype: str):
         self.type, self.top = TYPES[kind], torch.finfo(TYPES[kind]).max
-        self.parameters = {"scale": FLOATS[scale_dtype]}
+        self.parameters, self.table = {"scale": SCALES[scale_dtype]}, VALUES[kind]
 
     def fit(self, groups):
         return {"scale": positive(groups.abs().amax(-1) / self.top, self.parameters["scale"])}
@@ -56,11 +57,9 @@ class FP8Grid(Grid):
         unit = values / parameters["scale"].float().unsqueeze(-1)
         return unit.clamp(-self.top, self.top).to(self.type).view(torch.uint8)
 
-    def table(self, device):
-        return torch.arange(256, dtype=torch.uint8, device=device).view(self.type).float()
-
     def place(self, values, parameters):
-        return values * parameters["scale"].float().unsqueeze(-1)
+        scale = parameters["scale"].float().unsqueeze(-1)
+        return values * scale if torch.is_grad_enabled() else values.mul_(scale)
 
 
 @register("storage", "fp8", config=FP8, title="FP8 weights (E4M3, E5M2)", lossless=False, paper="2307.09782",

@@ -20,7 +20,7 @@ import torch
 
 from ..registry import register
 from ._groups import Grid, GroupConfig, GroupStorage
-from ._scales import FLOATS, positive
+from ._scales import SCALES, positive
 
 
 class IntConfig(GroupConfig):
@@ -33,7 +33,7 @@ class IntConfig(GroupConfig):
 
 class IntGrid(Grid):
     def __init__(self, bits: int, symmetric: bool, whole: bool, dtype: torch.dtype):
-        self.bits, self.symmetric, self.whole = bits, symmetric, whole
+        self.bits, self.symmetric, self.whole, self.table = bits, symmetric, whole, tuple(map(float, range(2**bits)))
         self.parameters = {"scale": dtype} if symmetric else {"scale": dtype, "zero": torch.uint8 if whole else dtype}
 
     def fit(self, groups):
@@ -57,11 +57,9 @@ class IntGrid(Grid):
         unit = unit.round() + zero if self.symmetric or self.whole else (unit + zero).round()
         return unit.clamp(0, 2**self.bits - 1).to(torch.uint8)
 
-    def table(self, device):
-        return torch.arange(2**self.bits, dtype=torch.float32, device=device)
-
     def place(self, values, parameters):
-        return (values - self._zero(parameters)) * parameters["scale"].float().unsqueeze(-1)
+        scale, zero = parameters["scale"].float().unsqueeze(-1), self._zero(parameters)
+        return (values - zero) * scale if torch.is_grad_enabled() else values.sub_(zero).mul_(scale)
 
     def integers(self, codes, parameters):
         return (codes.float() - self._zero(parameters), parameters["scale"].float()) if self.symmetric or self.whole else None
@@ -73,7 +71,7 @@ class IntStorage(GroupStorage):
 
     @classmethod
     def grid(cls, config):
-        return IntGrid(cls.bits, config.symmetric, config.zero_point == "integer", FLOATS[config.scale_dtype])
+        return IntGrid(cls.bits, config.symmetric, config.zero_point == "integer", SCALES[config.scale_dtype])
 
     def shifted(self, change, *, exact=True):
         """zero <- zero - change / scale: a float zero holds a change that is the same for a whole group."""

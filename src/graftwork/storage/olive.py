@@ -31,12 +31,15 @@ from torch import Tensor
 from ..modeling.protocols import has_values
 from ..registry import register
 from ._groups import Grid, GroupConfig, GroupQuantizer, GroupStorage
+from ._packing import look_up
 from ._scales import positive
 
 VICTIM = 8
 NORMAL = {"int": (0, 1, 2, 3, 4, 5, 6, 7), "flint": (0, 0.5, 1, 1.5, 2, 3, 4, 8)}
 #: by the code without its sign; 0 is no outlier
 OUTLIER = (0, 12, 16, 24, 32, 48, 64, 96)
+#: weights whose scales are searched at a time, few enough for a cache
+PIECE = 1 << 16
 
 
 class OliVe(GroupConfig):
@@ -62,35 +65,46 @@ class OliVeGrid(Grid):
         self.parameters = {"scale": torch.float16}
 
     def fit(self, groups):
-        wide = groups.mean(-1).abs() + 3 * groups.std(-1, correction=0)
-        best = least = None
-        for percent in range(75, (self.widest if has_values(groups) else 75) + 1, 2):
-            tried = {"scale": positive(wide * (percent / 100 / max(self.normal)), torch.float16)}
-            error = ((self.decode(self.encode(groups, tried), tried) - groups) ** 2).sum(-1)
-            better = True if best is None else error < least
-            best = tried["scale"] if best is None else torch.where(better, tried["scale"], best)
-            least = error if least is None else torch.where(better, error, least)
-        return {"scale": best}
+        flat, found = groups.reshape(-1, groups.shape[-1]), []
+        for part in flat.split(max(1, PIECE // groups.shape[-1])):
+            size, wide, best = part.abs(), part.mean(-1).abs() + 3 * part.std(-1, correction=0), None
+            for percent in range(75, (self.widest if has_values(groups) else 75) + 1, 2):
+                scale = positive(wide * (percent / 100 / max(self.normal)), torch.float16)
+                place, _, victims = self._nearest(part, scale)
+                near = self._magnitudes(part.device).index_select(0, place.view(-1)).view(part.shape).masked_fill_(victims, 0)
+                error = near.mul_(scale.float().unsqueeze(-1)).sub_(size).square_().sum(-1)
+                if best is None:
+                    best, least = scale, error
+                else:
+                    best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+            found.append(best)
+        return {"scale": torch.cat(found).view(groups.shape[:-1])}
+
+    def _magnitudes(self, device):
+        return torch.tensor([*self.normal, *OUTLIER[1:]], dtype=torch.float32, device=device)
+
+    def _nearest(self, values, scale):
+        """Index of the nearest magnitude, whether it is an outlier's, and whether the partner's is and takes precedence."""
+        every = self._magnitudes(values.device)
+        size = (values / scale.float().unsqueeze(-1)).abs_()
+        place = torch.bucketize(size.contiguous(), (every[:-1] + every[1:]) / 2, out_int32=True)
+        outlier = place >= len(self.normal)
+        first, second = _pair(outlier)
+        return place, outlier, torch.stack([second & ~first, first], -1).view(values.shape)
 
     def encode(self, values, parameters):
-        unit = values / parameters["scale"].float().unsqueeze(-1)
-        every = torch.tensor([*self.normal, *OUTLIER[1:]], device=values.device)
-        place = torch.bucketize(unit.abs().contiguous(), (every[:-1] + every[1:]) / 2, out_int32=True)
-        outlier = place > len(self.normal) - 1
+        place, outlier, victims = self._nearest(values, parameters["scale"])
         low = torch.where(outlier, place - (len(self.normal) - 1), place)
-        codes = (low + 8 * ((unit < 0) & (low > 0))).to(torch.uint8)  # 8 alone is the victim
-        first, second = _pair(outlier)
-        victims = torch.stack([second & ~first, first], -1).view(codes.shape)
-        return torch.where(victims, VICTIM, codes)
+        return torch.where(victims, VICTIM, low + 8 * ((values < 0) & (low > 0))).to(torch.uint8)
 
     def decode(self, codes, parameters):
         victim = codes == VICTIM
         first, second = _pair(victim)
         outlier = torch.stack([second, first], -1).view(codes.shape)
-        index = codes.int() + 16 * outlier.int()
+        index = codes + 16 * outlier.to(torch.uint8)
         table = [*_signed(self.normal), *_signed(OUTLIER)]
         table[VICTIM] = table[16 + VICTIM] = 0
-        values = torch.tensor(table, dtype=torch.float32, device=codes.device).index_select(0, index.view(-1)).view(codes.shape)
+        values = look_up(index.view(1, -1), index.numel(), 8, tuple(table)).view(codes.shape)
         return values * parameters["scale"].float().unsqueeze(-1)
 
 
