@@ -174,11 +174,15 @@ def test_published_bits():
 
 
 @pytest.mark.slow
-def test_iterations_seed_and_damp_change_the_codes_and_dead_inputs_are_kept():
+def test_iterations_seed_and_damp_change_the_codes_and_dead_inputs_are_kept(monkeypatch):
     weight, x = normal(32, 40, seed=5), inputs(features=40)
     plain = kept(weight, x, index_bits=5).dequantize()
     for options in ({"iterations": 1}, {"seed": 1}, {"damp": 1.0}):
         assert not torch.equal(kept(weight, x, index_bits=5, **options).dequantize(), plain)
+    monkeypatch.setattr("graftwork.storage.vptq.PER_ENTRY", 4)
+    fewer = kept(weight, x, index_bits=5).dequantize()
+    monkeypatch.undo()
+    assert (plain - weight).norm() < (fewer - weight).norm() < 2 * (plain - weight).norm()
     x[:, 3] = 0
     error = (kept(weight, x).dequantize() - weight).norm(dim=0) / weight.norm(dim=0)
     assert error[3] < 0.6

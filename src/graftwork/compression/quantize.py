@@ -15,6 +15,7 @@ import hashlib
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import nn
 from ..data.calibration import CalibrationRows, calibration_rows
 from ..errors import GraftworkError, ModelError, UsageError
 from ..files import FileLock, atomic_file, atomic_write_text, disk_errors, folder_bytes
+from ..modeling.arithmetic import widen
 from ..modeling.blocks import repeated_blocks
 from ..modeling.checkpoint import read_header, stored_tensors
 from ..modeling.fingerprint import source_digests
@@ -38,6 +40,8 @@ from ..storage.base import Storage, storage_bits
 from ..storage.calibration.walk import walk
 
 VERSION = 1
+#: what a storage must know of the whole model, while the folder is half written
+PREPARED = "quantize-prepared.safetensors"
 #: files of a model folder that go along: tokenizer, generation, templates
 COMPANIONS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "generation_config", "chat_template", "spiece",
               "sentencepiece", "preprocessor_config")
@@ -204,7 +208,38 @@ class _Work:
             if progress:
                 progress(index + 1, len(self.blocks))
 
-        walk(self.model, self.config, self.rows.batches if self.rows else None, before=before, after=after, notes=self.notes)
+        walk(self.model, self.config, self.rows.batches if self.rows else None, before=before, after=after, notes=self.notes,
+             prepared=self._prepared())
+
+    def _prepared(self) -> dict[str, dict[str, Any]]:
+        """What the storage must know of the whole model. It is found before the first block is coded, and kept for a resumed run."""
+        cls = lookup("storage", self.config.method).cls
+        if self.rows is None or cls.prepare.__func__ is Storage.prepare.__func__:
+            return {}
+        file = self.output / PREPARED
+        if not file.is_file():
+            from safetensors.torch import save_file
+
+            for name in self.blocks:
+                self._load(name)
+            widen(self.model)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                found = cls.prepare(self.model, self.config, list(self.rows.batches()))
+            flat = {f"{name} {key}": value.contiguous() for name, more in found.items() for key, value in more.items()}
+            with atomic_file(file) as part:
+                save_file(flat, part, metadata={"notes": json.dumps([str(each.message) for each in said])})
+            for name in self.blocks:
+                self._drop(name)
+        from safetensors import safe_open
+
+        prepared: dict[str, dict[str, Any]] = {}
+        with safe_open(file, framework="pt") as handle:
+            self.notes += json.loads(handle.metadata()["notes"])
+            for key in handle.keys():
+                name, _, attribute = key.rpartition(" ")
+                prepared.setdefault(name, {})[attribute] = handle.get_tensor(key)
+        return prepared
 
     def _load(self, within: str) -> None:
         """Read the dense weights of a block, or ("") of what lies outside the blocks."""
@@ -262,4 +297,5 @@ class _Work:
         model_config.quantization_config = document_of(self.config, {*rounded, *sum(self.rounded.values(), [])},
                                                        bits=round(storage_bits(self.model), 6))
         atomic_write_text(self.output / "config.json", model_config.to_json_string())
+        (self.output / PREPARED).unlink(missing_ok=True)
         (self.output / HALF_WRITTEN).unlink()

@@ -113,7 +113,7 @@ class GroupQuantizer:
 
     def join(self, groups: Tensor) -> Tensor:
         """The inverse: (rows, groups, group) -> (rows, columns)."""
-        return groups.reshape(groups.shape[0], -1)[:, : self.columns]
+        return groups.flatten(1)[:, : self.columns]
 
     def fit(self, weight: Tensor) -> dict[str, Tensor]:
         """weight (rows, columns) fp32 -> {name: (rows, groups)}."""

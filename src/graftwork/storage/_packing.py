@@ -26,7 +26,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes
     rows, count = codes.shape
     each = 8 if 8 % bits else 8 // bits  # codes that fill whole bytes
-    codes = F.pad(codes, (0, -count % each)).view(rows, -1, each)
+    codes = F.pad(codes, (0, -count % each)).unflatten(1, (-1, each))
     if 8 % bits == 0:
         packed = codes[..., 0].clone()
         for i in range(1, each):
@@ -36,23 +36,23 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     for i in range(8):
         word |= codes[..., i].long() << (bits * i)
     found = torch.stack([(word >> 8 * k) & 255 for k in range(bits)], -1).to(torch.uint8)
-    return found.view(rows, -1)[:, : packed_width(count, bits)].contiguous()
+    return found.flatten(1)[:, : packed_width(count, bits)].contiguous()
 
 
 def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     """The inverse: (rows, count) uint8."""
     if bits == 8:
         return packed
-    rows, low = packed.shape[0], 2**bits - 1
+    low = 2**bits - 1
     if 8 % bits == 0:
         codes = torch.stack([(packed >> shift) & low for shift in range(0, 8, bits)], -1)
-        return codes.view(rows, -1)[:, :count]
-    packed = F.pad(packed, (0, -packed.shape[1] % bits)).view(rows, -1, bits)
+        return codes.flatten(1)[:, :count]
+    packed = F.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits))
     word = torch.zeros(packed.shape[:2], dtype=torch.int64, device=packed.device)
     for k in range(bits):
         word |= packed[..., k].long() << 8 * k
     codes = torch.stack([(word >> bits * i) & low for i in range(8)], -1).to(torch.uint8)
-    return codes.view(rows, -1)[:, :count]
+    return codes.flatten(1)[:, :count]
 
 
 #: where whole codes fill a byte: a type as wide as the fp32 values of its codes together

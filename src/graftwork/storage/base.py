@@ -38,6 +38,8 @@ class Storage(nn.Module):
     trainable_leaves: ClassVar[tuple[str, ...]] = ()
     """Float leaves in which `product` and `dequantize` are differentiable, for adapters that train them. One called `scale` has a row
     for every row of W, and W is proportional to it."""
+    does_without: ClassVar[bool] = False
+    """Whether a format that reads statistics can be made without them (with a warning: it costs quality)."""
     options: StorageConfig
     in_features: int
     out_features: int
@@ -59,6 +61,12 @@ class Storage(nn.Module):
         the calibration (an edit), or that no data reached."""
         plain = {"calibration": {"method": "rtn"}} if cls.needs(config) and "calibration" in type(config).model_fields else {}
         return config.model_copy(update=plain)
+
+    @classmethod
+    def prepare(cls, model: nn.Module, config: StorageConfig, batches: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """What a format must know of the whole dense model before its first weight is stored: {map: {attribute of its statistics:
+        value}}. Called once, with the calibration batches. A class that overrides this needs all weights in memory at that point."""
+        return {}
 
     @classmethod
     def from_weight(cls, weight: Tensor, config: StorageConfig, *, bias: Tensor | None = None, dtype: torch.dtype | None = None,
@@ -274,8 +282,8 @@ def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None, batc
         other = "with other options" if kept.method == config.method else f"not {config.method}"
         raise UsageError(f"the weights of this model are {kept.method} codes already, {other}",
                          remedy="leave the storage out to keep the codes, or give the dense model")
-    needs = lookup("storage", config.method).cls.needs(config)
-    if needs and any(has_values(p) for p in model.parameters()):
+    cls = lookup("storage", config.method).cls
+    if cls.needs(config) and not (batches is None and cls.does_without) and any(has_values(p) for p in model.parameters()):
         from .calibration.walk import walk
 
         walk(model, config, batches, on_site=on_site, notes=notes)

@@ -162,6 +162,7 @@ class SpQRStorage(CodedStorage):
     `outlier_starts` (out + 1,) int32; with act_order `place` (in,) uint16, of every column among the codes."""
 
     varying = ("outlier_values", "outlier_columns")
+    does_without = True
 
     @classmethod
     def needs(cls, config):

@@ -17,7 +17,8 @@ two, so short matrices take fewer bits); codes are packed in planes of bytes (st
 Departures: the released code corrects by H where the columns are normalised, which is worse than no correction (here: diag(s) H
 diag(s)); a last vector shorter than v takes no part in k-means and is coded by the rows it has, instead of being filled with zeros;
 inputs that are always 0 keep their weights (weight 0 in k-means) instead of losing them; empty clusters are filled with the vectors
-farthest from their centroids. No tuning of the books afterwards. Without calibration data H = I, with a warning.
+farthest from their centroids; k-means sees at most 256 random vectors for each entry, the coding all. No tuning
+of the books afterwards. Without calibration data H = I, with a warning.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from ._packing import pack_wide, unpack_wide, wide_width
 from ._second_order import hessian_or_identity, solve
 from .base import StorageConfig, check_weight
 
-#: distances at a time
-CHUNK = 1 << 22
+#: distances at a time: they stay in a processor's cache
+CHUNK = 1 << 18
+#: vectors that k-means looks at for each entry of a book, at most
+PER_ENTRY = 256
 HALF = torch.finfo(torch.float16).max
 
 
@@ -136,7 +139,11 @@ def book_of(columns: Tensor, weights: Tensor, vector: int, bits: int, config: VP
     out = columns.shape[0]
     found = vectors_of(columns[: out - out % vector or out], vector)
     weights = weights[:, None].expand(found.shape[:2]).flatten()
-    found = kmeans(found.reshape(-1, vector), weights, 2**bits, config.iterations, generator)
+    found = found.reshape(-1, vector)
+    if len(found) > PER_ENTRY * 2**bits:
+        some = torch.randperm(len(found), generator=generator, device=generator.device)[: PER_ENTRY * 2**bits].to(found.device)
+        found, weights = found[some], weights[some]
+    found = kmeans(found, weights, 2**bits, config.iterations, generator)
     return found.clamp(-HALF, HALF).half().float()
 
 
@@ -175,6 +182,8 @@ class Vectors:
                  "Cheng and Yang, Mao}, booktitle={EMNLP}, year={2024}}")
 class VPTQStorage(CodedStorage):
     """Leaves: see `Layout.kinds`; `place` says where a column is in the order of the codes."""
+
+    does_without = True
 
     @classmethod
     def needs(cls, config):

@@ -15,7 +15,10 @@ class InputStatistics:
     """Of inputs x (tokens, in). Only what `needs` names is kept, the rest is None.
 
     hessian (in, in) fp32: mean of x x^T (the usual factor 2 is left out); mean_abs, max_abs (in,) fp32; samples (at most
-    `keep`, in) fp32: rows spread evenly over what came; count: tokens seen."""
+    `keep`, in) fp32: rows spread evenly over what came; count: tokens seen. wide_rows (out,) bool: of the matrix, not of its inputs;
+    what `Storage.prepare` found."""
+
+    wide_rows: Tensor | None = None
 
     def __init__(self, features: int, needs: Collection[str] = NAMES, keep: int = 512, device: torch.device | str = "cpu"):
         self.features, self.needs, self.keep, self.count = features, frozenset(needs), keep, 0

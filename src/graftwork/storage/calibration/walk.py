@@ -21,6 +21,7 @@ them (compression.quantize).
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,9 +48,9 @@ _OTHER = ("labels", "index", "rows", "n_targets", "real_tokens")
 @torch.no_grad()
 def walk(model: nn.Module, config: StorageConfig, batches: Any = None, *, on_site: Callable[[str], None] | None = None,
          before: Callable[[int], None] | None = None, after: Callable[[int], None] | None = None,
-         notes: list[str] | None = None) -> None:
+         notes: list[str] | None = None, prepared: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Put a model into a storage, in place. batches: model inputs, an iterable or a function that returns one; `real_tokens` (N, T)
-    tells padding where `attention_mask` does not.
+    tells padding where `attention_mask` does not. prepared: what `Storage.prepare` gave (default: it is called).
 
     Raises UsageError where the storage needs data and there is none, or where activations are not finite. Names of the maps that
     were rounded to the nearest instead are kept at `model.graft_uncalibrated`."""
@@ -71,9 +72,9 @@ def walk(model: nn.Module, config: StorageConfig, batches: Any = None, *, on_sit
             if needs and (mine is None or not mine.count):
                 missed.append(place.name)
                 plain = cls.without_data(config)
-                store(model, place, plain, _white(place, cls.needs(plain)))
+                store(model, place, plain, _with(_white(place, cls.needs(plain)), extra.get(place.name)))
             else:
-                store(model, place, config, mine)
+                store(model, place, config, _with(mine, extra.get(place.name)))
             if on_site:
                 on_site(place.name)
 
@@ -85,6 +86,7 @@ def walk(model: nn.Module, config: StorageConfig, batches: Any = None, *, on_sit
         return _gather(places(model, config), needs, run.whole)
 
     widen(model)
+    extra = prepared if prepared is not None else cls.prepare(model, config, given) if given else {}
     run, all_of_them = Forwards(model, [block for _, block in blocks], given), None
     with _evaluating(model):
         for index, (name, _) in enumerate(blocks):
@@ -345,6 +347,16 @@ def _white(place: Place, needs: frozenset[str]) -> InputStatistics | None:
     made = InputStatistics(features, needs, device=place.product.device)
     made.add(torch.eye(features, device=place.product.device) * features ** 0.5)
     return made
+
+
+def _with(statistics: InputStatistics | None, more: Mapping[str, Any] | None) -> InputStatistics | None:
+    """Statistics with further attributes; a copy, since maps share them."""
+    if not more or statistics is None:
+        return statistics
+    found = copy.copy(statistics)
+    for name, value in more.items():
+        setattr(found, name, value)
+    return found
 
 
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
