@@ -15,7 +15,8 @@ class InputStatistics:
     """Of inputs x (tokens, in). Only what `needs` names is kept, the rest is None.
 
     hessian (in, in) fp32: mean of x x^T (the usual factor 2 is left out); mean_abs, max_abs (in,) fp32; samples (at most
-    `keep`, in) fp32: rows spread evenly over what came; count: tokens seen."""
+    `keep`, in) fp32: rows spread evenly over what came; count: tokens seen. fisher (out, in): sum of squared gradients of the loss by
+    the weight, where someone who has gradients set it; never collected here."""
 
     def __init__(self, features: int, needs: Collection[str] = NAMES, keep: int = 512, device: torch.device | str = "cpu"):
         self.features, self.needs, self.keep, self.count = features, frozenset(needs), keep, 0
@@ -23,6 +24,7 @@ class InputStatistics:
         self._abs = torch.zeros(features, dtype=torch.float64, device=device) if "mean_abs" in needs else None
         self._max = torch.zeros(features, device=device) if "max_abs" in needs else None
         self._rows, self._every = [], 1
+        self.fisher: Tensor | None = None
 
     def add(self, x: Tensor, real: Tensor | None = None) -> None:
         """x (..., in); real (...) bool: the tokens that count (others are padding)."""
