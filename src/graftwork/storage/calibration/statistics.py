@@ -15,8 +15,9 @@ class InputStatistics:
     """Of inputs x (tokens, in). Only what `needs` names is kept, the rest is None.
 
     hessian (in, in) fp32: mean of x x^T (the usual factor 2 is left out); mean_abs, max_abs (in,) fp32; samples (at most
-    `keep`, in) fp32: rows spread evenly over what came; count: tokens seen. wide_rows (out,) bool: of the matrix, not of its inputs;
-    what `Storage.prepare` found."""
+    `keep`, in) fp32: rows spread evenly over what came; count: tokens seen. Of the matrix, not of its inputs: wide_rows (out,) bool,
+    what `Storage.prepare` found; fisher (out, in), the sum of squared gradients of the loss by the weight, where someone who has
+    gradients set it; never collected here."""
 
     wide_rows: Tensor | None = None
 
@@ -26,6 +27,7 @@ class InputStatistics:
         self._abs = torch.zeros(features, dtype=torch.float64, device=device) if "mean_abs" in needs else None
         self._max = torch.zeros(features, device=device) if "max_abs" in needs else None
         self._rows, self._every = [], 1
+        self.fisher: Tensor | None = None
 
     def add(self, x: Tensor, real: Tensor | None = None) -> None:
         """x (..., in); real (...) bool: the tokens that count (others are padding)."""
