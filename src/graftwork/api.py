@@ -13,19 +13,17 @@ def load(ref: str | Path, *, storage: Any = None, dtype: str | torch.dtype | Non
          num_labels: int | None = None) -> tuple[nn.Module, Any]:
     """(model, tokenizer) of a packaged name, a Hugging Face folder, a .gguf file or a Hub id, its weights in a storage.
 
-    storage: None or a name ("nf4") or a config object or {method, options}. dtype: "bf16", "fp32" or a torch dtype
-    (default: the checkpoint's). Raises ModelError (missing or damaged files) and UsageError (unknown storage)."""
+    storage: None or a name ("nf4") or a config object or {method, options}; "gguf" keeps the codes of a .gguf file.
+    dtype: "bf16", "fp32" or a torch dtype (default: the checkpoint's). Raises ModelError (missing or damaged files) and
+    UsageError (unknown storage)."""
     from .modeling.arithmetic import widen
-    from .modeling.models import load_model
     from .registry import MethodConfig, make_config
-    from .storage.base import apply_storage
+    from .storage.base import load_stored
 
-    model, tokenizer = load_model(ref, dtype=dtype, task=task, num_labels=num_labels)
-    if storage is not None:
-        if not isinstance(storage, MethodConfig):
-            options = {"method": storage} if isinstance(storage, str) else dict(storage)
-            storage = make_config("storage", options.pop("method"), **options)
-        apply_storage(model, storage)
+    if storage is not None and not isinstance(storage, MethodConfig):
+        options = {"method": storage} if isinstance(storage, str) else dict(storage)
+        storage = make_config("storage", options.pop("method"), **options)
+    model, tokenizer = load_stored(ref, storage, dtype=dtype, task=task, num_labels=num_labels)
     widen(model)
     return model, tokenizer
 

@@ -17,9 +17,8 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
     """(model, tokenizer, graft): loads the recorded base (or `model`) in the storage the graft was trained on, and attaches it.
 
     Reads our artifacts and PEFT's. Raises ArtifactError (damaged, another base, no base recorded) and ModelError."""
-    from ..modeling.models import load_model
     from ..registry import make_config
-    from ..storage.base import apply_storage
+    from ..storage.base import load_stored
 
     folder = Path(folder)
     if not (folder / CARD).exists() and (folder / "adapter_config.json").exists():
@@ -38,8 +37,7 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
     ref = model or ref
     if not ref:
         raise ArtifactError(f"{folder} does not say which model it belongs to", remedy="name it: --model FOLDER")
-    loaded, tokenizer = load_model(ref, task=task, dtype=dtype, num_labels=labels)
-    if storage is not None:
-        options = dict(storage)
-        apply_storage(loaded, make_config("storage", options.pop("method"), **options))
+    options = dict(storage or {})
+    config = make_config("storage", options.pop("method"), **options) if options else None
+    loaded, tokenizer = load_stored(ref, config, task=task, dtype=dtype, num_labels=labels)
     return loaded, tokenizer, attach_saved(loaded, folder)

@@ -62,8 +62,15 @@ class Storage(nn.Module):
     def from_checkpoint(cls, tensors: Mapping[str, Tensor], quantization_config: Mapping[str, Any] | None = None) -> Storage:
         """The storage of one module of a published quantised checkpoint, codes kept. tensors: that module's tensors, by
         their names below the module. Raises UsageError when this format is not what a published checkpoint holds."""
-        raise UsageError(f"storage '{cls.method}' cannot read published quantized checkpoints",
-                         remedy="load the dense checkpoint of the model, or choose the storage the checkpoint was made for")
+        from .published import read
+
+        return read(cls.method, tensors, quantization_config)
+
+    @classmethod
+    def load(cls, ref: Any, config: StorageConfig, *, on_site: Any = None, **options: Any) -> tuple[nn.Module, Any] | None:
+        """(model, tokenizer) of a reference whose file holds this format's codes, kept; None for any other reference.
+        options: of `modeling.models.load_model`."""
+        return None
 
     def dequantize(self, leaves: dict[str, Tensor] | None = None) -> Tensor:
         """W (out, in) in the compute dtype, differentiable in the given leaves."""
@@ -156,8 +163,8 @@ def frozen_linear(x: Tensor, storage: Storage) -> Tensor:
 
 def bytes_parameter(tensor: Tensor) -> nn.Parameter:
     """A tensor of any dtype as a frozen uint8 Parameter of its bytes, flat."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return nn.Parameter(flat if flat.dtype == torch.uint8 else flat.view(torch.uint8), requires_grad=False)
+    # A view also where it is bytes already: fake tensors that an operation remembers could not be moved to a device.
+    return nn.Parameter(tensor.detach().contiguous().reshape(-1).view(torch.uint8), requires_grad=False)
 
 
 def view_as(parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -216,6 +223,19 @@ def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None) -> n
             on_site(f"{name}.{attribute}.{expert}")
     model.__dict__["graft_storage"] = config
     return model
+
+
+def load_stored(ref: Any, config: StorageConfig | None, *, on_site: Any = None, **options: Any) -> tuple[nn.Module, Any]:
+    """(model with its weights in a storage, tokenizer): with the codes of the file where the format keeps those, else loaded and
+    quantised. config None: as loaded. options: of `modeling.models.load_model`."""
+    from ..modeling.models import load_model
+
+    found = None if config is None else lookup("storage", config.method).cls.load(ref, config, on_site=on_site, **options)
+    if found is None:
+        found = load_model(ref, **options)
+        if config is not None:
+            apply_storage(found[0], config, on_site=on_site)
+    return found
 
 
 def train_weights(model: nn.Module) -> None:

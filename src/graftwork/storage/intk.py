@@ -71,6 +71,13 @@ def _positive(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 class IntStorage(GroupStorage):
     bits: int
 
+    def decode(self, leaves, rows):
+        if "group_index" not in leaves:
+            return super().decode(leaves, rows)
+        from .published import decode_by_index  # a published checkpoint whose columns are not in the order of their groups
+
+        return decode_by_index(self, leaves, rows)
+
     @classmethod
     def grid(cls, config):
         return IntGrid(cls.bits, config.symmetric, config.zero_point == "integer", SCALES[config.scale_dtype])

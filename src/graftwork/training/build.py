@@ -19,7 +19,7 @@ from ..errors import IncompatibleError, TrainingError
 from ..modeling.arithmetic import widen
 from ..recipe import Recipe
 from ..registry import MethodConfig, lookup
-from ..storage.base import apply_storage, train_weights
+from ..storage.base import load_stored, train_weights
 from .step import TrainStep
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -51,14 +51,11 @@ def task_of(recipe: Recipe, labels: int | None = 1) -> str:
 def build_model(recipe: Recipe, *, num_labels: int | None = None, fake: bool = False,
                 progress: Callable[[str], None] | None = None) -> tuple[nn.Module, Any]:
     """(model in its storage, frozen state as loaded, tokenizer)."""
-    from ..modeling.models import load_model
-
-    model, tokenizer = load_model(recipe.model, task=task_of(recipe, num_labels), num_labels=num_labels, fake=fake,
-                                  dtype=DTYPES[recipe.train.precision], trust_remote_code=recipe.trust_remote_code,
-                                  seed=recipe.train.seed)
+    model, tokenizer = load_stored(recipe.model, recipe.storage, on_site=progress, task=task_of(recipe, num_labels),
+                                   num_labels=num_labels, fake=fake, dtype=DTYPES[recipe.train.precision],
+                                   trust_remote_code=recipe.trust_remote_code, seed=recipe.train.seed)
     if tokenizer is not None:
         model.graft_tokenizer = tokenizer
-    apply_storage(model, recipe.storage, on_site=progress)
     widen(model)
     if recipe.train.gradient_checkpointing:
         from ..modeling.state import state_of
