@@ -117,6 +117,10 @@ def test_adapters_train_are_saved_and_found_again_and_a_merge_keeps_the_types(tm
     expected = logits(model)
     again, _, _ = open_saved(tmp_path / "graft")
     assert {m.options.type for m in stored_modules(again).values()} == {"q8_0"} and torch.equal(logits(again), expected)
+    write_gguf_merged(graft, tmp_path / "merged", tokenizer=tiny.tokenizer(), dtype="f32")
+    merged, _ = graftwork.load(tmp_path / "merged" / "model.gguf", storage="gguf")
+    assert not stored_modules(merged)  # kept in fp32 there
+    torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=1e-4)
     graft.merge(requantize=True)
     assert {m.options.type for m in stored_modules(model).values()} == {"q8_0"}
     assert (logits(model) - expected).norm() < 0.05 * expected.norm()
@@ -178,4 +182,5 @@ def test_the_packaged_model_in_its_own_blocks():
     coded, bits, found = run("gguf")
     assert bits == 5.0  # 106 million weights in Q4_1
     assert torch.allclose(found, expected, atol=1e-3)
-    assert coded < 0.75 * dense, (coded, dense)
+    # Four bytes less five bits for each of the weights; the mapped file, which the system may drop at any time, is counted too.
+    assert dense - coded > 106e6 * (4 - 5 / 8) - 150e6, (coded, dense)

@@ -194,14 +194,17 @@ def _write_q6_k(d, s, q):
     return torch.cat([_nibbles(q & 15, 64), _pairs(q >> 4), s.to(torch.int8).view(torch.uint8), _fp16(d)], -1)
 
 
-def _uneven(u: Tensor) -> Tensor:
-    """Codes of the nearest uneven levels."""
+def _uneven(u: Tensor, values: bool = False) -> Tensor:
+    """Codes of the nearest uneven levels, or those levels. They meet at halves of whole numbers, so half steps tell."""
     levels = torch.tensor(UNEVEN, dtype=torch.float32, device=u.device)
-    return torch.bucketize(u, (levels[1:] + levels[:-1]) / 2)
+    steps = torch.arange(2 * (UNEVEN[-1] - UNEVEN[0]) + 1, device=u.device) / 2 + (UNEVEN[0] + 0.25)
+    nearest = torch.bucketize(steps, (levels[1:] + levels[:-1]) / 2)
+    place = ((u.clamp(UNEVEN[0], UNEVEN[-1]) - UNEVEN[0]) * 2).int()
+    return (levels[nearest] if values else nearest.to(torch.uint8)).index_select(0, place.reshape(-1)).view(u.shape)
 
 
 def _uneven_values(u: Tensor) -> Tensor:
-    return torch.tensor(UNEVEN, dtype=torch.float32, device=u.device)[_uneven(u)]
+    return _uneven(u, values=True)
 
 
 _UNEVEN_ENDS = [*_around(-127, 16), *_around(113, 16)]
@@ -209,13 +212,13 @@ _UNEVEN_ENDS = [*_around(-127, 16), *_around(113, 16)]
 
 def _iq4_nl(x: Tensor) -> Tensor:
     d = _fit_levels(x[:, None], _uneven_values, _UNEVEN_ENDS).half().float()
-    return torch.cat([_fp16(d), _nibbles(_uneven(x * _inverse(d)).to(torch.uint8))], -1)
+    return torch.cat([_fp16(d), _nibbles(_uneven(x * _inverse(d)))], -1)
 
 
 def _iq4_xs(x: Tensor) -> Tensor:
     parts = x.unflatten(-1, (8, -1))
     d, s = _coded(_fit_levels(parts, _uneven_values, _UNEVEN_ENDS), -32)
-    codes = _uneven(parts * _inverse(d * s)[..., None]).to(torch.uint8).flatten(-2)
+    codes = _uneven(parts * _inverse(d * s)[..., None]).flatten(-2)
     s = (s + 32).to(torch.uint8)
     low, high = s & 15, (s >> 4).unflatten(-1, (2, 4))
     high = high[..., 0] | (high[..., 1] << 2) | (high[..., 2] << 4) | (high[..., 3] << 6)
