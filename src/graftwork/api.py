@@ -17,23 +17,22 @@ def load(ref: str | Path, *, storage: Any = None, dtype: str | torch.dtype | Non
     """(model, tokenizer) of a packaged name, a Hugging Face folder, a .gguf file or a Hub id, its weights in a storage. A folder of
     `graft quantize` keeps its codes.
 
-    storage: None or a name ("nf4") or a config object or {method, options}. dtype: "bf16", "fp32" or a torch dtype
-    (default: the checkpoint's). calibration_data: for a storage whose codes depend on data; a file that training reads or a list
+    storage: None or a name ("nf4") or a config object or {method, options}; "gguf" keeps the codes of a .gguf file. dtype: "bf16",
+    "fp32" or a torch dtype (default: the checkpoint's). calibration_data: for a storage whose codes depend on data; a file that training reads or a list
     of texts, of which `samples` rows of `length` tokens (no more than the model's context) are taken, or a function that returns
     batches of model inputs. Raises ModelError (missing or damaged files), UsageError (unknown storage) and DataError."""
     from .modeling.arithmetic import widen
-    from .modeling.models import load_model
     from .registry import MethodConfig, make_config
-    from .storage.base import apply_storage
+    from .storage.base import load_stored
 
-    model, tokenizer = load_model(ref, dtype=dtype, task=task, num_labels=num_labels)
-    if storage is not None:
-        if not isinstance(storage, MethodConfig):
-            options = {"method": storage} if isinstance(storage, str) else dict(storage)
-            storage = make_config("storage", options.pop("method"), **options)
-        apply_storage(model, storage, batches=_batches(model, tokenizer, storage, calibration_data, samples, length))
-    elif calibration_data is not None:
+    if storage is None and calibration_data is not None:
         raise UsageError("calibration_data does nothing without a storage", remedy="storage={'method': 'int4', 'calibration': 'gptq'}")
+    if storage is not None and not isinstance(storage, MethodConfig):
+        options = {"method": storage} if isinstance(storage, str) else dict(storage)
+        storage = make_config("storage", options.pop("method"), **options)
+    model, tokenizer = load_stored(
+        ref, storage, dtype=dtype, task=task, num_labels=num_labels,
+        batches=lambda model, tokenizer: _batches(model, tokenizer, storage, calibration_data, samples, length))
     widen(model)
     return model, tokenizer
 

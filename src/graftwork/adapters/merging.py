@@ -47,7 +47,7 @@ def merge_sites(graft: Graft, *, requantize: bool, force: bool) -> MergeReport:
             new, report.target = held.dequantize(), "stored"
         elif requantize and isinstance(site.module, StoredWeight):
             kind = type(site.module)
-            again = kind.from_weight(new, kind.without_data(graft.model.graft_storage), dtype=site.module.compute_dtype)
+            again = kind.from_weight(new, kind.without_data(site.module.options), dtype=site.module.compute_dtype)
             new = again.dequantize()
         size = change.norm().item()
         report.errors[name] = ((new.float() - exact).norm().item() / size) if size else 0.0
@@ -157,7 +157,7 @@ def _stored(module: nn.Module, new: Tensor, requantize: bool, graft: Graft) -> n
     from ..registry import lookup, make_config
 
     if requantize:
-        return type(module).from_weight(new, type(module).without_data(graft.model.graft_storage), dtype=module.compute_dtype)
+        return type(module).from_weight(new, type(module).without_data(module.options), dtype=module.compute_dtype)
     return lookup("storage", "dense").cls.from_weight(new, make_config("storage", "dense"), dtype=new.dtype)
 
 

@@ -21,8 +21,10 @@ from ..registry import MethodConfig, MethodInfo
 
 def quantized_like(model: nn.Module, site: Any, weight: Tensor) -> nn.Module:
     """A storage of the format that the site is kept in, for another weight (out, in)."""
-    kind = getattr(type(site.module), "plain_class", type(site.module))
-    return kind.from_weight(weight, kind.without_data(model.graft_storage), dtype=site.module.compute_dtype)
+    module = site.module
+    kind = getattr(type(module), "plain_class", type(module))
+    options = getattr(module, "options", model.graft_storage)
+    return kind.from_weight(weight, kind.without_data(options), dtype=module.compute_dtype)
 
 
 class Initializer:

@@ -184,8 +184,7 @@ class MergedWeights:
             raise IncompatibleError(f"'{site.name}' is a slice of a fused projection and cannot be quantised on its own",
                                     remedy="merge into dense weights (the default), or target the whole projection")
         stored = self._stored(site)
-        options = type(stored).without_data(self.model.graft_storage)
-        return type(stored).from_weight(weight, options, dtype=stored.compute_dtype).dequantize().float()
+        return type(stored).from_weight(weight, type(stored).without_data(stored.options), dtype=stored.compute_dtype).dequantize().float()
 
     def config(self) -> Any:
         """The config of the merged model."""

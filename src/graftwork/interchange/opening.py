@@ -17,9 +17,8 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
     """(model, tokenizer, graft): loads the recorded base (or `model`) in the storage the graft was trained on, and attaches it.
 
     Reads our artifacts and PEFT's. Raises ArtifactError (damaged, another base, no base recorded) and ModelError."""
-    from ..modeling.models import load_model
     from ..registry import make_config
-    from ..storage.base import apply_storage
+    from ..storage.base import load_stored
     from ..training.build import recorded_data
 
     folder = Path(folder)
@@ -39,9 +38,8 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
     ref = model or ref
     if not ref:
         raise ArtifactError(f"{folder} does not say which model it belongs to", remedy="name it: --model FOLDER")
-    loaded, tokenizer = load_model(ref, task=task, dtype=dtype, num_labels=labels)
-    if storage is not None:
-        options = dict(storage)
-        config = make_config("storage", options.pop("method"), **options)
-        apply_storage(loaded, config, batches=recorded_data(storage, card.get("provenance", {}).get("recipe"), ref))
+    options = dict(storage or {})
+    config = make_config("storage", options.pop("method"), **options) if options else None
+    data = recorded_data(storage, card.get("provenance", {}).get("recipe"), ref)
+    loaded, tokenizer = load_stored(ref, config, task=task, dtype=dtype, num_labels=labels, batches=lambda *_: data)
     return loaded, tokenizer, attach_saved(loaded, folder)

@@ -123,8 +123,9 @@ def _resolve_path(text: str, path: Path, trust_remote_code: bool) -> ModelRef:
     raise ModelError(f"the folder {path} holds {found}", remedy="give a folder saved by Transformers, or one .gguf file")
 
 
-def model_folder(ref: str | Path | ModelRef) -> Path:
-    """The Transformers folder of a reference: converts a GGUF file (once), fetches a Hub snapshot (a commit's folder).
+def model_folder(ref: str | Path | ModelRef, *, weights: bool = True) -> Path:
+    """The Transformers folder of a reference: converts a GGUF file (once; without `weights`, its config and tokenizer only), fetches a
+    Hub snapshot (a commit's folder).
 
     Raises ModelError when there are no weights.
     """
@@ -133,7 +134,7 @@ def model_folder(ref: str | Path | ModelRef) -> Path:
         check_gguf(ref.path)
         digest, licenses = _published(ref.package) if ref.package else (None, [])
         again = {"remedy": ref.package.install.replace("--no-deps", "--no-deps --force-reinstall")} if ref.package else {}
-        return convert_gguf(ref.path, expected_digest=digest, extra_files=licenses, **again)
+        return convert_gguf(ref.path, expected_digest=digest, extra_files=licenses, weights=weights, **again)
     folder = hub_snapshot(ref, _HUB_FILES) if ref.kind == "hub" else ref.path
     if ref.kind == "config" or not weight_files(folder):
         raise ModelError(f"{folder} holds no weights (*.safetensors)", remedy="give the folder of a whole model")

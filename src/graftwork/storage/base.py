@@ -80,8 +80,15 @@ class Storage(nn.Module):
     def from_checkpoint(cls, tensors: Mapping[str, Tensor], quantization_config: Mapping[str, Any] | None = None) -> Storage:
         """The storage of one module of a published quantised checkpoint, codes kept. tensors: that module's tensors, by
         their names below the module. Raises UsageError when this format is not what a published checkpoint holds."""
-        raise UsageError(f"storage '{cls.method}' cannot read published quantized checkpoints",
-                         remedy="load the dense checkpoint of the model, or choose the storage the checkpoint was made for")
+        from .published import read
+
+        return read(cls.method, tensors, quantization_config)
+
+    @classmethod
+    def load(cls, ref: Any, config: StorageConfig, *, on_site: Any = None, **options: Any) -> tuple[nn.Module, Any] | None:
+        """(model, tokenizer) of a reference whose file holds this format's codes, kept; None for any other reference.
+        options: of `modeling.models.load_model`."""
+        return None
 
     def dequantize(self, leaves: dict[str, Tensor] | None = None) -> Tensor:
         """W (out, in) in the compute dtype, differentiable in the given leaves."""
@@ -296,6 +303,21 @@ def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None, batc
             on_site(place.name)
     model.__dict__["graft_storage"] = config
     return model
+
+
+def load_stored(ref: Any, config: StorageConfig | None, *, on_site: Any = None, notes: list[str] | None = None, batches: Any = None,
+                **options: Any) -> tuple[nn.Module, Any]:
+    """(model with its weights in a storage, tokenizer): with the codes of the file where the format keeps those, else loaded and
+    quantised. config None: as loaded. batches(model, tokenizer): what `apply_storage` calibrates on. options: of
+    `modeling.models.load_model`."""
+    from ..modeling.models import load_model
+
+    found = None if config is None else lookup("storage", config.method).cls.load(ref, config, on_site=on_site, **options)
+    if found is None:
+        found = load_model(ref, **options)
+        if config is not None:
+            apply_storage(found[0], config, on_site=on_site, notes=notes, batches=batches(*found) if batches else None)
+    return found
 
 
 def train_weights(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from ..errors import GraftworkError, IncompatibleError, TrainingError, UsageErro
 from ..modeling.arithmetic import widen
 from ..recipe import Recipe
 from ..registry import MethodConfig, lookup
-from ..storage.base import apply_storage, train_weights
+from ..storage.base import load_stored, train_weights
 from .step import TrainStep
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -53,15 +53,15 @@ def build_model(recipe: Recipe, *, num_labels: int | None = None, fake: bool = F
                 notes: list[str] | None = None) -> tuple[nn.Module, Any]:
     """(model in its storage, frozen state as loaded, tokenizer). data: the training sets, where they are read already; a storage
     whose codes depend on data is calibrated on them. notes: gets what there is to say of that."""
-    from ..modeling.models import load_model
+    def batches(model: nn.Module, tokenizer: Any) -> Callable[[], Iterable[dict[str, Any]]]:
+        return lambda: calibration_batches(recipe, tokenizer, data)
 
-    model, tokenizer = load_model(recipe.model, task=task_of(recipe, num_labels), num_labels=num_labels, fake=fake,
-                                  dtype=DTYPES[recipe.train.precision], trust_remote_code=recipe.trust_remote_code,
-                                  seed=recipe.train.seed)
+    model, tokenizer = load_stored(recipe.model, recipe.storage, on_site=progress, notes=notes, batches=batches,
+                                   task=task_of(recipe, num_labels), num_labels=num_labels, fake=fake,
+                                   dtype=DTYPES[recipe.train.precision], trust_remote_code=recipe.trust_remote_code,
+                                   seed=recipe.train.seed)
     if tokenizer is not None:
         model.graft_tokenizer = tokenizer
-    apply_storage(model, recipe.storage, on_site=progress, notes=notes,
-                  batches=lambda: calibration_batches(recipe, tokenizer, data))
     widen(model)
     if recipe.train.gradient_checkpointing:
         from ..modeling.state import state_of
