@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import nn
 
@@ -53,6 +54,11 @@ def test_gradients_are_those_of_autograd(bits, group):
     close(y, F.linear(x, Wq), 1e-13)
     for a, b in zip(mine, theirs, strict=True):
         close(a.grad, b.grad, 1e-12)
+    with torch.no_grad(), forward_ad.dual_level():
+        tangents = [torch.full_like(t, 0.3) for t in (x, *trained)]
+        dual = _Quantized.apply(*map(forward_ad.make_dual, (x, *trained), tangents), 1.5, 0.1, levels, LinearProduct(layer))
+        slope = (forward_ad.unpack_dual(dual).tangent * weight).sum()
+    close(slope, sum((t.grad * v).sum() for t, v in zip(mine, tangents)), 1e-12)
 
 
 @torch.no_grad()

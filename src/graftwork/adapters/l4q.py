@@ -90,6 +90,7 @@ class _Quantized(torch.autograd.Function):
     def forward(ctx, x, A, B, s, beta, gamma, k, levels, frozen):
         ctx.gamma, ctx.k, ctx.levels, ctx.frozen = gamma, k, levels, frozen
         ctx.save_for_backward(x, A, B, s, beta)
+        ctx.save_for_forward(x, A, B, s, beta)
         W = frozen.dense().detach()
         return _product(x, levels.values(levels.units(W, A, B, s, beta, gamma), s, beta), W.dtype)
 
@@ -111,6 +112,19 @@ class _Quantized(torch.autograd.Function):
         dbeta = ctx.k * G.masked_fill(inside, 0.0).sum(-1)
         G = levels.join(G.masked_fill(~inside, 0.0))
         return dx, ctx.gamma * (B.T @ G), ctx.gamma * (G @ A.T), ds, dbeta, None, None, None, None
+
+
+    @staticmethod
+    def jvp(ctx, tx, tA, tB, ts, tbeta, *_):
+        """The same derivative, k = 1, forwards."""
+        x, A, B, s, beta = ctx.saved_tensors
+        levels, W = ctx.levels, ctx.frozen.dense().detach()
+        u = levels.units(W, A, B, s, beta, ctx.gamma)
+        inside = (u >= levels.low) & (u <= levels.high)
+        slope = torch.where(inside, u.round() - u, u.clamp(levels.low, levels.high))
+        moved = levels.split(ctx.gamma * (B @ tA + tB @ A)).masked_fill(~inside, 0.0)
+        moved = moved + ts.unsqueeze(-1) * slope + tbeta.unsqueeze(-1).expand_as(slope).masked_fill(inside, 0.0)
+        return _product(x, levels.join(moved), W.dtype) + _product(tx, levels.values(u, s, beta), W.dtype)
 
 
 @register("adapter", "l4q", config=L4Q, paper="2402.04902",
