@@ -52,7 +52,7 @@ OPTIONS = {
     "increlora": {"r": 4, "alpha": 20.0},
     "sst": {"r": 6},
     "sora": {"r": 4, "alpha": 20.0},
-    "qa_lora": {"r": 4, "alpha": 6.0, "group_size": 16, "pooling": "sum"},
+    "qa_lora": {"r": 4, "alpha": 16.0, "group_size": 16},
     "l4q": {"bits": 3, "group_size": 32, "r": 4, "alpha": 6.0},
 }
 #: the storage that a method needs below it, where a dense model will not do

@@ -103,6 +103,9 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
         if start is not None:
             unless(not recipe.adapter_from, "initializer",
                    f"{start.name} starts a new adapter, and adapter.from continues a trained one", "remove initializer")
+            unless(not (start.traits.get("needs_quantized") and storage.traits.get("lossless")), "initializer",
+                   f"{start.name} starts from what quantization loses, and {storage.name} loses nothing",
+                   "storage: nf4, or initializer: pissa")
             unless(adapter.name in start.traits["adapters"], "initializer",
                    f"{start.name} starts {', '.join(start.traits['adapters'])}, not {adapter.name}",
                    f"adapter: {start.traits['adapters'][0]}, or initializer: default")

@@ -11,6 +11,7 @@ import graftwork
 import tiny
 from adapter_support import attach, close, output
 from graftwork.errors import ArtifactError, IncompatibleError, RecipeError
+from graftwork.interchange.merged import write_merged
 from graftwork.recipe import load_recipe
 from graftwork.registry import lookup, make_config
 from graftwork.storage import _coded
@@ -144,3 +145,16 @@ def test_a_base_without_scales_is_refused_before_it_is_loaded(tmp_path):
             load_recipe(tmp_path / "r.yaml")
     with pytest.raises(IncompatibleError, match="storage: int4"):
         attach(nn.Sequential(nn.Linear(8, 8)), "peqa")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_merged_folder_on_the_grid_of_the_base_keeps_its_integers(tmp_path):
+    """`requantize` of a folder: the scales are rounded, nothing is quantized again."""
+    place = tiny.save(tiny.llama(tied=False), tmp_path / "base")
+    model, _ = graftwork.load(place, storage={"method": "int4", "group_size": 32}, dtype="fp32")
+    graft = attach(model, "peqa")
+    report = write_merged(graft, tmp_path / "merged", requantize=True)
+    assert 1e-5 < report.worst < 1e-2
+    graft.merge(requantize=True)
+    close(output(graftwork.load(tmp_path / "merged", dtype="fp32")[0], tiny.tokens()), output(model, tiny.tokens()), 1e-5)
