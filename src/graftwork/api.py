@@ -18,9 +18,10 @@ def load(ref: str | Path, *, storage: Any = None, dtype: str | torch.dtype | Non
     `graft quantize` keeps its codes.
 
     storage: None or a name ("nf4") or a config object or {method, options}; "gguf" keeps the codes of a .gguf file. dtype: "bf16",
-    "fp32" or a torch dtype (default: the checkpoint's). calibration_data: for a storage whose codes depend on data; a file that training reads or a list
-    of texts, of which `samples` rows of `length` tokens (no more than the model's context) are taken, or a function that returns
-    batches of model inputs. Raises ModelError (missing or damaged files), UsageError (unknown storage) and DataError."""
+    "fp32" or a torch dtype (default: the checkpoint's). calibration_data: for a storage whose codes depend on data; a file that
+    training reads or a list of texts, of which `samples` rows of `length` tokens (no more than the model's context) are taken, or a
+    function that returns batches of model inputs. Raises ModelError (missing or damaged files), UsageError (unknown storage) and
+    DataError."""
     from .modeling.arithmetic import widen
     from .registry import MethodConfig, make_config
     from .storage.base import load_stored
