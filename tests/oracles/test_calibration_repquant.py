@@ -29,7 +29,7 @@ def statistics_of(x):
 
 
 def kept(weight, x, bits=4, **options):
-    config = make_config("storage", f"int{bits}", group_size=32, calibration={"method": "repquant", **options})
+    config = make_config("storage", f"int{bits}", group_size=32, calibration={"method": "repquant", "inner": "rtn", **options})
     return make_storage(weight, f"int{bits}", config, statistics=statistics_of(x))
 
 
@@ -100,7 +100,7 @@ def test_every_option():
     config = {"clip": False}, {"inner": "gptq"}, {"inner": {"method": "adaquant", "steps": 5}}
     without, gptq, ada = (kept(weight, x, **options) for options in config)
     assert not torch.equal(without.leaves()["input_scale"], scale)
-    fewer = make_config("storage", "int4", group_size=32, calibration={"method": "repquant", "bits": 3})
+    fewer = make_config("storage", "int4", group_size=32, calibration={"method": "repquant", "inner": "rtn", "bits": 3})
     assert not torch.equal(make_storage(weight, "int4", fewer, statistics=statistics_of(x)).leaves()["input_scale"], scale)
     for other in (gptq, ada):
         assert torch.equal(other.leaves()["input_scale"], scale) and not torch.equal(other.leaves()["codes"], plain.leaves()["codes"])

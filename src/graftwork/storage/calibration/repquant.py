@@ -33,7 +33,7 @@ class RepQuant(MethodConfig):
     bits: int = Field(4, ge=2, le=8, description="of the inputs; says how far their largest values are cut")
     clip: bool = True
     """Cut the largest values of a channel where the others gain by it."""
-    inner: CalibrationOptions = {"method": "rtn"}
+    inner: CalibrationOptions = {"method": "gptq"}
     """What finds the codes of the scaled weight, with its options."""
 
     @field_validator("inner")
