@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..registry import register
 from ._groups import Grid, GroupConfig, GroupStorage
-from .intk import SCALES, _positive
+from ._scales import SCALES, positive
 from .nf4 import normal_float
 
 
@@ -40,7 +40,7 @@ class NormalGrid(Grid):
         self.bits, self.parameters = bits, {"scale": dtype}
 
     def fit(self, groups):
-        return {"scale": _positive(groups.abs().amax(-1), self.parameters["scale"])}
+        return {"scale": positive(groups.abs().amax(-1), self.parameters["scale"])}
 
     def encode(self, values, parameters):
         book = torch.tensor(levels(self.bits), device=values.device)
