@@ -44,8 +44,6 @@ def quantize_blockwise(x: Tensor, signed: bool = True, *, grid: bool = False) ->
         padded = nn.functional.pad(padded, (0, blocks * BLOCK - size))
     padded = padded.view(blocks, BLOCK)
     scale = padded.abs().amax(1)
-    if not has_values(x):
-        return torch.empty_like(x, dtype=torch.uint8), scale
     unit = (padded * (1 / scale.clamp(min=1e-38))[:, None]).clamp_(-1, 1)
     del padded
     if grid:
@@ -58,9 +56,8 @@ def quantize_blockwise(x: Tensor, signed: bool = True, *, grid: bool = False) ->
 
 def dequantize_blockwise(codes: Tensor, scale: Tensor, signed: bool = True) -> Tensor:
     """The inverse: fp32 of the shape of `codes`, differentiable in `scale`."""
-    if not has_values(codes):
-        return torch.empty_like(codes, dtype=torch.float32) + 0 * scale.sum()
-    values = _map_on(codes.device, signed).index_select(0, codes.reshape(-1).int())
+    book = _map_on(codes.device, signed) if has_values(codes) else scale.new_empty(256)
+    values = book.index_select(0, codes.reshape(-1).int())
     if values.numel() % BLOCK == 0:
         values = (values.view(-1, BLOCK) * scale[:, None]).view(-1)
     else:
@@ -79,7 +76,10 @@ def _midpoints_below(unit: Tensor, signed: bool) -> Tensor:
 
     The upper half of a float32 leaves it an interval that holds one midpoint at most: a table gives the count at the interval's
     lower end, and one comparison the rest."""
-    below, midpoints = _intervals(unit.device, signed)
+    if has_values(unit):
+        below, midpoints = _intervals(unit.device, signed)
+    else:  # a cached table would mix real tensors with fake ones
+        below, midpoints = unit.new_empty(1 << 16, dtype=torch.uint8), unit.new_empty(256)
     count = below.index_select(0, (unit.view(torch.int32) >> 16).add_(1 << 15))
     return count.add_(unit > midpoints.index_select(0, count.int()))
 
