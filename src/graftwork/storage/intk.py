@@ -33,7 +33,9 @@ class IntConfig(GroupConfig):
 
 class IntGrid(Grid):
     def __init__(self, bits: int, symmetric: bool, whole: bool, dtype: torch.dtype):
-        self.bits, self.symmetric, self.whole, self.table = bits, symmetric, whole, tuple(map(float, range(2**bits)))
+        self.bits, self.symmetric, self.whole = bits, symmetric, whole
+        offset = 2 ** (bits - 1) if symmetric else 0
+        self.table = tuple(float(code - offset) for code in range(2**bits))
         self.parameters = {"scale": dtype} if symmetric else {"scale": dtype, "zero": torch.uint8 if whole else dtype}
 
     def fit(self, groups):
@@ -58,8 +60,11 @@ class IntGrid(Grid):
         return unit.clamp(0, 2**self.bits - 1).to(torch.uint8)
 
     def place(self, values, parameters):
-        scale, zero = parameters["scale"].float().unsqueeze(-1), self._zero(parameters)
-        return (values - zero) * scale if torch.is_grad_enabled() else values.sub_(zero).mul_(scale)
+        scale, fresh = parameters["scale"].float().unsqueeze(-1), not torch.is_grad_enabled()
+        if not self.symmetric:
+            zero = self._zero(parameters)
+            values = values.sub_(zero) if fresh else values - zero
+        return values.mul_(scale) if fresh else values * scale
 
     def integers(self, codes, parameters):
         return (codes.float() - self._zero(parameters), parameters["scale"].float()) if self.symmetric or self.whole else None
