@@ -55,7 +55,7 @@ def by_hand(model, chosen, batches):
     return model
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", pytest.param("bert", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "qwen3", "bert"))])
 def test_equals_whole_forwards_of_the_half_quantised_model(name):
     model, batches = tiny.ALL[name](), inputs()
     expected = stored(by_hand(copy.deepcopy(model), config(), batches))
@@ -81,6 +81,7 @@ def test_padding_does_not_count():
     assert all((first[n].codes == second[n].codes).float().mean() > 0.999 for n in first)
 
 
+@pytest.mark.slow
 def test_experts_and_what_no_token_reached():
     model, notes = tiny.mixtral(), []
     with torch.no_grad():  # the last expert is never chosen

@@ -41,7 +41,8 @@ def merge_sites(graft: Graft, *, requantize: bool, force: bool) -> MergeReport:
         exact = dense.float() + change
         new = exact.to(dense.dtype)
         if requantize and isinstance(site.module, StoredWeight):
-            again = type(site.module).from_weight(new, graft.model.graft_storage, dtype=site.module.compute_dtype)
+            kind = type(site.module)
+            again = kind.from_weight(new, kind.without_data(graft.model.graft_storage), dtype=site.module.compute_dtype)
             new = again.dequantize()
         size = change.norm().item()
         report.errors[name] = ((new.float() - exact).norm().item() / size) if size else 0.0
@@ -146,7 +147,7 @@ def _stored(module: nn.Module, new: Tensor, requantize: bool, graft: Graft) -> n
     from ..registry import lookup, make_config
 
     if requantize:
-        return type(module).from_weight(new, graft.model.graft_storage, dtype=module.compute_dtype)
+        return type(module).from_weight(new, type(module).without_data(graft.model.graft_storage), dtype=module.compute_dtype)
     return lookup("storage", "dense").cls.from_weight(new, make_config("storage", "dense"), dtype=new.dtype)
 
 

@@ -35,7 +35,7 @@ from ..modeling.models import PRISTINE, hollow_model, load_config, load_tokenize
 from ..modeling.references import HALF_WRITTEN
 from ..modeling.source import ModelSource, build_source, read_stored
 from ..registry import MethodConfig, lookup, make_config
-from ..storage._folder import dense_names, document_of, fill, folder_tensors, parse_metadata, put_tensor, uncalibrated_of
+from ..storage._folder import dense_names, document_of, fill, folder_tensors, put_tensor, uncalibrated_of
 from ..storage.base import Storage, storage_bits
 from ..storage.calibration.walk import walk
 
@@ -146,7 +146,7 @@ class _Work:
         self.model, self.source, self.config, self.output, self.rows = model, source, config, output, rows
         self.blocks = [name for name, _ in repeated_blocks(model)]
         self.notes, self.present, self.resumed = list(rows.notes if rows else ()), set(), 0
-        self.rounded: set[str] = set()
+        self.rounded: dict[str, list[str]] = {}  # maps without statistics, by shard
         owners: dict[int, str] = {}
         for name in self.blocks:
             for parameter in model.get_submodule(name).parameters():
@@ -165,18 +165,22 @@ class _Work:
         asked = {"version": VERSION, "model": hashlib.sha256(json.dumps(sorted(self.digests.items())).encode()).hexdigest(),
                  "task": task, "dtype": dtype, "storage": {"method": self.config.method, **self.config.model_dump(mode="json")},
                  "data": None if self.rows is None else self.rows.digest, "blocks": len(self.blocks)}
-        record = self.output / HALF_WRITTEN
+        record, self.asked = self.output / HALF_WRITTEN, asked
         if not record.is_file():
-            atomic_write_text(record, json.dumps(asked, indent=1) + "\n")
+            self._note()
             return
         try:
             before = dict(json.loads(record.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            self.rounded = {str(shard): list(names) for shard, names in before.pop("rounded").items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise GraftworkError(f"{record} is damaged", remedy=f"delete {self.output} and start anew") from error
         other = sorted(key for key in {*asked, *before} if asked.get(key) != before.get(key))
         if other:
             raise UsageError(f"{self.output} is half written with another {', '.join(other)}",
                              remedy="call it as before to go on, or choose another folder (or delete this one)")
+
+    def _note(self) -> None:
+        atomic_write_text(self.output / HALF_WRITTEN, json.dumps({**self.asked, "rounded": self.rounded}, indent=1) + "\n")
 
     # -- reading and writing blocks -----------------------------------------------------------------------------------------
     def run(self, progress: Callable[[int, int], None] | None) -> None:
@@ -195,9 +199,12 @@ class _Work:
 
         def after(index: int) -> None:
             name = self.blocks[index]
-            self.rounded |= set(mine := uncalibrated_of(self.model, self.config, name))
             if not self.shard(index).is_file():
-                self._write(index, folder_tensors(self.model, name), mine)
+                mine = uncalibrated_of(self.model, self.config, name)
+                if mine or self.rounded.pop(str(index), None):  # known before the shard is there
+                    self.rounded |= {str(index): mine} if mine else {}
+                    self._note()
+                self._write(index, folder_tensors(self.model, name))
             self._drop(name)
             if progress:
                 progress(index + 1, len(self.blocks))
@@ -253,19 +260,15 @@ class _Work:
             self.model.get_submodule(owner)._parameters[last] = self.model.get_parameter(kept)
 
     def _read_shard(self, index: int) -> None:
-        from safetensors import safe_open
-
         header = read_header(self.shard(index))
-        with safe_open(self.shard(index), framework="pt") as handle:
-            rounded = parse_metadata(handle.metadata())
-        fill(self.model, document_of(self.config, rounded), {n: each.shape for n, each in header.items()},
+        fill(self.model, document_of(self.config, self.rounded.get(str(index), ())), {n: each.shape for n, each in header.items()},
              lambda name: read_stored(header[name], name), within=self.blocks[index])
 
-    def _write(self, index: int, tensors: dict[str, torch.Tensor], rounded: list[str]) -> None:
+    def _write(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         from safetensors.torch import save_file
 
         with atomic_file(self.shard(index)) as file:
-            save_file(tensors, file, metadata={"format": "pt", "uncalibrated": json.dumps(sorted(rounded))})
+            save_file(tensors, file, metadata={"format": "pt"})  # a second key would come in any order
 
     def _drop(self, name: str) -> None:
         for module in self.model.get_submodule(name).modules():
@@ -278,7 +281,7 @@ class _Work:
         """The last shard, the index and what goes along; config.json makes it a model."""
         outside = {n: t for n, t in folder_tensors(self.model).items() if not n.startswith(self.inside)}
         rounded = [n for n in uncalibrated_of(self.model, self.config) if not n.startswith(self.inside)]
-        self._write(len(self.blocks), outside, rounded)
+        self._write(len(self.blocks), outside)
         shards = [self.shard(i) for i in range(len(self.blocks) + 1)]
         files = {name: file.name for file in shards for name in read_header(file)}
         index = {"metadata": {"total_size": sum(file.stat().st_size for file in shards)}, "weight_map": files}
@@ -292,7 +295,8 @@ class _Work:
                 shutil.copyfile(file, self.output / file.name)
         model_config.architectures = [type(self.model).__name__]
         model_config.dtype = str(next(p.dtype for p in self.model.parameters() if p.is_floating_point())).removeprefix("torch.")
-        model_config.quantization_config = document_of(self.config, {*self.rounded, *rounded}, bits=round(storage_bits(self.model), 6))
+        model_config.quantization_config = document_of(self.config, {*rounded, *sum(self.rounded.values(), [])},
+                                                       bits=round(storage_bits(self.model), 6))
         atomic_write_text(self.output / "config.json", model_config.to_json_string())
         (self.output / PREPARED).unlink(missing_ok=True)
         (self.output / HALF_WRITTEN).unlink()

@@ -184,7 +184,8 @@ class MergedWeights:
             raise IncompatibleError(f"'{site.name}' is a slice of a fused projection and cannot be quantised on its own",
                                     remedy="merge into dense weights (the default), or target the whole projection")
         stored = self._stored(site)
-        return type(stored).from_weight(weight, self.model.graft_storage, dtype=stored.compute_dtype).dequantize().float()
+        options = type(stored).without_data(self.model.graft_storage)
+        return type(stored).from_weight(weight, options, dtype=stored.compute_dtype).dequantize().float()
 
     def config(self) -> Any:
         """The config of the merged model."""

@@ -20,6 +20,7 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
     from ..modeling.models import load_model
     from ..registry import make_config
     from ..storage.base import apply_storage
+    from ..training.build import recorded_data
 
     folder = Path(folder)
     if not (folder / CARD).exists() and (folder / "adapter_config.json").exists():
@@ -41,5 +42,6 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
     loaded, tokenizer = load_model(ref, task=task, dtype=dtype, num_labels=labels)
     if storage is not None:
         options = dict(storage)
-        apply_storage(loaded, make_config("storage", options.pop("method"), **options))
+        config = make_config("storage", options.pop("method"), **options)
+        apply_storage(loaded, config, batches=recorded_data(storage, card.get("provenance", {}).get("recipe"), ref))
     return loaded, tokenizer, attach_saved(loaded, folder)

@@ -222,6 +222,7 @@ def fill_codes(model: nn.Module, config: Any, folder: Path | None) -> list[str]:
         with torch.no_grad():
             missing = fill(model, document, {name: each.shape for name, each in stored.items()},
                            lambda name: read_stored(stored[name], name))
+    model.tie_weights()
     model.__dict__["graft_storage"], model.__dict__["graft_codes_kept"] = storage_of(document), True
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # of the folder; what is saved from this model is another matter

@@ -30,7 +30,7 @@ from ..errors import GraftworkError
 from ..modeling import arithmetic
 from ..recipe import Recipe, load_recipe
 from ..training.batches import FleetBatches, StepBatches, heaviest_step, total_steps
-from ..training.build import build_grafts, build_model, build_step
+from ..training.build import build_grafts, build_model, build_step, reads_data
 from .ledger import Ledger
 from .measure import expected_device_bytes
 
@@ -180,6 +180,9 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
     from ..objectives import base as objectives
 
     model, _ = build_model(recipe, num_labels=labels, fake=True)
+    if reads_data(recipe.storage):
+        notes.append("calibrating the weights comes before the steps and is not in the peak: hidden states of "
+                     f"{recipe.data.calibration_rows} rows and the statistics of one block")
     _mark_new_heads(recipe, model)
     ledger = Ledger(logits_width=getattr(model.config.get_text_config(), "vocab_size", None))
     grafts = _grafts(recipe, model, names, notes)

@@ -59,7 +59,14 @@ def load_with_adapters(ref: str, adapters: dict[str, Path], *, storage: str | No
             say(f"storage {chosen['method']}, as the adapters were trained on it")
     else:
         chosen = storage
-    model, tokenizer = load(ref, storage=chosen, dtype=dtype)
+    recorded = None
+    if isinstance(chosen, dict):
+        from ..artifact import read_card
+        from ..training.build import recorded_data
+
+        card = read_card(next(iter(adapters.values())))
+        recorded = recorded_data(chosen, card.get("provenance", {}).get("recipe"), ref)
+    model, tokenizer = load(ref, storage=chosen, dtype=dtype, calibration_data=recorded)
     if tokenizer is None:
         raise UsageError(f"{ref} has no tokenizer", remedy="add the tokenizer files to the model folder")
     for name, folder in adapters.items():

@@ -8,7 +8,6 @@ The model is built without memory, and only what the files hold is filled in.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -192,8 +191,3 @@ def uncalibrated_of(model: nn.Module, config: StorageConfig, within: str = "") -
     """Names of the storages that have other options than the model's."""
     return [".".join(part for part in (within, name) if part) for name, module in model.get_submodule(within).named_modules()
             if isinstance(module, Storage) and module.options != config]
-
-
-def parse_metadata(metadata: Mapping[str, str] | None) -> list[str]:
-    """The uncalibrated maps that a shard names."""
-    return json.loads((metadata or {}).get("uncalibrated", "[]"))

@@ -275,7 +275,9 @@ def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None, batc
 
         walk(model, config, batches, on_site=on_site, notes=notes)
         return model
-    for place in places(model, config):
+    todo = places(model, config)[::-1]
+    while todo:  # what is done is let go, with its dense weight
+        place = todo.pop()
         store(model, place, config)
         if on_site:
             on_site(place.name)

@@ -42,7 +42,7 @@ from .statistics import InputStatistics
 #: bytes of second moments that are collected in one pass
 STATISTICS_BYTES = 1 << 30
 #: what a batch may hold beside a model's inputs
-_OTHER = ("labels", "index", "rows", "n_targets")
+_OTHER = ("labels", "index", "rows", "n_targets", "real_tokens")
 
 
 @torch.no_grad()
@@ -56,7 +56,7 @@ def walk(model: nn.Module, config: StorageConfig, batches: Any = None, *, on_sit
     were rounded to the nearest instead are kept at `model.graft_uncalibrated`."""
     cls = lookup("storage", config.method).cls
     needs, said = cls.needs(config), [] if notes is None else notes
-    given = [_inputs(batch) for batch in (batches() if callable(batches) else batches or ())] if needs else []
+    given = [dict(batch) for batch in (batches() if callable(batches) else batches or ())] if needs else []
     if needs and not given:
         kept = getattr(config, "calibration", {}).get("method", config.method)
         raise UsageError(f"storage '{config.method}' ({kept}) reads how the inputs of each layer are distributed; there is no such data",
@@ -65,7 +65,9 @@ def walk(model: nn.Module, config: StorageConfig, batches: Any = None, *, on_sit
     blocks, missed = repeated_blocks(model), []
 
     def put(found: list[Place], statistics: Mapping[str, InputStatistics]) -> None:
-        for place in found:
+        found.reverse()
+        while found:  # what is done is let go, with its dense weight
+            place = found.pop()
             mine = statistics.get(place.name)
             if needs and (mine is None or not mine.count):
                 missed.append(place.name)
@@ -99,6 +101,7 @@ def walk(model: nn.Module, config: StorageConfig, batches: Any = None, *, on_sit
                     own = all_of_them = from_whole(index, error)
                     found = places(model, config, name)
             put(found, own)
+            del own
             if needs and all_of_them is None and (index + 1 < len(blocks) or places(model, config)):
                 try:
                     run.keep(index)
@@ -134,21 +137,22 @@ class Forwards:
     """Forwards of a model over all batches that stop behind one block, those before it answering with what is kept."""
 
     def __init__(self, model: nn.Module, blocks: list[nn.Module], batches: list[dict[str, Any]]):
-        self.model, self.blocks, self.batches = model, blocks, batches
+        self.model, self.blocks, self.batches = model, blocks, [_inputs(batch) for batch in batches]
+        self.masks = [batch.get("real_tokens", batch.get("attention_mask")) for batch in batches]
         self.trunk = getattr(model, "base_model", model)
         self.last: dict[int, list[Any]] = {}  # owner list -> output of its last block that ran, by batch
         self.owners = [next(i for i, m in enumerate(model.modules()) if isinstance(m, nn.ModuleList) and any(b is block for b in m))
                        for block in blocks]
 
     def whole(self, watch: Callable[[Tensor | None], None]) -> None:
-        for batch in self.batches:
-            watch(batch.get("attention_mask"))
+        for batch, mask in zip(self.batches, self.masks):
+            watch(mask)
             self.trunk(**batch)
 
     def around(self, watch: Callable[[Tensor | None], None]) -> None:
         """Forwards in which all blocks answer with what is kept: what lies outside them runs."""
         for number, batch in enumerate(self.batches):
-            watch(batch.get("attention_mask"))
+            watch(self.masks[number])
             with _forwards({block: self._answer(i, number) for i, block in enumerate(self.blocks)}):
                 self._run(batch)
 
@@ -157,7 +161,7 @@ class Forwards:
         outputs = []
         for number, batch in enumerate(self.batches):
             if watch:
-                watch(batch.get("attention_mask"))
+                watch(self.masks[number])
             outputs.append(self._one(index, number, batch))
         return outputs
 
