@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from graftwork.registry import make_config
+from graftwork.storage._kmeans import kmeans, nearest
 from graftwork.storage._packing import pack_wide, unpack_wide, wide_width
 from graftwork.storage._second_order import proxy_loss, solve
 from graftwork.storage.base import make_storage
 from graftwork.storage.calibration.statistics import InputStatistics
-from graftwork.storage.vptq import Layout, Vectors, book_of, encode, kmeans, nearest
+from graftwork.storage.vptq import Layout, Vectors, book_of, encode
 
 
 def normal(*shape, seed=0):
@@ -77,7 +78,7 @@ def test_nearest_is_by_distance(monkeypatch):
     x, book = normal(50, 3), normal(17, 3, seed=1)
     expected = torch.cdist(x.double(), book.double()).argmin(1)
     assert torch.equal(nearest(x, book), expected)
-    monkeypatch.setattr("graftwork.storage.vptq.CHUNK", 100)
+    monkeypatch.setattr("graftwork.storage._kmeans.CHUNK", 100)
     assert torch.equal(nearest(x, book), expected)
 
 

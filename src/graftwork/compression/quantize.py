@@ -123,15 +123,16 @@ def _check_folder(output: Path) -> None:
 
 
 def _rows(config: MethodConfig, data: Any, ref: Any, model_config: Any, samples: int, length: int) -> CalibrationRows | None:
-    needs = lookup("storage", config.method).cls.needs(config)
-    if not needs:
+    cls = lookup("storage", config.method).cls
+    if not cls.needs(config):
         if data is not None:
             raise UsageError(f"storage {config.method} with these options reads no data",
                              remedy="leave the data out, or choose a calibration that reads it: --calibration gptq")
         return None
     if data is None:
         raise UsageError(f"storage {config.method} with these options reads calibration data, and none is given",
-                         remedy="--data FILE.jsonl (texts like those that the model will see), or --calibration rtn")
+                         remedy="--data FILE.jsonl (texts like those that the model will see)"
+                                + ", or --calibration rtn" * (not cls.does_without))
     room = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     if room is not None and length > room:
         raise UsageError(f"rows of {length} tokens exceed the model's context of {room}", remedy=f"--length {room} or less")

@@ -58,7 +58,7 @@ def dense_values(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return scale * (codes.float() - zero)
 
 
-def _range(values: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     scale = (high - low) / (2**bits - 1)
     return scale, torch.where(scale > 0, -low / scale, torch.zeros_like(scale))
 
@@ -75,7 +75,7 @@ def left_out(columns: Tensor, diagonal: Tensor, bits: int, threshold: Tensor) ->
         return torch.zeros_like(columns, dtype=torch.bool)
 
     def errors(low, high):
-        scale, zero = (each[:, None] for each in _range(columns, low, high, bits))
+        scale, zero = (each[:, None] for each in _range(low, high, bits))
         return ((columns - dense_values(_encoded(columns, scale, zero, bits), scale, zero)) / diagonal).square()
 
     lows, highs = columns.clamp(max=0).topk(2, 1, largest=False), columns.clamp(min=0).topk(2, 1)
@@ -108,6 +108,7 @@ class _Columns:
         (out, columns), groups = shape, -(-shape[1] // config.group_size)
         tiles = -(-out // config.tile_rows)
         self.codes = torch.empty(out, columns, dtype=torch.uint8, device=device)
+        self.values: Tensor | None = None  # what the solver returned
         self.is_outlier = torch.empty(out, columns, dtype=torch.bool, device=device)
         self.outliers = torch.empty(out, columns, dtype=torch.float16, device=device)
         self.statistics = {f"{name}{part}": torch.empty(size, groups, dtype=dtype, device=device)
@@ -121,7 +122,7 @@ class _Columns:
         marked = left_out(columns, diagonal, config.bits, self.threshold)
         mean = (columns * ~marked).sum(1, keepdim=True) / (~marked).sum(1, keepdim=True).clamp(min=1)
         columns = torch.where(marked, mean, columns)
-        found = _range(columns, columns.amin(1).clamp(max=0), columns.amax(1).clamp(min=0), config.bits)
+        found = _range(columns.amin(1).clamp(max=0), columns.amax(1).clamp(min=0), config.bits)
         self.current = []
         for name, values in zip(("scale", "zero"), found):
             if config.statistic_bits > 8:
