@@ -269,6 +269,7 @@ class _Work:
 
         with atomic_file(self.shard(index)) as file:
             save_file(tensors, file, metadata={"format": "pt"})  # a second key would come in any order
+            file.chmod(0o644)  # safetensors makes it for the owner alone
 
     def _drop(self, name: str) -> None:
         for module in self.model.get_submodule(name).modules():

@@ -157,9 +157,10 @@ def load_model(ref: str | Path | ModelRef, *, task: str = "causal_lm", dtype: st
     stored_tensors(folder)  # a truncated file is told apart before anything is allocated
     local = replace(ref, kind="folder", path=folder)
     config, tokenizer = load_config(local), load_tokenizer(local)
-    if getattr(config, "quantization_config", None):
-        return _load_codes(ref, folder, config, task, wanted, num_labels, attn_implementation, seed), tokenizer
     _set_labels(config, num_labels, tokenizer, task)
+    if getattr(config, "quantization_config", None):
+        with _model_errors(ref.ref, task=task):
+            return _load_codes(ref, folder, config, task, wanted, attn_implementation, seed), tokenizer
     with _model_errors(ref.ref, task=task), quiet_transformers(), torch.random.fork_rng(devices=[]):
         model, info = auto.from_pretrained(
             folder, config=config, dtype=wanted or "auto", attn_implementation=_attention(auto, config, attn_implementation),
@@ -175,20 +176,20 @@ def load_model(ref: str | Path | ModelRef, *, task: str = "causal_lm", dtype: st
 
 def hollow_model(config: Any, **options: Any) -> nn.Module:
     """`empty_model` whose parameters are on meta and whose buffers are real: to be filled."""
+    import torch
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False), quiet_transformers():
+    with init_empty_weights(include_buffers=False), quiet_transformers(), torch.random.fork_rng(devices=[]):
         model = empty_model(config, **options)
     model.tie_weights()  # parameters are made anew on meta
     return model
 
 
-def _load_codes(ref: ModelRef, folder: Path, config: Any, task: str, dtype: torch.dtype | None, num_labels: int | None,
-                attention: str, seed: int) -> nn.Module:
+def _load_codes(ref: ModelRef, folder: Path, config: Any, task: str, dtype: torch.dtype | None, attention: str,
+                seed: int) -> nn.Module:
     """The model of a folder whose weights are codes, which are kept."""
     import torch
 
-    _set_labels(config, num_labels, load_tokenizer(replace(ref, kind="folder", path=folder)), task)
     model = hollow_model(config, task=task, dtype=dtype, attn_implementation=attention)
     source = build_source(model, folder, ref=ref.ref, revision=folder.name if ref.kind == "hub" else ref.revision)
     new = sorted(fill_codes(model, config, folder))

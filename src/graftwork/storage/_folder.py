@@ -9,14 +9,15 @@ The model is built without memory, and only what the files hold is filled in.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import GraftworkError, ModelError
-from ..modeling.protocols import has_values, is_conv1d
+from ..modeling.protocols import has_values
 from ..registry import lookup, make_config
-from .base import Place, Storage, StorageConfig, bytes_parameter, places, store
+from .base import Place, Storage, StorageConfig, bytes_parameter, install, places
 
 #: how our own folders are called in config.json
 OURS = "graftwork"
@@ -77,13 +78,14 @@ def fill(model: nn.Module, document: Mapping[str, Any], shapes: Mapping[str, tup
         parts = name.split(".")
         for end in range(1, len(parts)):
             below.setdefault(".".join(parts[:end]), {})[".".join(parts[end:])] = stored
+    empty: dict[tuple, Storage] = {}
     for place in places(model, config.model_copy(update={"skip_modules": []}), within):
         own = below.get(place.name, {})
         if set(own) <= {"weight", "bias"}:
             continue  # it stayed dense
         tensors = {leaf: read(stored) for leaf, stored in own.items()}
         if document.get("quant_method") == OURS:
-            _put_codes(model, place, config, place.name in rounded, tensors)
+            _put_codes(model, place, config, place.name in rounded, tensors, empty)
         else:
             _put_published(model, place, config, tensors, document)
     return _fill_dense(model, names, shapes, read, within)
@@ -103,9 +105,16 @@ def _names(model: nn.Module, shapes: Mapping[str, Any]) -> dict[str, str]:
     return {here(name): name for name in shapes}
 
 
-def _put_codes(model: nn.Module, place: Place, config: StorageConfig, rounded: bool, tensors: dict[str, Tensor]) -> None:
-    cls = lookup("storage", config.method).cls
-    stored = store(model, place, cls.without_data(config) if rounded else config)
+def _put_codes(model: nn.Module, place: Place, config: StorageConfig, rounded: bool, tensors: dict[str, Tensor],
+               empty: dict[tuple, Storage]) -> None:
+    """empty: storages without values by kind, from one call to the next, since making one costs a whole calculation of shapes."""
+    cls, dense = lookup("storage", config.method).cls, place.product.dense()
+    bias = place.product.bias if place.expert is None else None
+    kind = (tuple(dense.shape), dense.dtype, bias is None, rounded)
+    if kind not in empty or not dense.is_meta:  # a copy of fake tensors would be of another mode
+        empty[kind] = cls.from_weight(dense.detach(), cls.without_data(config) if rounded else config, bias=bias, dtype=dense.dtype)
+    made = empty[kind]
+    stored = install(model, place, deepcopy(made, {id(made.options): made.options}) if dense.is_meta else made)
     wanted, bias = stored.leaves(), tensors.pop("bias", None)
     wrong = sorted(set(wanted) ^ set(tensors)) or sorted(name for name, leaf in wanted.items() if leaf.dtype != tensors[name].dtype)
     if wrong or (bias is None) != (stored.bias is None):
@@ -130,9 +139,7 @@ def _put_published(model: nn.Module, place: Place, config: StorageConfig, tensor
     if (stored.out_features, stored.in_features) != tuple(dense.shape):
         raise ModelError(f"'{place.name}' is {stored.out_features} x {stored.in_features} in the checkpoint, not {tuple(dense.shape)}",
                          remedy="the checkpoint belongs to another config")
-    stored.transposed_source = is_conv1d(place.module)
-    parent, _, last = place.name.rpartition(".")
-    setattr(model.get_submodule(parent), last, stored)
+    install(model, place, stored)
 
 
 def _fill_dense(model: nn.Module, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor],

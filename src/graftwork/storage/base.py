@@ -250,24 +250,29 @@ def places(model: nn.Module, config: StorageConfig, within: str = "") -> list[Pl
 
 def store(model: nn.Module, place: Place, config: StorageConfig, statistics: Any = None) -> Storage:
     """Put one map into its storage, in place."""
-    from ..modeling.calls import keep_calls
-    from ..modeling.experts import replace_expert
-    from ..modeling.protocols import is_conv1d
-
     dense, cls = place.product.dense(), lookup("storage", config.method).cls
     bias = place.product.bias if place.expert is None else None
     try:
         stored = cls.from_weight(dense.detach(), config, bias=bias, dtype=dense.dtype, statistics=statistics)
     except UsageError as error:
         raise UsageError(f"{place.name}: {error.message}", remedy=error.remedy) from None
+    here = next(stored.parameters()).device == dense.device  # a needless move would be refused for fake tensors
+    return install(model, place, stored if here else stored.to(dense.device))
+
+
+def install(model: nn.Module, place: Place, stored: Storage) -> Storage:
+    """A storage in the place of a map."""
+    from ..modeling.calls import keep_calls
+    from ..modeling.experts import replace_expert
+    from ..modeling.protocols import is_conv1d
+
     if place.expert is not None:
         replace_expert(place.module, place.attribute, place.expert, stored)
         return stored
     stored.transposed_source = is_conv1d(place.module)  # its weight in the model's file is (in, out)
     parent, _, last = place.name.rpartition(".")
     owner = model.get_submodule(parent)
-    here = next(stored.parameters()).device == dense.device  # a needless move would be refused for fake tensors
-    setattr(owner, last, stored if here else stored.to(dense.device))
+    setattr(owner, last, stored)
     keep_calls(owner, last)  # a fused kernel would be handed the weight, which is codes now
     return stored
 
