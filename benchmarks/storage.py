@@ -68,6 +68,15 @@ def configurations() -> dict[str, dict[str, Any]]:
     for bits in (3, 2):
         found[f"codebook{bits}, edkm"] = {"method": "codebook", "bits": bits, "fit": "edkm"}
         found[f"codebook{bits}, jlcm"] = {"method": "codebook", "bits": bits, "fit": "jlcm"}
+    for base in (4, 3, 2):
+        kept = {"method": f"int{base}"}
+        for init in ("lq_lora", "lorc", "svdquant"):
+            found[f"lowrank_plus{base}, {init}"] = {"method": "lowrank_plus", "base": kept, "init": init}
+        found[f"nf{base}, groups"] = {"method": "nf", "bits": base}
+    for wide in (4, 3):
+        found[f"mixllm{wide}"] = {"method": "mixllm", "bits": wide}
+    for kind in ("q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"):
+        found[f"gguf {kind}"] = {"method": "gguf", "type": kind}
     found["vptq, 2 bits"] = {"method": "vptq"}
     found["vptq, 2 + 2 bits"] = {"method": "vptq", "residual_bits": 8}
     return found

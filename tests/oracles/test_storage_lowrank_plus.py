@@ -260,6 +260,16 @@ def test_factors_train(dtype):
     torch.testing.assert_close(stored.transposed(upstream), upstream @ stored.dequantize(), atol=1e-4, rtol=1e-4)
 
 
+def test_tiles_of_rows(monkeypatch):
+    stored = kept(normal(40, 64), statistics_of(inputs()), init="svdquant", smooth_steps=3)
+    x, g = normal(6, 64, seed=1), normal(6, 40, seed=2)
+    dense, y, dx = stored.dequantize(), stored(x), stored.transposed(g)
+    monkeypatch.setattr("graftwork.storage._coded.TILE", 64 * 9)
+    pairs = (stored.dequantize(), dense), (stored(x), y), (stored.transposed(g), dx), (stored(x), x @ dense.T), (dx, g @ dense)
+    for now, before in pairs:
+        torch.testing.assert_close(now, before, atol=1e-4, rtol=1e-4)
+
+
 def test_quantizing_against_given_factors():
     weight, stored = normal(24, 64).requires_grad_(), kept(normal(24, 64, seed=5))
     factors = {"up": normal(24, 6, seed=7).requires_grad_(), "down": normal(6, 64, seed=8).requires_grad_()}

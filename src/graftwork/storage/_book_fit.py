@@ -63,7 +63,8 @@ def lloyd(values: Tensor, mass: Tensor, book: Tensor, iterations: int) -> Tensor
 
 
 def soft_means(values: Tensor, mass: Tensor, book: Tensor, iterations: int, tau: float) -> Tensor:
-    """Differentiable k-means: every number belongs to every code, by softmax(-(w - c)^2 / (tau mean w^2))."""
+    """Differentiable k-means: every number belongs to every code, by softmax(-(w - c)^2 / (tau mean w^2)). At most `iterations` steps,
+    until no code moves by a hundred-thousandth of the numbers' root mean square."""
     if len(values) <= len(book):
         return book
     scale = ((mass * values**2).sum() / mass.sum()).clamp(min=1e-300)
@@ -74,7 +75,7 @@ def soft_means(values: Tensor, mass: Tensor, book: Tensor, iterations: int, tau:
             total += torch.stack([some @ attention, attention.sum(0)])
         found = torch.where(total[1] > 0, total[0] / total[1].clamp(min=1e-300), book)
         moved, book = (found - book).abs().max(), found
-        if moved <= 1e-7 * scale.sqrt():
+        if moved <= 1e-5 * scale.sqrt():
             break
     return book.sort().values
 
@@ -84,6 +85,13 @@ def nearest(values: Tensor, book: Tensor) -> Tensor:
     ordered, order = book.sort()
     found = torch.bucketize(values.contiguous(), (ordered[1:] + ordered[:-1]) / 2, out_int32=True)
     return order.to(torch.uint8)[found]
+
+
+def nearest_rows(values: Tensor, books: Tensor, which: Tensor) -> Tensor:
+    """values (out, in), each row under the book (of `books`, (n, K)) that `which` (out,) int64 names: (out, in) uint8, as `nearest`."""
+    ordered, order = books.sort(1)
+    found = torch.searchsorted(((ordered[:, 1:] + ordered[:, :-1]) / 2)[which], values.contiguous())
+    return order.to(torch.uint8)[which].gather(1, found)
 
 
 def rows_alike(weight: Tensor, groups: int, iterations: int = 20) -> Tensor:
@@ -113,7 +121,7 @@ def joint(weight: Tensor, book: Tensor, which: Tensor, importance: Tensor, hessi
     """Book and codes trained together on tr((D - W) H (D - W)^T). weight (out, in) fp32; book (books, K), sorted; which (out,): the
     row's book; importance (out,): what the error of a row counts. -> codes (out, in) uint8 and the book: the best seen."""
     size, window = book.shape[1], torch.arange(-reach, reach + 1, device=weight.device)
-    codes = torch.stack([nearest(row, book[b]) for row, b in zip(weight, which.tolist())]).long()
+    codes = nearest_rows(weight, book, which).long()
     places = codes[..., None] + window
     outside = (places < 0) | (places >= size)
     places = places.clamp(0, size - 1) + size * which[:, None, None]

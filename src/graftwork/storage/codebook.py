@@ -8,7 +8,7 @@ whose weights are distributed alike, wherever they are, and then every row notes
 
 Fits of the book, all without random numbers:
     kmeans  sum_ij h_j (w_ij - c_code)^2 by Lloyd's steps, h = 1 or (`weighted`) the diagonal of H, the mean of x x^T over inputs
-    edkm    c_k = sum h a_k w / sum h a_k,  a = softmax(-(w - c)^2 / (tau mean w^2)), iterated: differentiable k-means. tau -> 0 is Lloyd
+    edkm    c_k = sum h a_k w / sum h a_k,  a = softmax(-(w - c)^2 / (tau mean w^2)), iterated from kmeans; tau -> 0 is kmeans
     jlcm    book and codes trained together on tr((D - W) H (D - W)^T), the output error over all tokens of the calibration: every weight
             has logits of the codes within `reach` of its first one, D = sum p c, p = softmax(beta logits), with g = (D - W) H
 
@@ -38,7 +38,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..modeling.protocols import has_values
 from ..registry import register
-from ._book_fit import joint, lloyd, masses, nearest, rows_alike, soft_means, start
+from ._book_fit import joint, lloyd, masses, nearest, nearest_rows, rows_alike, soft_means, start
 from ._coded import CodedStorage
 from ._packing import pack, packed_width, unpack
 from .base import StorageConfig, check_weight
@@ -135,10 +135,9 @@ class CodebookStorage(CodedStorage):
                 mass = importance[rows][:, None].expand_as(own)
             values, mass = masses(own, mass)
             book = start(values, mass, size)
+            found[b] = book = lloyd(values, mass, book, config.iterations if config.fit == "kmeans" else 100)
             if config.fit == "edkm":
                 found[b] = soft_means(values, mass, book, config.iterations, config.tau)
-            else:
-                found[b] = lloyd(values, mass, book, max(100, config.iterations) if config.fit == "jlcm" else config.iterations)
         kept = DTYPES[config.book_dtype]
         if config.fit == "jlcm":
             codes, found = joint(wide, found, group, importance, hessian.float(), iterations=config.iterations, rate=config.rate,
@@ -173,8 +172,7 @@ class CodebookStorage(CodedStorage):
             if "scale" in leaves:
                 unit = unit / leaves["scale"].float()[group][:, None]
             book = leaves["book"].float()
-            which = group if len(book) > 1 else torch.zeros_like(group)
-            codes = torch.stack([nearest(row, book[b]) for row, b in zip(unit, which.tolist())])
+            codes = nearest_rows(unit, book, group if len(book) > 1 else torch.zeros_like(group))
         value = self.dequantize({**leaves, "codes": pack(codes, self.options.bits)})
         return value + (weight - weight.detach()).to(value.dtype)
 
