@@ -154,6 +154,18 @@ def test_compressed_tensors_channels_act_order_and_int8():
         made(packed_document(4, False), tensors)
 
 
+def test_bitsandbytes_is_sent_to_nf4():
+    document = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+                "llm_int8_skip_modules": ["lm_head", "router"]}
+    name, config = storage_of_checkpoint(document)
+    assert name == "nf4" and config.double_quant and config.skip_modules[-1] == "router"
+    with pytest.raises(ModelError, match="not an NF4"):
+        read("nf4", {"weight": torch.zeros(2, 2)}, document)
+    for wrong in ({"bnb_4bit_quant_type": "fp4"}, {"load_in_4bit": False}):
+        with pytest.raises(UsageError, match="not NF4"):
+            storage_of_checkpoint({**document, **wrong})
+
+
 def float8(*shape):
     """All finite E4M3 numbers in turn, and their values by the definition of the type."""
     finite = [code for code in range(256) if code & 127 != 127]

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 #: Transformers' processors of architectures whose linear weights lie in the file as they are, but for the order of rows
 _KNOWN = ("TensorProcessor", "LlamaTensorProcessor", "Gemma2TensorProcessor", "NemotronTensorProcessor", "GPT2TensorProcessor")
 _FLOATS = ("F32", "F16", "BF16")
+#: weights decoded at a time
+TILE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class GgufSource(ModelSource):
         data = tensor.data if type(self.processor).__name__ == "GPT2TensorProcessor" else self._mended(tensor.data, tensor.name)
         found = torch.from_numpy(numpy.array(data))  # a copy: the mapped file is let go
         columns = int(tensor.shape[0])
-        for part in found.split(max(1, (1 << 20) // columns)):
+        for part in found.split(max(1, TILE // columns)):
             if not torch.isfinite(decode_rows(part, kind, columns)).all():
                 raise ModelError(f"{self.file} is damaged: '{name}' holds values that are not finite", remedy="get the file again")
         return found
@@ -81,9 +83,12 @@ class GgufSource(ModelSource):
             return super().read(name, dtype, rows, expert)
         tensor, kind = self._tensor(name), self._tensor(name).tensor_type.name
         if tensor.data.ndim == 2 and kind.lower() in BLOCK_TYPES and type(self.processor).__name__ != "GPT2TensorProcessor":
-            part = numpy.array(self._mended(tensor.data, tensor.name))  # rows are chosen before they are decoded
-            part = torch.from_numpy(part)
-            found = decode_rows(part if rows is None else part[rows], kind.lower(), int(tensor.shape[0]))
+            blocks = torch.from_numpy(numpy.array(self._mended(tensor.data, tensor.name)))
+            blocks = blocks if rows is None else blocks[rows]  # rows are chosen before they are decoded
+            columns = int(tensor.shape[0])
+            found, step = torch.empty(len(blocks), columns, dtype=dtype or torch.float32), max(1, TILE // columns)
+            for start in range(0, len(blocks), step):
+                found[start:start + step] = decode_rows(blocks[start:start + step], kind.lower(), columns)
         else:
             array = self._mended(gguf.dequantize(tensor.data, tensor.tensor_type), tensor.name)
             found = torch.from_numpy(numpy.array(array, dtype=numpy.float32, order="C"))

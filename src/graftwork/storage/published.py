@@ -15,6 +15,7 @@ the compute dtype, which is the dtype of the scales (bf16 where these are fp32 o
       int-quantized, naive-       weight (out, in) int8, weight_scale (out, 1)      q s
       float-quantized, naive-     weight (out, in) E4M3, weight_scale (out, 1), (1,) or of blocks           q s
     fp8 (DeepSeek, Qwen)          weight (out, in) E4M3, weight_scale_inv (out/128, in/128)                 q s
+    bitsandbytes, NF4             storage/nf4.py has it
     mxfp4 (gpt-oss), per expert   blocks (out, in/32, 16) bytes, low nibble first, scales (out, in/32)      2^(s - 127) q
 
 int32 words are streams of bits from the lowest up, also where a 3-bit code lies across two. GPTQ keeps zero points less one: a kept
@@ -39,6 +40,8 @@ from .base import Storage, StorageConfig
 #: column of a word of AWQ that nibble i holds
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _FLOAT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+#: what formats call the modules that stay dense
+_SKIPPED = ("modules_to_not_convert", "ignored_layers", "ignore", "llm_int8_skip_modules")
 _DENSE = "load the dense checkpoint of the model and choose a storage, for example `storage: nf4`"
 
 
@@ -79,7 +82,12 @@ def read(method: str, tensors: Mapping[str, Tensor], quantization_config: Any = 
 def _layout(document: dict[str, Any]) -> tuple[str, dict[str, Any], list[str], Callable[..., Storage]]:
     """(storage, options, modules that stay dense, reader)."""
     kind = str(document.get("quant_method", "")).rpartition(".")[-1].lower()
-    skipped = list(document.get("modules_to_not_convert") or document.get("ignored_layers") or document.get("ignore") or [])
+    skipped = next((list(document[key]) for key in _SKIPPED if document.get(key)), [])
+    if kind == "bitsandbytes":
+        if not document.get("load_in_4bit") or document.get("bnb_4bit_quant_type") != "nf4":
+            raise _refuse("bitsandbytes weights that are not NF4")
+        options = {"double_quant": bool(document.get("bnb_4bit_use_double_quant"))}
+        return "nf4", options, skipped, lambda tensors, *_: lookup("storage", "nf4").cls.from_checkpoint(tensors, document)
     if kind == "gptq":
         bits, form = int(document.get("bits", 4)), document.get("checkpoint_format") or "gptq"
         if bits not in (2, 3, 4, 8) or form not in ("gptq", "gptq_v2"):
