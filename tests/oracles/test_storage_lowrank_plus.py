@@ -265,12 +265,7 @@ def test_tiles_of_rows(monkeypatch):
     x, g = normal(6, 64, seed=1), normal(6, 40, seed=2)
     dense, y, dx = stored.dequantize(), stored(x), stored.transposed(g)
     monkeypatch.setattr("graftwork.storage._coded.TILE", 64 * 9)
-<<<<<<< HEAD
-    pairs = (stored.dequantize(), dense), (stored(x), y), (stored.transposed(g), dx), (stored(x), x @ dense.T), (dx, g @ dense)
-    for now, before in pairs:
-=======
     for now, before in ((stored.dequantize(), dense), (stored(x), y), (stored.transposed(g), dx), (y, x @ dense.T), (dx, g @ dense)):
->>>>>>> books
         torch.testing.assert_close(now, before, atol=1e-4, rtol=1e-4)
 
 
