@@ -40,7 +40,7 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
     if not ref:
         raise ArtifactError(f"{folder} does not say which model it belongs to", remedy="name it: --model FOLDER")
     loaded, tokenizer = load_model(ref, task=task, dtype=dtype, num_labels=labels)
-    if storage is not None:
+    if storage is not None and not loaded.__dict__.get("graft_codes_kept"):
         options = dict(storage)
         config = make_config("storage", options.pop("method"), **options)
         apply_storage(loaded, config, batches=recorded_data(storage, card.get("provenance", {}).get("recipe"), ref))
