@@ -287,8 +287,13 @@ def test_a_recipe_calibrates_on_its_own_data_and_what_it_saved_finds_these_codes
                   load_with_adapters(str(dense), {"a": tmp_path / "run" / "graft"})[0]):
         found = {n: m.codes for n, m in model.named_modules() if isinstance(m, Storage)}
         assert found.keys() == trained.keys() and all(torch.equal(found[n], trained[n]) for n in found)
-    _, graft = model, result.grafts[0]
-    graft.merge(requantize=True, force=True)
+    quantize(dense, tmp_path / "int8", storage="int8")  # a folder of other codes keeps them, and says so
+    said = []
+    served, _ = load_with_adapters(str(tmp_path / "int8"), {"a": tmp_path / "run" / "graft"}, say=said.append)
+    with pytest.warns(UserWarning, match="attached to int8"):
+        opened, _, _ = open_saved(tmp_path / "run" / "graft", model=tmp_path / "int8")
+    assert served.graft_storage.method == opened.graft_storage.method == "int8" and "attached to int8" in "".join(said)
+    result.grafts[0].merge(requantize=True, force=True)
     data.unlink()
     with pytest.raises(UsageError, match="cannot be read"):
         open_saved(tmp_path / "run" / "graft")

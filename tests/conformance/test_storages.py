@@ -23,6 +23,8 @@ from graftwork.storage.base import make_storage
 COARSE = {"int3": 0.3, "int2": 0.7, "vptq": 0.7}
 #: starts of the names of leaves whose size depends on the values of the weight; plans expect a size
 VARYING = {"spqr": ("outlier_values", "outlier_columns")}  # mixllm's only where a whole model was ranked
+#: inputs for formats whose codes depend on data
+SOME = [{"input_ids": tiny.tokens(4, 16)}]
 pytestmark = pytest.mark.filterwarnings("ignore:storage .* had no calibration data")
 FORMATS = [info.name for info in methods("storage")]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -282,7 +284,7 @@ def test_whole_models(method, name):
     model = tiny.ALL[name]()
     plain = copy.deepcopy(model)
     seen = []
-    apply_storage(model, lookup("storage", method).config(), on_site=seen.append)
+    apply_storage(model, lookup("storage", method).config(), on_site=seen.append, batches=SOME)
     ids = tiny.tokens()
     with torch.no_grad():
         got, reference = model(input_ids=ids)[0], plain(input_ids=ids)[0]
@@ -320,11 +322,11 @@ def test_skipped_modules_and_the_head_stay_dense(method):
     if method == "dense":
         return
     config = lookup("storage", method).config(skip_modules=["v_proj"])
-    model = apply_storage(tiny.llama(tied=False), config)
+    model = apply_storage(tiny.llama(tied=False), config, batches=SOME)
     attention = model.model.layers[0].self_attn
     assert type(attention.v_proj) is torch.nn.Linear and isinstance(attention.q_proj, Storage)
     assert type(model.lm_head) is torch.nn.Linear
-    classifier = apply_storage(tiny.bert_classifier(), lookup("storage", method).config())
+    classifier = apply_storage(tiny.bert_classifier(), lookup("storage", method).config(), batches=SOME)
     assert type(classifier.classifier) is torch.nn.Linear
     model.to(torch.bfloat16)
     assert model(input_ids=tiny.tokens()).logits.dtype == torch.bfloat16
@@ -338,5 +340,5 @@ def test_a_stored_model_under_fake_tensors(method):
         logits.sum().backward()
         assert logits.shape == (2, 8, tiny.VOCAB)
         fake = sizes(method, model.named_parameters())
-    real = apply_storage(tiny.llama(), lookup("storage", method).config())
+    real = apply_storage(tiny.llama(), lookup("storage", method).config(), batches=SOME)
     assert fake == sizes(method, real.named_parameters())

@@ -41,5 +41,6 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
     options = dict(storage or {})
     config = make_config("storage", options.pop("method"), **options) if options else None
     data = recorded_data(storage, card.get("provenance", {}).get("recipe"), ref)
-    loaded, tokenizer = load_stored(ref, config, task=task, dtype=dtype, num_labels=labels, batches=lambda *_: data)
+    loaded, tokenizer = load_stored(ref, config, task=task, dtype=dtype, num_labels=labels, keep_codes=True,
+                                    batches=lambda *_: data)
     return loaded, tokenizer, attach_saved(loaded, folder)

@@ -311,16 +311,16 @@ def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None, batc
 
 
 def load_stored(ref: Any, config: StorageConfig | None, *, on_site: Any = None, notes: list[str] | None = None, batches: Any = None,
-                **options: Any) -> tuple[nn.Module, Any]:
+                keep_codes: bool = False, **options: Any) -> tuple[nn.Module, Any]:
     """(model with its weights in a storage, tokenizer): with the codes of the file where the format keeps those, else loaded and
-    quantised. config None: as loaded. batches(model, tokenizer): what `apply_storage` calibrates on. options: of
-    `modeling.models.load_model`."""
+    quantised. config None: as loaded. batches(model, tokenizer): what `apply_storage` calibrates on. keep_codes: a
+    folder of codes stays as it is, whatever config says. options: of `modeling.models.load_model`."""
     from ..modeling.models import load_model
 
     found = None if config is None else lookup("storage", config.method).cls.load(ref, config, on_site=on_site, **options)
     if found is None:
         found = load_model(ref, **options)
-        if config is not None:
+        if config is not None and not (keep_codes and found[0].__dict__.get("graft_codes_kept")):
             apply_storage(found[0], config, on_site=on_site, notes=notes, batches=batches(*found) if batches else None)
     return found
 
