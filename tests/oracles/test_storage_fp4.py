@@ -1,4 +1,4 @@
-"""FP4 against brute force in float64, bitsandbytes for its book, torchao for MXFP4 and NVFP4, torch's E4M3 cast; bits by formula."""
+"""FP4 against brute force in float64, bitsandbytes for its book, torch's E4M3 cast; bits by formula."""
 
 import pytest
 import torch
