@@ -146,6 +146,11 @@ def test_a_killed_process_is_continued(dense, tmp_path):
     quantize(dense, tmp_path / "cut", storage=GPTQ, **CALIBRATION)
     quantize(dense, tmp_path / "whole", storage=GPTQ, **CALIBRATION)
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    from safetensors import safe_open
+
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        with safe_open(file, "pt") as handle:
+            assert handle.metadata() == {"format": "pt"}  # two keys would be written in any order, and equal shards differ
 
 
 def peak_of(folder, output, **options):
@@ -341,7 +346,7 @@ def test_published_nf4_checkpoints_load_with_their_codes(dense, tmp_path, double
     assert fingerprint(loaded) == fingerprint(load_model(folder)[0]) != fingerprint(load_model(dense)[0])
     fake, _ = load_model(folder, fake=True)
     assert {n: p.shape for n, p in fake.named_parameters()} == {n: p.shape for n, p in loaded.named_parameters()}
-    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "awq", "bits": 3}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="quantised already .awq"):
         load_model(folder)

@@ -62,8 +62,13 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """[(section, reason, nearest combination that works)]; empty when the recipe is possible. Looks at traits only."""
+    """[(section, reason, nearest combination that works)]; empty when the recipe is possible. Looks at traits only, and at the
+    config.json of a model folder, whose weights may be codes already."""
     storage, adapter = lookup("storage", recipe.storage.method), recipe.adapter and lookup("adapter", recipe.adapter.method)
+    if storage.name == "dense":
+        from .storage._folder import kept_in
+
+        storage = lookup("storage", kept_in(recipe.model) or storage.name)
     estimator, objective = lookup("estimator", recipe.estimator.method), lookup("objective", recipe.objective.method)
     optimizer = recipe.optimizer and lookup("optimizer", recipe.optimizer.method)
     start = recipe.initializer and lookup("initializer", recipe.initializer.method)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import graftwork.storage
 import tiny
 from graftwork.errors import UsageError
-from graftwork.registry import lookup, methods
+from graftwork.registry import lookup, make_config, methods
 from graftwork.storage import Storage, apply_storage, storage_bits
 from graftwork.storage.base import make_storage
 
@@ -272,6 +272,24 @@ def test_only_a_format_that_can_reads_published_checkpoints(method):
 def test_straight_through_quantizer(method):
     weight = matrix(12, 70).requires_grad_()
     stored = keep(method, weight.detach())
+    value = stored.fake_quantize(weight)
+    value.backward(upstream := matrix(12, 70, seed=4))
+    torch.testing.assert_close(value, stored.dequantize())
+    assert torch.equal(weight.grad, upstream)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, options", [
+    ("int4", {"calibration": "gptq"}), ("nf", {"calibration": "awq"}), ("mixllm", {"calibration": "gptq"}), ("spqr", {}),
+    ("codebook", {"weighted": True}), ("codebook", {"fit": "jlcm"}), ("lowrank_plus", {"weighting": "hessian"}),
+    ("lowrank_plus", {"init": "svdquant"}), ("lowrank_plus", {"base": {"method": "int4", "calibration": "gptq"}})])
+@pytest.mark.filterwarnings("ignore:.*no calibration data")
+def test_formats_that_read_data_quantize_weights_that_no_data_belongs_to(method, options):
+    cls, config = lookup("storage", method).cls, make_config("storage", method, **options)
+    plain, weight = cls.without_data(config), matrix(12, 70).requires_grad_()
+    assert cls.needs(config) and plain == cls.without_data(plain) and (not cls.needs(plain) or cls.does_without)
+    stored = cls.from_weight(weight.detach(), plain)
+    stored.options = config  # as after a calibration
     value = stored.fake_quantize(weight)
     value.backward(upstream := matrix(12, 70, seed=4))
     torch.testing.assert_close(value, stored.dequantize())

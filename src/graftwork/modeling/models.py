@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import GraftworkError, ModelError, UsageError, nearest
 from .checkpoint import stored_tensors
 from .gguf_import import converted_folder, gguf_config, is_converted, quiet_transformers
+from .protocols import StoredWeight
 from .references import PACKAGED, ModelRef, first_line, hub_snapshot, model_folder, resolve
 from .source import build_source
 
@@ -82,13 +83,15 @@ def load_config(ref: str | Path | ModelRef) -> Any:
         else:
             folder = hub_snapshot(ref, ["*.json"]) if ref.kind == "hub" else ref.path
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=ref.trust_remote_code)
-    from ..storage._folder import quantization_of, readable  # only here does modeling look at a storage
+    from ..storage._folder import check_readable, quantization_of  # only here does modeling look at a storage
 
     quantised = quantization_of(config)
-    if quantised is not None and not readable(quantised):
-        kind = quantised.get("quant_method", "unknown")
-        raise ModelError(f"{ref.ref} is quantised already ({kind})",
-                         remedy="give the full-precision model and choose a storage, for example `storage: nf4`")
+    if quantised is not None:
+        try:
+            check_readable(quantised)
+        except UsageError as error:
+            raise ModelError(f"{ref.ref} is quantised already ({quantised.get('quant_method', 'unknown')}), and not as a storage is: "
+                             f"{error.message}", remedy=error.remedy) from error
     return config
 
 
@@ -202,7 +205,9 @@ def _load_codes(ref: ModelRef, folder: Path, config: Any, task: str, dtype: torc
     _draw(model, new, seed)
     model.tie_weights()
     model.graft_new_weights = new
-    model.graft_source = replace(source, coded=True, pristine=_pristine_digests(folder))
+    origins = {name: origin for name, origin in source.origins.items()  # codes may have the name and shape of a weight
+               if not isinstance(model.get_submodule(name.rpartition(".")[0]), StoredWeight)}
+    model.graft_source = replace(source, origins=origins, coded=True, pristine=_pristine_digests(folder))
     return model.eval()
 
 

@@ -2,14 +2,16 @@
 
 config.json says how they are coded: `quantization_config: {"quant_method": ..., ...}`. Ours ("graftwork") names storage and options, and
 keeps every leaf in its own shape and dtype as `MODULE.LEAF` beside the tensors that stayed dense; what `uncalibrated` lists was
-rounded to the nearest. Published formats are read by the storage that `PUBLISHED` names, module by module, through its `from_checkpoint`.
-The model is built without memory, and only what the files hold is filled in.
+rounded to the nearest. In a published quantized checkpoint (storage/published.py has the formats) each module becomes a storage with
+options of its own, by `from_checkpoint`. The model is built without memory, and only what the files hold is filled in.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,17 +20,10 @@ from ..errors import GraftworkError, ModelError
 from ..modeling.protocols import has_values
 from ..registry import lookup, make_config
 from .base import Place, Storage, StorageConfig, bytes_parameter, install, places
+from .published import storage_of_checkpoint
 
 #: how our own folders are called in config.json
 OURS = "graftwork"
-
-
-def _bitsandbytes(document: Mapping[str, Any]) -> dict[str, Any]:
-    return {"double_quant": bool(document.get("bnb_4bit_use_double_quant", False))}
-
-
-#: quant_method of published checkpoints -> (storage that reads them, its options for a plan)
-PUBLISHED: dict[str, tuple[str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {"bitsandbytes": ("nf4", _bitsandbytes)}
 
 
 def quantization_of(config: Any) -> dict[str, Any] | None:
@@ -39,24 +34,33 @@ def quantization_of(config: Any) -> dict[str, Any] | None:
     return dict(found) if isinstance(found, Mapping) else found.to_dict()
 
 
-def readable(document: Mapping[str, Any]) -> bool:
-    method = document.get("quant_method", "bitsandbytes" if document.get("load_in_4bit") else None)
-    return method == OURS or (method in PUBLISHED and not document.get("load_in_8bit"))
+def check_readable(document: Mapping[str, Any]) -> None:
+    """Raises UsageError for a published checkpoint that no storage holds, with the reason."""
+    if document.get("quant_method") != OURS:
+        storage_of_checkpoint(document)
 
 
 def storage_of(document: Mapping[str, Any]) -> StorageConfig:
     """The storage that weights coded so are kept in. Raises ModelError for a damaged document."""
     try:
         if document.get("quant_method") != OURS:
-            name, options = PUBLISHED[document.get("quant_method", "bitsandbytes")]
-            skipped = document.get("llm_int8_skip_modules") or document.get("modules_to_not_convert") or []
-            return make_config("storage", name, **options(document),
-                               skip_modules=list(dict.fromkeys([*lookup("storage", name).config().skip_modules, *skipped])))
+            return storage_of_checkpoint(document)[1]
         kept = dict(document["storage"])
         return make_config("storage", kept.pop("method"), **kept)
     except (KeyError, TypeError, GraftworkError) as error:
         raise ModelError(f"config.json does not say how the weights are coded: {error}",
                          remedy="get the folder again, or use a version of graftwork that knows this storage") from error
+
+
+def kept_in(ref: Any) -> str | None:
+    """The name of the storage whose codes a local model folder (or its config.json) holds, from config.json alone; None for all else."""
+    path = Path(str(ref)).expanduser()
+    try:
+        file = path if path.name == "config.json" else path / "config.json"
+        document = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+        return storage_of(document).method if document else None
+    except (OSError, ValueError, AttributeError, GraftworkError):
+        return None  # whoever loads it says what is wrong
 
 
 def document_of(config: StorageConfig, uncalibrated: Iterable[str], **more: Any) -> dict[str, Any]:
@@ -88,7 +92,11 @@ def fill(model: nn.Module, document: Mapping[str, Any], shapes: Mapping[str, tup
             _put_codes(model, place, config, place.name in rounded, tensors, empty)
         else:
             _put_published(model, place, config, tensors, document)
-    return _fill_dense(model, names, shapes, read, within)
+    missing = _fill_dense(model, names, shapes, read, within)
+    if document.get("quant_method") != OURS and any(".experts." in name for name in missing):
+        raise ModelError("experts of published quantized checkpoints are not read",
+                         remedy="give the dense model and choose a storage, for example `storage: int4`")
+    return missing
 
 
 def _names(model: nn.Module, shapes: Mapping[str, Any]) -> dict[str, str]:
@@ -129,16 +137,25 @@ def _put_codes(model: nn.Module, place: Place, config: StorageConfig, rounded: b
 
 
 def _put_published(model: nn.Module, place: Place, config: StorageConfig, tensors: dict[str, Tensor], document: Mapping[str, Any]) -> None:
-    if place.expert is not None:
-        raise ModelError(f"'{place.name}': fused experts of published quantized checkpoints are not read", remedy="give the dense model")
-    dense = place.product.dense()
-    if all(has_values(tensor) for tensor in tensors.values()):
-        stored = lookup("storage", config.method).cls.from_checkpoint(tensors, document).to(dense.dtype)
-    else:
-        stored = lookup("storage", config.method).cls.from_weight(dense.detach(), config, bias=place.product.bias, dtype=dense.dtype)
+    dense, cls = place.product.dense(), lookup("storage", config.method).cls
+    known = all(has_values(tensor) for tensor in tensors.values())
+    if known or config.method != "nf4":
+        if not known and "weight_shape" in tensors:
+            tensors["weight_shape"] = tuple(dense.shape)
+        stored = cls.from_checkpoint(tensors, document)
+    else:  # shapes are values there
+        stored = cls.from_weight(dense.detach(), config, bias=place.product.bias, dtype=dense.dtype)
     if (stored.out_features, stored.in_features) != tuple(dense.shape):
         raise ModelError(f"'{place.name}' is {stored.out_features} x {stored.in_features} in the checkpoint, not {tuple(dense.shape)}",
                          remedy="the checkpoint belongs to another config")
+    if place.product.bias is None and stored.bias is not None and not (known and bool(stored.bias.any())):
+        stored.bias = None  # some tools write zeros for every module
+    if (place.product.bias is None) != (stored.bias is None):
+        raise ModelError(f"'{place.name}' has {'no' if stored.bias is None else 'a'} bias in the checkpoint, unlike the model",
+                         remedy="the checkpoint belongs to another config")
+    if stored.bias is not None:
+        stored.bias = nn.Parameter(stored.bias.detach().to(dense.dtype), requires_grad=False)
+    stored.compute_dtype = dense.dtype  # by hand, since fake parameters cannot be moved
     install(model, place, stored)
 
 

@@ -99,11 +99,11 @@ class Storage(nn.Module):
         raise NotImplementedError
 
     def fake_quantize(self, weight: Tensor, leaves: dict[str, Tensor] | None = None) -> Tensor:
-        """D(Q(weight)) (out, in) under this format's options; the gradient goes straight through to weight. A format with
-        trainable leaves overrides this to quantise against the given ones."""
+        """D(Q(weight)) (out, in) under this format's options, `without_data`; the gradient goes straight through to weight. A format
+        with trainable leaves overrides this to quantise against the given ones."""
         if self.info.traits.get("lossless"):
             return weight
-        stored = self.from_weight(weight.detach(), self.options, dtype=weight.dtype)
+        stored = self.from_weight(weight.detach(), self.without_data(self.options), dtype=weight.dtype)
         return weight + (stored.dequantize() - weight).detach()
 
     def with_leaves(self, leaves: dict[str, Tensor], *, exact: bool = True) -> Storage:

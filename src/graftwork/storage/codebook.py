@@ -80,6 +80,10 @@ class CodebookStorage(CodedStorage):
         return frozenset({"hessian"}) if config.weighted or config.fit == "jlcm" else frozenset()
 
     @classmethod
+    def without_data(cls, config):
+        return config.model_copy(update={"fit": "kmeans" if config.fit == "jlcm" else config.fit, "weighted": False})
+
+    @classmethod
     @torch.no_grad()
     def from_weight(cls, weight, config, *, bias=None, dtype=None, statistics=None, generator=None):
         check_weight(weight, "codebook storage")

@@ -8,7 +8,11 @@ Asymmetric (default), L = 2^b - 1, per group of a row:
 holds it within the codes, after stretching the range to contain 0, as GPTQ and AWQ checkpoints do. Symmetric: scale =
 max|w| / (2^(b-1) - 1), codes -2^(b-1) ... 2^(b-1) - 1 kept with an offset, no zero. A constant group is exact.
 
-Bits a weight: b + (s + z) / g, with s = 16 bits of scale and z = 8 of an integer zero, 16 of a float one.
+A published checkpoint whose columns are not in the order of their groups has one more leaf, `group_index` (in,) int32; inputs that are
+rounded are then multiplied by decoded weights, since a group's codes do not lie together.
+
+Bits a weight: b + (s + z) / g, with s = 16 bits of scale and z = 8 of an integer zero, 16 of a float one; 32 / out more with
+`group_index`.
 Oracles: float64 closed form, hqq and torchao (tests/oracles/test_storage_intk.py).
 """
 
@@ -20,6 +24,7 @@ import torch
 
 from ..registry import register
 from ._groups import Grid, GroupConfig, GroupStorage
+from ._packing import unpack
 from ._scales import SCALES, positive
 
 
@@ -74,12 +79,16 @@ class IntStorage(GroupStorage):
     trainable_leaves = ("scale", "zero")
     bits: int
 
-    def decode(self, leaves, rows):
+    def _grid_values(self, leaves, rows):
         if "group_index" not in leaves:
-            return super().decode(leaves, rows)
-        from .published import decode_by_index  # a published checkpoint whose columns are not in the order of their groups
+            return super()._grid_values(leaves, rows)
+        quantizer, parameters = self._read(leaves, rows)
+        codes = unpack(leaves["codes"][rows], self.in_features, quantizer.grid.bits)
+        each = {name: value.index_select(1, leaves["group_index"]) for name, value in parameters.items()}
+        return quantizer.grid.decode(codes.unsqueeze(-1), each).squeeze(-1)
 
-        return decode_by_index(self, leaves, rows)
+    def integers(self, leaves, rows):
+        return None if "group_index" in leaves else super().integers(leaves, rows)
 
     @classmethod
     def grid(cls, config):
@@ -88,7 +97,9 @@ class IntStorage(GroupStorage):
     def shifted(self, change, *, exact=True):
         """zero <- zero - change / scale: a float zero holds a change that is the same for a whole group."""
         own, groups = self.leaves(), self.quantizer(self.options, self.in_features).split(change.float())
-        if "zero" not in own or not own["zero"].is_floating_point() or "input_scale" in own or (groups != groups[..., :1]).any():
+        if "zero" not in own or not own["zero"].is_floating_point() or {"input_scale", "group_index"} & set(own):
+            return None
+        if (groups != groups[..., :1]).any():
             return None
         return self.with_leaves({"zero": own["zero"].float() - groups[..., 0] / own["scale"].float()}, exact=exact)
 

@@ -99,6 +99,13 @@ class LowRankPlusStorage(CodedStorage):
         return base.needs(options) | frozenset(own)
 
     @classmethod
+    def without_data(cls, config):
+        base, options = base_of(config)
+        plain = base.without_data(options)
+        return config.model_copy(update={"base": {"method": plain.method, **plain.model_dump(exclude={"skip_modules"})},
+                                         "init": "lq_lora" if config.init == "svdquant" else config.init, "weighting": "none"})
+
+    @classmethod
     @torch.no_grad()
     def from_weight(cls, weight, config, *, bias=None, dtype=None, statistics=None, generator=None):
         check_weight(weight, "lowrank_plus storage")
@@ -164,6 +171,6 @@ class LowRankPlusStorage(CodedStorage):
         with torch.no_grad():
             up, down = factors(leaves)
             scale = leaves["input_scale"].float() if "input_scale" in leaves else 1.0
-            own = cls.from_weight(weight.float() * scale - up @ down, options).leaves()
+            own = cls.from_weight(weight.float() * scale - up @ down, cls.without_data(options)).leaves()
         value = self.dequantize({**leaves, **{f"base_{name}": leaf for name, leaf in own.items()}})
         return value + (weight - weight.detach()).to(value.dtype)

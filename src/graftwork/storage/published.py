@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError, UsageError
+from ..modeling.protocols import has_values
 from ..registry import lookup, make_config
 from ._packing import pack, packed_width, unpack
 from .base import Storage, StorageConfig
@@ -81,10 +82,10 @@ def read(method: str, tensors: Mapping[str, Tensor], quantization_config: Any = 
 
 def _layout(document: dict[str, Any]) -> tuple[str, dict[str, Any], list[str], Callable[..., Storage]]:
     """(storage, options, modules that stay dense, reader)."""
-    kind = str(document.get("quant_method", "")).rpartition(".")[-1].lower()
+    kind = str(document.get("quant_method") or ("bitsandbytes" if document.get("load_in_4bit") else "")).rpartition(".")[-1].lower()
     skipped = next((list(document[key]) for key in _SKIPPED if document.get(key)), [])
     if kind == "bitsandbytes":
-        if not document.get("load_in_4bit") or document.get("bnb_4bit_quant_type") != "nf4":
+        if not document.get("load_in_4bit") or document.get("bnb_4bit_quant_type", "nf4") != "nf4":
             raise _refuse("bitsandbytes weights that are not NF4")
         options = {"double_quant": bool(document.get("bnb_4bit_use_double_quant"))}
         return "nf4", options, skipped, lambda tensors, *_: lookup("storage", "nf4").cls.from_checkpoint(tensors, document)
@@ -92,7 +93,9 @@ def _layout(document: dict[str, Any]) -> tuple[str, dict[str, Any], list[str], C
         bits, form = int(document.get("bits", 4)), document.get("checkpoint_format") or "gptq"
         if bits not in (2, 3, 4, 8) or form not in ("gptq", "gptq_v2"):
             raise _refuse(f"GPTQ of {bits} bits in the format '{form}'")
-        return *_integers(bits, int(document.get("group_size", 128)), False), skipped, _gptq(bits, form == "gptq_v2")
+        group = int(document.get("group_size", 128))
+        moved = bool(document.get("desc_act")) and group > 0 and not document.get("static_groups")
+        return *_integers(bits, group, False), skipped, _gptq(bits, form == "gptq_v2", moved)
     if kind == "awq":
         bits, version = int(document.get("bits", document.get("w_bit", 4))), str(document.get("version", "gemm")).lower()
         if bits != 4 or version != "gemm" or not document.get("zero_point", True):
@@ -140,15 +143,22 @@ def _words(packed: Tensor, count: int, bits: int) -> Tensor:
 
 
 def _stored(bits: int, codes: Tensor, scale: Tensor, zero: Tensor | None, options: dict[str, Any], bias: Tensor | None,
-            index: Tensor | None = None) -> Storage:
-    """codes (out, in) uint8, scale and zero (out, groups), index (in,): the group of every column, where they are not in order."""
+            index: Tensor | None = None, moved: bool = True) -> Storage:
+    """codes (out, in) uint8, scale and zero (out, groups), index (in,): the group of every column, where they are not in order. moved:
+    whether they are not, when index has no values."""
     rows, columns = codes.shape
     group = int(options.get("group_size", -1))
     group = group if 0 < group < columns else columns
     if scale.shape != (rows, -(-columns // group)) or (zero is not None and zero.shape != scale.shape):
         raise _misfit(f"scales {tuple(scale.shape)} do not fit a weight of {rows} x {columns} in groups of {group}")
-    if index is not None and torch.equal(index, torch.arange(columns, device=index.device, dtype=index.dtype) // group):
-        index = None
+    if index is not None:
+        if index.shape != (columns,):
+            raise _misfit(f"groups of {tuple(index.shape)} columns do not fit a weight of {rows} x {columns}")
+        if has_values(index):
+            moved = not torch.equal(index, torch.arange(columns, device=index.device, dtype=index.dtype) // group)
+            if moved and (int(index.min()) < 0 or int(index.max()) >= scale.shape[1]):
+                raise _misfit(f"columns are of groups {int(index.min())} to {int(index.max())}, and there are {scale.shape[1]}")
+        index = index if moved else None
     if bits == 8:
         if index is not None or columns % group or group < 16:
             raise _refuse(f"8-bit codes of {columns} columns in groups of {group}" + (" in act-order" if index is not None else ""))
@@ -167,21 +177,13 @@ def _stored(bits: int, codes: Tensor, scale: Tensor, zero: Tensor | None, option
     return lookup("storage", config.method).cls(rows, columns, config, leaves, bias, dtype)
 
 
-def decode_by_index(stored: Any, leaves: dict[str, Tensor], rows: slice) -> Tensor:
-    """Rows of W, (n, in) fp32, of integer codes of which column j belongs to group `group_index`[j]."""
-    grid, index = stored.grid(stored.options), leaves["group_index"]
-    codes = unpack(leaves["codes"][rows], stored.in_features, grid.bits)
-    each = {name: leaves[name][rows].index_select(1, index) for name in grid.parameters}
-    return grid.decode(codes.unsqueeze(-1), each).squeeze(-1)
-
-
-def _gptq(bits: int, second: bool):
+def _gptq(bits: int, second: bool, moved: bool):
     def reader(tensors, options, bias):
         words, scales = tensors["qweight"], tensors["scales"]
         codes = _words(words.T, words.shape[0] * 32 // bits, bits)
         zeros = _words(tensors["qzeros"], scales.shape[1], bits)
         zeros = zeros if second else (zeros + 1) & (2**bits - 1)
-        return _stored(bits, codes, scales.T, zeros.T, options, bias, tensors.get("g_idx"))
+        return _stored(bits, codes, scales.T, zeros.T, options, bias, tensors.get("g_idx"), moved)
 
     return reader
 
@@ -239,7 +241,7 @@ def _mxfp4(tensors, options, bias):
     blocks, scales = tensors["blocks"], tensors["scales"]
     if blocks.shape[:-1] != scales.shape or blocks.dim() != 3 or blocks.shape[-1] != 16:
         raise _misfit(f"blocks {tuple(blocks.shape)} and scales {tuple(scales.shape)} are no MXFP4 matrix (of one expert)")
-    if bool((scales == 255).any()):
+    if has_values(scales) and bool((scales == 255).any()):
         raise _misfit("a scale is NaN")
     leaves = {"codes": blocks.flatten(1), "scale": scales}
     config = make_config("storage", "fp4", **options)
