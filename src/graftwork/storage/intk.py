@@ -72,6 +72,7 @@ class IntGrid(Grid):
 
 class IntStorage(GroupStorage):
     trainable_leaves = ("scale", "zero")
+    recodes = True
     bits: int
 
     def decode(self, leaves, rows):
@@ -80,6 +81,13 @@ class IntStorage(GroupStorage):
         from .published import decode_by_index  # a published checkpoint whose columns are not in the order of their groups
 
         return decode_by_index(self, leaves, rows)
+
+    def nearest_codes(self, weight, leaves):
+        if "group_index" not in leaves:
+            return super().nearest_codes(weight, leaves)
+        grid = self.grid(self.options)
+        each = {name: leaves[name].index_select(1, leaves["group_index"]) for name in grid.parameters}
+        return grid.encode(weight.unsqueeze(-1), each).squeeze(-1), grid.bits
 
     @classmethod
     def grid(cls, config):
