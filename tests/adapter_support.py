@@ -56,9 +56,9 @@ OPTIONS = {
     "l4q": {"bits": 3, "group_size": 32, "r": 4, "alpha": 6.0},
 }
 #: the storage that a method needs below it, where a dense model will not do
-BASE = {"peqa": {"method": "int4", "group_size": 32}}
+BASE = {"peqa": {"method": "int4", "group_size": 32}, "pv_tuning": {"method": "int4", "group_size": 32}}
 #: noise of `fill` and rate of the steps, where trained values are no weights of order 0.1
-SIZES, RATES = {"peqa": 0.01, "l4q": 0.02}, {"peqa": 2e-3, "l4q": 5e-3}
+SIZES, RATES = {"peqa": 0.01, "pv_tuning": 0.01, "l4q": 0.02}, {"peqa": 2e-3, "pv_tuning": 2e-3, "l4q": 5e-3}
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
 OTHER = [info.name for info in methods("adapter") if info.traits["scope"] != "site"]
 BLOCK = [info.name for info in methods("adapter") if info.traits["scope"] == "block"]
@@ -94,7 +94,7 @@ def on_base(model, method: str, folder=None):
 def runs_on(method: str, storage: str) -> bool:
     """Whether the method takes weights of that storage."""
     leaf = lookup("adapter", method).traits.get("owns_leaf")
-    return leaf is None or leaf in lookup("storage", storage).cls.trainable_leaves
+    return leaf is None or lookup("storage", storage).cls.lets_train(leaf)
 
 
 def fill(graft: Graft, seed: int = 0, size: float | None = None) -> Graft:

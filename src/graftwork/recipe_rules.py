@@ -99,12 +99,12 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
             unless(not s.traits["full_tuning_only"], f"selection.{i}", f"{s.name} chooses among the model's own weights, which "
                    f"{adapter.name} freezes", f"remove selection {s.name}, or adapter: null with storage: dense")
         leaf = adapter.traits.get("owns_leaf")
-        unless(leaf is None or leaf in storage.cls.trainable_leaves, "adapter",
-               f"{adapter.name} trains the {leaf}s of quantized weights, and {storage.name} has none that can be trained",
+        unless(leaf is None or storage.cls.lets_train(leaf), "adapter",
+               f"{adapter.name} trains the {leaf.removesuffix('s')}s of quantized weights, and {storage.name} has none that can be trained",
                "storage: int4, or adapter: lora")
         partner = adapter.traits.get("selection")
         unless(partner is None or any(s.name == partner for s in selections), "selection",
-               f"{adapter.name} trains what selection {partner} draws, and keeps its form by it", f"selection: [{{method: {partner}}}]")
+               f"{adapter.name} is one half of a method, and selection {partner} the other", f"selection: [{{method: {partner}}}]")
         if start is not None:
             unless(not recipe.adapter_from, "initializer",
                    f"{start.name} starts a new adapter, and adapter.from continues a trained one", "remove initializer")

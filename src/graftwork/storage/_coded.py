@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..modeling.arithmetic import dtype_for, product_dtype
+from ._packing import pack, unpack
 from .base import Storage, StorageConfig, bytes_parameter, view_as
 
 #: weights decoded at a time
@@ -72,6 +73,26 @@ class CodedStorage(Storage):
         if leaves is None:
             return self.dense_as(self.compute_dtype)
         return self.decode(self._given(leaves), slice(0, self.out_features)).to(self.compute_dtype)
+
+    def nearest_codes(self, weight: Tensor, leaves: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """Codes (out, in) uint8 of the numbers nearest to weight (out, in) fp32 under all leaves, and their bits; where a format
+        `recodes`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def recoded(self, weight, leaves, moved):
+        if not self.recodes:
+            return super().recoded(weight, leaves, moved)
+        leaves = self._given(leaves)
+        codes, bits = self.nearest_codes(weight.float(), leaves)
+        return pack(torch.where(moved, codes, unpack(leaves["codes"], self.in_features, bits)), bits)
+
+    def _checked(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those given to `with_leaves`."""
+        if wrong := [name for name in sorted(leaves) if not self.lets_train(name)]:
+            raise UsageError(f"storage '{self.method}': leaf '{wrong[0]}' is not one that an adapter trains",
+                             remedy=f"trainable: {', '.join(self.trainable_leaves) or 'none'}")
+        return leaves
 
     def _tiles(self):
         """Slices of the rows of W; in a plan, too, each of them, since they are few."""

@@ -201,16 +201,21 @@ class GroupStorage(CodedStorage):
         return cls(*(shape or codes.shape), config, leaves, bias, dtype)
 
     def with_leaves(self, leaves, *, exact=True):
-        if wrong := set(leaves) - set(self.trainable_leaves):
-            raise UsageError(f"storage '{self.method}': leaf '{sorted(wrong)[0]}' is not one that an adapter trains",
-                             remedy=f"trainable: {', '.join(self.trainable_leaves) or 'none'}")
-        options = self.options
+        leaves, options = self._checked(leaves), self.options
         if exact and "scale_dtype" in type(options).model_fields:
             options = options.model_copy(update={"scale_dtype": "fp32"})
         kinds = {**{name: dtype for name, (_, dtype) in self.leaf_kinds().items()}, **self.grid(options).parameters}
         kept = {name: value.detach().to(kinds[name]) for name, value in self._given(leaves).items()}
         cls = getattr(type(self), "plain_class", type(self))
         return cls(self.out_features, self.in_features, options, kept, self.bias, self.compute_dtype)
+
+    def nearest_codes(self, weight, leaves):
+        quantizer, parameters = self._read(leaves, slice(0, self.out_features))
+        if "input_scale" in leaves:
+            weight = weight * leaves["input_scale"].float()
+        if "outer_scale" in leaves:
+            weight = weight / leaves["outer_scale"].float()
+        return quantizer.encode(weight, parameters), quantizer.grid.bits
 
     def decode(self, leaves, rows):
         dense = self.values(leaves, rows)

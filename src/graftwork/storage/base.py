@@ -38,6 +38,8 @@ class Storage(nn.Module):
     trainable_leaves: ClassVar[tuple[str, ...]] = ()
     """Float leaves in which `product` and `dequantize` are differentiable, for adapters that train them. One called `scale` has a row
     for every row of W, and W is proportional to it."""
+    recodes: ClassVar[bool] = False
+    """Whether single codes may move: it has a leaf `codes`, a row for every row of W, and `recoded`."""
     does_without: ClassVar[bool] = False
     """Whether a format that reads statistics can be made without them (with a warning: it costs quality)."""
     options: StorageConfig
@@ -107,9 +109,19 @@ class Storage(nn.Module):
         return weight + (stored.dequantize() - weight).detach()
 
     def with_leaves(self, leaves: dict[str, Tensor], *, exact: bool = True) -> Storage:
-        """A storage of the same codes with other values of some of `trainable_leaves`; bias and compute dtype are this one's. exact:
-        they are kept in fp32 where the format has an option for it, else rounded to the dtypes of this one."""
+        """A storage with other values of some of `trainable_leaves` (and of `codes`, where it `recodes`); bias and compute dtype are
+        this one's. exact: floats are kept in fp32 where the format has an option for it, else rounded to the dtypes of this one."""
         raise UsageError(f"storage '{self.method}' has no leaves that an adapter trains", remedy="storage: int4")
+
+    @classmethod
+    def lets_train(cls, leaf: str) -> bool:
+        """Whether an adapter may own this leaf: one of `trainable_leaves`, or `codes`."""
+        return leaf in cls.trainable_leaves or leaf == "codes" and cls.recodes
+
+    def recoded(self, weight: Tensor, leaves: dict[str, Tensor], moved: Tensor) -> Tensor:
+        """The leaf `codes`: where moved (out, in) says so, the codes of the numbers nearest to weight (out, in) under these leaves
+        (this storage's own where they are not given), elsewhere those of `leaves`."""
+        raise UsageError(f"the codes of storage '{self.method}' do not move one by one", remedy="storage: int4")
 
     def shifted(self, change: Tensor, *, exact: bool = True) -> Storage | None:
         """A storage of the same codes whose weight is W + change (out, in), where the format can hold that; else None. exact: as in

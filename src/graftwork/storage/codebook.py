@@ -73,7 +73,8 @@ class CodebookStorage(CodedStorage):
     """Leaves: `codes` (out, ceil(in b / 8)) uint8, `book` (books, 2^b); `scale` (groups,) with per_rows: scale; `group` (out,) uint8 or
     int16 with grouping: distribution."""
 
-    trainable_leaves = ("book", "scale")
+    trainable_leaves = ("book",)  # `scale` is of groups of rows, not what a method that trains the scale of every row expects
+    recodes = True
 
     @classmethod
     def needs(cls, config):
@@ -166,18 +167,28 @@ class CodebookStorage(CodedStorage):
         dense = leaves["book"].float().flatten().index_select(0, codes.flatten()).view(codes.shape)
         return dense * leaves["scale"].float()[self._group(leaves, rows)][:, None] if scaled else dense
 
+    def nearest_codes(self, weight, leaves):
+        group, book = self._group(leaves, slice(0, self.out_features)).long(), leaves["book"].float()
+        if "scale" in leaves:
+            weight = weight / leaves["scale"].float()[group][:, None]
+        return nearest_rows(weight, book, group if len(book) > 1 else torch.zeros_like(group)), self.options.bits
+
+    def with_leaves(self, leaves, *, exact=True):
+        options = self.options.model_copy(update={"book_dtype": "fp32"}) if exact else self.options
+        kinds = {name: dtype for name, (_, dtype) in self.leaf_kinds().items()}
+        kinds |= {name: DTYPES[options.book_dtype] for name in ("book", "scale")}
+        kept = {name: value.detach().to(kinds[name]) for name, value in self._given(self._checked(leaves)).items()}
+        cls = getattr(type(self), "plain_class", type(self))
+        return cls(self.out_features, self.in_features, options, kept, self.bias, self.compute_dtype)
+
     def fake_quantize(self, weight, leaves=None):
         """D(Q(weight)): the nearest codes of the given books; straight through to weight, through the table to the book."""
         if leaves is None:
             return super().fake_quantize(weight)
         leaves = self._given(leaves)
         with torch.no_grad():
-            unit, group = weight.float(), self._group(leaves, slice(0, self.out_features)).long()
-            if "scale" in leaves:
-                unit = unit / leaves["scale"].float()[group][:, None]
-            book = leaves["book"].float()
-            codes = nearest_rows(unit, book, group if len(book) > 1 else torch.zeros_like(group))
-        value = self.dequantize({**leaves, "codes": pack(codes, self.options.bits)})
+            codes, bits = self.nearest_codes(weight.float(), leaves)
+        value = self.dequantize({**leaves, "codes": pack(codes, bits)})
         return value + (weight - weight.detach()).to(value.dtype)
 
 

@@ -77,6 +77,7 @@ class IntGrid(Grid):
 
 class IntStorage(GroupStorage):
     trainable_leaves = ("scale", "zero")
+    recodes = True
     bits: int
 
     def _grid_values(self, leaves, rows):
@@ -89,6 +90,13 @@ class IntStorage(GroupStorage):
 
     def integers(self, leaves, rows):
         return None if "group_index" in leaves else super().integers(leaves, rows)
+
+    def nearest_codes(self, weight, leaves):
+        if "group_index" not in leaves:
+            return super().nearest_codes(weight, leaves)
+        grid = self.grid(self.options)
+        each = {name: leaves[name].index_select(1, leaves["group_index"]) for name in grid.parameters}
+        return grid.encode(weight.unsqueeze(-1), each).squeeze(-1), grid.bits
 
     @classmethod
     def grid(cls, config):

@@ -56,6 +56,7 @@ class NormalGrid(Grid):
           summary="2 to 8-bit quantiles of a normal distribution in groups of 64 along the input: 4.25 bits a weight at 4")
 class NormalFloatStorage(GroupStorage):
     trainable_leaves = ("scale",)
+    recodes = True
 
     @classmethod
     def grid(cls, config):
