@@ -20,9 +20,10 @@ from graftwork.storage import Storage, apply_storage, storage_bits
 from graftwork.storage.base import make_storage
 
 #: relative error that a format of few bits may have on normal numbers, where it is not 0.25
-COARSE = {"int3": 0.3, "int2": 0.7, "vptq": 0.7}
+COARSE = {"int3": 0.3, "int2": 0.7, "vptq": 0.7, "mixed": 0.7}
 #: starts of the names of leaves whose size depends on the values of the weight; plans expect a size
-VARYING = {"spqr": ("outlier_values", "outlier_columns")}  # mixllm's only where a whole model was ranked
+VARYING = {"spqr": ("outlier_values", "outlier_columns"),  # mixllm's only where a whole model was ranked
+           "mixed": ("codes", "scale", "zero")}  # of a whole model only
 #: inputs for formats whose codes depend on data
 SOME = [{"input_ids": tiny.tokens(4, 16)}]
 pytestmark = pytest.mark.filterwarnings("ignore:storage .* had no calibration data")

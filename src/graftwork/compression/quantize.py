@@ -35,7 +35,7 @@ from ..modeling.models import PRISTINE, hollow_model, load_config, load_tokenize
 from ..modeling.references import HALF_WRITTEN
 from ..modeling.source import ModelSource, build_source, read_stored
 from ..registry import MethodConfig, lookup, make_config
-from ..storage._folder import dense_names, document_of, fill, folder_tensors, put_tensor, uncalibrated_of
+from ..storage._folder import dense_names, document_of, fill, folder_tensors, modules_of, put_tensor, uncalibrated_of
 from ..storage.base import Storage, storage_bits
 from ..storage.calibration.walk import walk
 
@@ -147,6 +147,7 @@ class _Work:
         self.blocks = [name for name, _ in repeated_blocks(model)]
         self.notes, self.present, self.resumed = list(rows.notes if rows else ()), set(), 0
         self.rounded: dict[str, list[str]] = {}  # maps without statistics, by shard
+        self.modules: dict[str, dict[str, Any]] = {}  # maps of another method than the model's, by shard
         owners: dict[int, str] = {}
         for name in self.blocks:
             for parameter in model.get_submodule(name).parameters():
@@ -172,6 +173,7 @@ class _Work:
         try:
             before = dict(json.loads(record.read_text(encoding="utf-8")))
             self.rounded = {str(shard): list(names) for shard, names in before.pop("rounded").items()}
+            self.modules = {str(shard): dict(found) for shard, found in before.pop("modules", {}).items()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise GraftworkError(f"{record} is damaged", remedy=f"delete {self.output} and start anew") from error
         other = sorted(key for key in {*asked, *before} if asked.get(key) != before.get(key))
@@ -180,7 +182,8 @@ class _Work:
                              remedy="call it as before to go on, or choose another folder (or delete this one)")
 
     def _note(self) -> None:
-        atomic_write_text(self.output / HALF_WRITTEN, json.dumps({**self.asked, "rounded": self.rounded}, indent=1) + "\n")
+        record = {**self.asked, "rounded": self.rounded, "modules": self.modules}
+        atomic_write_text(self.output / HALF_WRITTEN, json.dumps(record, indent=1) + "\n")
 
     # -- reading and writing blocks -----------------------------------------------------------------------------------------
     def run(self, progress: Callable[[int, int], None] | None) -> None:
@@ -201,8 +204,11 @@ class _Work:
             name = self.blocks[index]
             if not self.shard(index).is_file():
                 mine = uncalibrated_of(self.model, self.config, name)
-                if mine or self.rounded.pop(str(index), None):  # known before the shard is there
+                other = modules_of(self.model, self.config, name)
+                stale = self.rounded.pop(str(index), None), self.modules.pop(str(index), None)
+                if mine or other or any(stale):  # known before the shard is there
                     self.rounded |= {str(index): mine} if mine else {}
+                    self.modules |= {str(index): other} if other else {}
                     self._note()
                 self._write(index, folder_tensors(self.model, name))
             self._drop(name)
@@ -215,7 +221,7 @@ class _Work:
     def _prepared(self) -> dict[str, dict[str, Any]]:
         """What the storage must know of the whole model. It is found before the first block is coded, and kept for a resumed run."""
         cls = lookup("storage", self.config.method).cls
-        if self.rows is None or cls.prepare.__func__ is Storage.prepare.__func__:
+        if cls.prepare.__func__ is Storage.prepare.__func__:
             return {}
         file = self.output / PREPARED
         if not file.is_file():
@@ -226,7 +232,7 @@ class _Work:
             widen(self.model)
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                found = cls.prepare(self.model, self.config, list(self.rows.batches()))
+                found = cls.prepare(self.model, self.config, list(self.rows.batches()) if self.rows else [])
             flat = {f"{name} {key}": value.contiguous() for name, more in found.items() for key, value in more.items()}
             with atomic_file(file) as part:
                 save_file(flat, part, metadata={"notes": json.dumps([str(each.message) for each in said])})
@@ -261,8 +267,8 @@ class _Work:
 
     def _read_shard(self, index: int) -> None:
         header = read_header(self.shard(index))
-        fill(self.model, document_of(self.config, self.rounded.get(str(index), ())), {n: each.shape for n, each in header.items()},
-             lambda name: read_stored(header[name], name), within=self.blocks[index])
+        fill(self.model, document_of(self.config, self.rounded.get(str(index), ()), self.modules.get(str(index))),
+             {n: each.shape for n, each in header.items()}, lambda name: read_stored(header[name], name), within=self.blocks[index])
 
     def _write(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
         from safetensors.torch import save_file
@@ -297,6 +303,7 @@ class _Work:
         model_config.architectures = [type(self.model).__name__]
         model_config.dtype = str(next(p.dtype for p in self.model.parameters() if p.is_floating_point())).removeprefix("torch.")
         model_config.quantization_config = document_of(self.config, {*rounded, *sum(self.rounded.values(), [])},
+                                                       modules_of(self.model, self.config),
                                                        bits=round(storage_bits(self.model), 6))
         atomic_write_text(self.output / "config.json", model_config.to_json_string())
         (self.output / PREPARED).unlink(missing_ok=True)

@@ -65,7 +65,7 @@ def cost_table(model: nn.Module, configs: Sequence[StorageConfig], *, statistics
         cost, size = [], []
         for config in configs:
             stored = make_storage(weight, config.method, config, statistics=found, dtype=torch.float32)
-            cost.append(_loss(stored.dequantize() - weight.float(), found))
+            cost.append(error_of(stored.dequantize() - weight.float(), found))
             size.append(round(stored.bits_per_weight * weight.numel()))
         table.names.append(name)
         table.cost.append(cost)
@@ -76,7 +76,8 @@ def cost_table(model: nn.Module, configs: Sequence[StorageConfig], *, statistics
     return table
 
 
-def _loss(difference: Tensor, statistics: Any) -> float:
+def error_of(difference: Tensor, statistics: Any) -> float:
+    """What an error (out, in) counts: by `fisher` or `hessian` where statistics have one, else |E|_F^2."""
     if statistics is not None and statistics.fisher is not None:
         return float((statistics.fisher.double() * difference.double() ** 2).sum())
     if statistics is not None and (hessian := statistics.hessian) is not None:

@@ -2,8 +2,9 @@
 
 config.json says how they are coded: `quantization_config: {"quant_method": ..., ...}`. Ours ("graftwork") names storage and options, and
 keeps every leaf in its own shape and dtype as `MODULE.LEAF` beside the tensors that stayed dense; what `uncalibrated` lists was
-rounded to the nearest. In a published quantized checkpoint (storage/published.py has the formats) each module becomes a storage with
-options of its own, by `from_checkpoint`. The model is built without memory, and only what the files hold is filled in.
+rounded to the nearest, and `modules` says which of `variants` a storage is of that has another method than the model's. In a
+published quantized checkpoint (storage/published.py has the formats) each module becomes a storage with options of its own, by
+`from_checkpoint`. The model is built without memory, and only what the files hold is filled in.
 """
 
 from __future__ import annotations
@@ -63,10 +64,27 @@ def kept_in(ref: Any) -> str | None:
         return None  # whoever loads it says what is wrong
 
 
-def document_of(config: StorageConfig, uncalibrated: Iterable[str], **more: Any) -> dict[str, Any]:
-    """What config.json says of a folder of ours."""
-    return {"quant_method": OURS, "storage": {"method": config.method, **config.model_dump(mode="json")},
-            "uncalibrated": sorted(uncalibrated), **more}
+def document_of(config: StorageConfig, uncalibrated: Iterable[str], modules: Mapping[str, Mapping[str, Any]] | None = None,
+                **more: Any) -> dict[str, Any]:
+    """What config.json says of a folder of ours. modules: of `modules_of`."""
+    document = {"quant_method": OURS, "storage": {"method": config.method, **config.model_dump(mode="json")},
+                "uncalibrated": sorted(uncalibrated), **more}
+    if modules:
+        variants: list[Mapping[str, Any]] = []
+        for each in modules.values():
+            if each not in variants:
+                variants.append(each)
+        document |= {"variants": variants, "modules": {name: variants.index(each) for name, each in sorted(modules.items())}}
+    return document
+
+
+def _modules(document: Mapping[str, Any]) -> dict[str, StorageConfig]:
+    """The storages of another method than the model's, by name."""
+    variants = [storage_of({**document, "storage": each}) for each in document.get("variants", ())]
+    try:
+        return {name: variants[index] for name, index in document.get("modules", {}).items()}
+    except (IndexError, TypeError, AttributeError) as error:
+        raise ModelError(f"config.json does not say how the weights are coded: {error}", remedy="get the folder again") from error
 
 
 # -- reading -------------------------------------------------------------------------------------------------------------
@@ -76,7 +94,7 @@ def fill(model: nn.Module, document: Mapping[str, Any], shapes: Mapping[str, tup
     the folder, by its name there; read(name) gives one. Returns the names of the model that no tensor was found for.
     Raises ModelError for tensors that do not belong together."""
     config, rounded = storage_of(document), set(document.get("uncalibrated", ()))
-    names = _names(model, shapes)
+    names, other = _names(model, shapes), _modules(document)
     below: dict[str, dict[str, str]] = {}
     for name, stored in names.items():
         parts = name.split(".")
@@ -89,7 +107,7 @@ def fill(model: nn.Module, document: Mapping[str, Any], shapes: Mapping[str, tup
             continue  # it stayed dense
         tensors = {leaf: read(stored) for leaf, stored in own.items()}
         if document.get("quant_method") == OURS:
-            _put_codes(model, place, config, place.name in rounded, tensors, empty)
+            _put_codes(model, place, other.get(place.name, config), place.name in rounded, tensors, empty)
         else:
             _put_published(model, place, config, tensors, document)
     missing = _fill_dense(model, names, shapes, read, within)
@@ -118,7 +136,7 @@ def _put_codes(model: nn.Module, place: Place, config: StorageConfig, rounded: b
     """empty: storages without values by kind, from one call to the next, since making one costs a whole calculation of shapes."""
     cls, dense = lookup("storage", config.method).cls, place.product.dense()
     bias = place.product.bias if place.expert is None else None
-    kind = (tuple(dense.shape), dense.dtype, bias is None, rounded)
+    kind = (tuple(dense.shape), dense.dtype, bias is None, rounded, config.method, config.model_dump_json())
     if kind not in empty or not dense.is_meta:  # a copy of fake tensors would be of another mode
         empty[kind] = cls.from_weight(dense.detach(), cls.without_data(config) if rounded else config, bias=bias, dtype=dense.dtype)
     made = empty[kind]
@@ -214,4 +232,11 @@ def folder_tensors(model: nn.Module, within: str = "") -> dict[str, Tensor]:
 def uncalibrated_of(model: nn.Module, config: StorageConfig, within: str = "") -> list[str]:
     """Names of the storages that have other options than the model's."""
     return [".".join(part for part in (within, name) if part) for name, module in model.get_submodule(within).named_modules()
-            if isinstance(module, Storage) and module.options != config]
+            if isinstance(module, Storage) and type(module.options) is type(config) and module.options != config]
+
+
+def modules_of(model: nn.Module, config: StorageConfig, within: str = "") -> dict[str, dict[str, Any]]:
+    """{name: {method, options}} of the storages of another method than the model's."""
+    return {".".join(part for part in (within, name) if part): {"method": module.options.method, **module.options.model_dump(mode="json")}
+            for name, module in model.get_submodule(within).named_modules()
+            if isinstance(module, Storage) and type(module.options) is not type(config)}

@@ -67,7 +67,8 @@ class Storage(nn.Module):
     @classmethod
     def prepare(cls, model: nn.Module, config: StorageConfig, batches: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         """What a format must know of the whole dense model before its first weight is stored: {map: {attribute of its statistics:
-        value}}. Called once, with the calibration batches. A class that overrides this needs all weights in memory at that point."""
+        value}}. Called once, with the calibration batches: none without data, and none where weights have no values. A class that
+        overrides this needs all weights in memory at that point."""
         return {}
 
     @classmethod
@@ -312,10 +313,13 @@ def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None, batc
 
         walk(model, config, batches, on_site=on_site, notes=notes)
         return model
+    from .calibration.statistics import with_attributes
+
+    prepared = cls.prepare(model, config, [])
     todo = places(model, config)[::-1]
     while todo:  # what is done is let go, with its dense weight
         place = todo.pop()
-        store(model, place, config)
+        store(model, place, config, with_attributes(None, prepared.get(place.name)))
         if on_site:
             on_site(place.name)
     model.__dict__["graft_storage"] = config

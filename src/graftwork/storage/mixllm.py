@@ -84,7 +84,7 @@ class MixLLMStorage(CodedStorage):
     def prepare(cls, model, config, batches):
         from .calibration.sensitivity import global_rows, has_language_loss
 
-        if config.salience == "local" or not config.wide:
+        if config.salience == "local" or not config.wide or not batches:
             return {}
         if not has_language_loss(model):
             warnings.warn("the model predicts no next token: rows are ranked within each matrix by their error", stacklevel=2)

@@ -21,7 +21,6 @@ them (compression.quantize).
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from ...modeling.experts import ATTRIBUTES
 from ...modeling.protocols import ExpertProduct
 from ...registry import lookup
 from ..base import Place, StorageConfig, places, store
-from .statistics import InputStatistics
+from .statistics import InputStatistics, with_attributes
 
 #: bytes of second moments that are collected in one pass
 STATISTICS_BYTES = 1 << 30
@@ -72,9 +71,9 @@ def walk(model: nn.Module, config: StorageConfig, batches: Any = None, *, on_sit
             if needs and (mine is None or not mine.count):
                 missed.append(place.name)
                 plain = cls.without_data(config)
-                store(model, place, plain, _with(_white(place, cls.needs(plain)), extra.get(place.name)))
+                store(model, place, plain, with_attributes(white(place, cls.needs(plain)), extra.get(place.name)))
             else:
-                store(model, place, config, _with(mine, extra.get(place.name)))
+                store(model, place, config, with_attributes(mine, extra.get(place.name)))
             if on_site:
                 on_site(place.name)
 
@@ -86,9 +85,9 @@ def walk(model: nn.Module, config: StorageConfig, batches: Any = None, *, on_sit
         return _gather(places(model, config), needs, run.whole)
 
     widen(model)
-    extra = prepared if prepared is not None else cls.prepare(model, config, given) if given else {}
+    extra = prepared if prepared is not None else cls.prepare(model, config, given)
     run, all_of_them = Forwards(model, [block for _, block in blocks], given), None
-    with _evaluating(model):
+    with evaluating(model):
         for index, (name, _) in enumerate(blocks):
             if before:
                 before(index)
@@ -263,19 +262,26 @@ def _of_block(run: Forwards, index: int, found: list[Place], needs: frozenset[st
 
 
 def _gather(found: list[Place], needs: frozenset[str], forward: Callable[[Callable], None]) -> dict[str, InputStatistics]:
-    """{name: statistics of its inputs} over the forwards that `forward(watch)` makes, in as many passes as memory asks for."""
-    statistics: dict[str, InputStatistics] = {}
+    """{name: statistics of its inputs}, all at once."""
+    return {place.name: known for place, known in statistics_of(found, needs, forward) if known is not None}
+
+
+def statistics_of(found: list[Place], needs: frozenset[str],
+                  forward: Callable[[Callable], None]) -> Iterator[tuple[Place, InputStatistics | None]]:
+    """(place, statistics of its inputs or None) over the forwards that `forward(watch)` makes, in as many passes as memory asks for; those
+    of one pass are alive at a time."""
     part: list[Place] = []
     size = 0
     for place in [*found, None]:
         bytes_of = place.product.in_features ** 2 * 4 if place is not None and "hessian" in needs else 0
         if part and (place is None or size + bytes_of > STATISTICS_BYTES):
-            statistics |= _pass(part, needs, forward)
+            statistics = _pass(part, needs, forward)
+            yield from ((each, statistics.get(each.name)) for each in part)
+            del statistics
             part, size = [], 0
         if place is not None:
             part.append(place)
             size += bytes_of
-    return statistics
 
 
 def _pass(found: list[Place], needs: frozenset[str], forward: Callable[[Callable], None]) -> dict[str, InputStatistics]:
@@ -339,7 +345,7 @@ def _real(mask: Tensor | None, x: Tensor) -> Tensor | None:
     return None if mask is None or mask.numel() * x.shape[-1] != x.numel() else mask.reshape(x.shape[:-1]).bool()
 
 
-def _white(place: Place, needs: frozenset[str]) -> InputStatistics | None:
+def white(place: Place, needs: frozenset[str]) -> InputStatistics | None:
     """Statistics of inputs of which nothing is known: all alike and independent."""
     if not needs:
         return None
@@ -349,22 +355,12 @@ def _white(place: Place, needs: frozenset[str]) -> InputStatistics | None:
     return made
 
 
-def _with(statistics: InputStatistics | None, more: Mapping[str, Any] | None) -> InputStatistics | None:
-    """Statistics with further attributes; a copy, since maps share them."""
-    if not more or statistics is None:
-        return statistics
-    found = copy.copy(statistics)
-    for name, value in more.items():
-        setattr(found, name, value)
-    return found
-
-
 def _inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in batch.items() if name not in _OTHER}
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout and without a cache of keys and values."""
     training = [module for module in model.modules() if module.training]
     config = getattr(model, "config", None)
@@ -382,4 +378,4 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             each.use_cache = value
 
 
-__all__ = ["Forwards", "walk"]
+__all__ = ["Forwards", "evaluating", "statistics_of", "walk", "white"]
