@@ -3,6 +3,8 @@
 import copy
 import importlib
 import pkgutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -277,6 +279,15 @@ def test_straight_through_quantizer(method):
     value.backward(upstream := matrix(12, 70, seed=4))
     torch.testing.assert_close(value, stored.dequantize())
     assert torch.equal(weight.grad, upstream)
+
+
+@pytest.mark.slow
+def test_formats_are_imported_and_sized_where_tensors_have_no_values():
+    script = ("import torch\nfrom torch._subclasses.fake_tensor import FakeTensorMode\nfrom graftwork.registry import methods\n"
+              "with FakeTensorMode(), torch.device('meta'):\n    found = methods('storage'), methods('calibration')\n"
+              "with torch.device('meta'):  # as `graft methods` does\n"
+              "    [m.cls.from_weight(torch.empty(64, 64), m.config()) for m in found[0]]")
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 @pytest.mark.slow

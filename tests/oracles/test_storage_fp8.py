@@ -82,3 +82,11 @@ def test_blocks_take_no_other_calibration_and_rows_do():
     statistics.add(normal(50, 16, seed=1) @ normal(16, 16, seed=2))
     stored = make_storage(weight, "fp8", make_config("storage", "fp8", calibration="gptq"), statistics=statistics)
     assert (stored.dequantize() - weight).norm() < 0.1 * weight.norm() and not torch.equal(stored.codes, kept(weight).codes)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_table_is_torchs(kind):
+    from graftwork.storage.fp8 import VALUES
+
+    bytes_ = torch.arange(256, dtype=torch.uint8).view(TYPES[kind]).float()
+    torch.testing.assert_close(torch.tensor(VALUES[kind]), bytes_, rtol=0, atol=0, equal_nan=True)

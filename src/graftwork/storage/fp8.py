@@ -15,6 +15,8 @@ Departures from the official code of ZeroQuant-FP (arXiv 2307.09782, the FP8 of 
 
 from __future__ import annotations
 
+import math
+import struct
 from typing import Literal
 
 import torch
@@ -26,7 +28,19 @@ from ._scales import SCALES, positive
 from .base import check_weight
 
 TYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-VALUES = {kind: tuple(torch.arange(256, dtype=torch.uint8).view(each).float().tolist()) for kind, each in TYPES.items()}
+
+
+def _value(kind: str, code: int) -> float:
+    """In plain Python: a module may be imported where new tensors are fake."""
+    if kind == "e5m2":  # the upper byte of an fp16
+        return struct.unpack("<e", bytes((0, code)))[0]
+    sign, exponent, mantissa = -1.0 if code > 127 else 1.0, code >> 3 & 15, code & 7
+    if code & 127 == 127:
+        return math.nan
+    return sign * ((1 + mantissa / 8) * 2.0 ** (exponent - 7) if exponent else mantissa * 2.0**-9)
+
+
+VALUES = {kind: tuple(_value(kind, code) for code in range(256)) for kind in TYPES}
 
 
 class FP8(GroupConfig):

@@ -40,6 +40,8 @@ class MixLLM(GroupConfig):
     bits: int = Field(4, ge=2, le=7, description="of the other rows")
     salience: Literal["global", "local"] = "global"
     """global: rows of the whole model are ranked by what their rounding costs the loss; local: those of each matrix by their error."""
+    activations: Literal["none"] = "none"
+    """Inputs are not rounded by this format."""
 
 
 def quantizer(config: MixLLM, columns: int, wide: bool) -> GroupQuantizer:

@@ -31,7 +31,7 @@ class NormalFloat(GroupConfig):
 @cache
 def levels(bits: int) -> tuple[float, ...]:
     """The code book, sorted, exact in fp32; of Python numbers, so that nothing fake is remembered."""
-    with unset_fake_temporarily():
+    with unset_fake_temporarily(), torch.device("cpu"):
         return tuple(normal_float(bits).tolist())
 
 
