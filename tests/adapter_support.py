@@ -53,12 +53,13 @@ OPTIONS = {
     "sst": {"r": 6},
     "sora": {"r": 4, "alpha": 20.0},
     "qa_lora": {"r": 4, "alpha": 16.0, "group_size": 16},
+    "edkm": {"r": 4, "alpha": 6.0},
     "l4q": {"bits": 3, "group_size": 32, "r": 4, "alpha": 6.0},
 }
 #: the storage that a method needs below it, where a dense model will not do
 BASE = {"peqa": {"method": "int4", "group_size": 32}, "pv_tuning": {"method": "int4", "group_size": 32}}
 #: noise of `fill` and rate of the steps, where trained values are no weights of order 0.1
-SIZES, RATES = {"peqa": 0.01, "pv_tuning": 0.01, "l4q": 0.02}, {"peqa": 2e-3, "pv_tuning": 2e-3, "l4q": 5e-3}
+SIZES, RATES = {"peqa": 0.01, "pv_tuning": 0.01, "l4q": 0.02, "edkm": 0.02}, {"peqa": 2e-3, "pv_tuning": 2e-3, "l4q": 5e-3, "edkm": 5e-3}
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
 OTHER = [info.name for info in methods("adapter") if info.traits["scope"] != "site"]
 BLOCK = [info.name for info in methods("adapter") if info.traits["scope"] == "block"]

@@ -99,8 +99,9 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
             unless(not s.traits["full_tuning_only"], f"selection.{i}", f"{s.name} chooses among the model's own weights, which "
                    f"{adapter.name} freezes", f"remove selection {s.name}, or adapter: null with storage: dense")
         leaf = adapter.traits.get("owns_leaf")
+        kind = f"{leaf}s".replace("ss", "s")
         unless(leaf is None or storage.cls.lets_train(leaf), "adapter",
-               f"{adapter.name} trains the {leaf.removesuffix('s')}s of quantized weights, and {storage.name} has none that can be trained",
+               f"{adapter.name} trains the {kind} of quantized weights, and {storage.name} has none that can be trained",
                "storage: int4, or adapter: lora")
         partner = adapter.traits.get("selection")
         unless(partner is None or any(s.name == partner for s in selections), "selection",

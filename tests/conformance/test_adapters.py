@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STORAGES = [info.name for info in methods("storage")]
 IDS = tiny.tokens(2, 7)
 #: methods whose merge leaves a storage
-HELD = {"peqa", "pv_tuning", "l4q"}
+HELD = {"peqa", "pv_tuning", "l4q", "edkm"}
 
 
 def info(method):

@@ -317,3 +317,36 @@ def test_a_move_on_fake_tensors(kind):
         shape = adapter.codes.shape
         v_step(model, graft, [noise(4), noise(5)])
         assert adapter.codes.shape == shape and all(v.grad.shape == v.shape for v in adapter.values.values())
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_identically_and_is_planned(tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    import training_support as support
+    from graftwork.training.trainer import GraftTrainer
+
+    model, file = support.folder(tmp_path), support.completions(tmp_path / "rows.jsonl")
+
+    def document(out):
+        return support.recipe(model, file, tmp_path / out, adapter={"method": "pv_tuning"}, storage={"method": "int2", "group_size": 32},
+                              selection=[{"method": "pv_tuning", "code_lr": 1.0, "trust_ratio": 0.1}],
+                              train={"max_steps": 4, "save_steps": 1})
+
+    assert not graftwork.plan(document("plan"), estimate_time=False).notes
+    whole = support.run(document("whole"))
+    plain = GraftTrainer.training_step
+
+    def dies(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            raise KeyError("killed")
+        return plain(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="killed"):
+        patch.setattr(GraftTrainer, "training_step", dies)
+        support.run(document("half"))
+    again = support.run(document("half"), resume=True)
+    one, other = (load_file(f"{run.graft}/graft.safetensors") for run in (whole, again))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    graft = whole.grafts[0]
+    assert all(not torch.equal(one[f"{n}.codes"], graft.sites[n].product.leaf("codes")) for n in graft.adapters)

@@ -121,6 +121,11 @@ class CodebookStorage(CodedStorage):
         codes, book = cls._fit(wide, group, books, importance, hessian, config)
         return cls(rows, columns, config, {"codes": pack(codes, config.bits), "book": book.to(kept), **leaves}, bias, dtype or weight.dtype)
 
+    @classmethod
+    def from_codes(cls, codes: Tensor, book: Tensor, config: Codebook, *, dtype: torch.dtype) -> CodebookStorage:
+        """Codes (out, in) uint8 and a book (2^b,) of the matrix, found elsewhere. dtype: the compute dtype."""
+        return cls(*codes.shape, config, {"codes": pack(codes, config.bits), "book": book[None].to(DTYPES[config.book_dtype])}, None, dtype)
+
     @staticmethod
     def _groups(config: Codebook, rows: int) -> int:
         return -(-rows // config.rows_per_book) if config.rows_per_book else 1
