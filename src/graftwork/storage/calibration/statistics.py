@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ class InputStatistics:
     hessian (in, in) fp32: mean of x x^T (the usual factor 2 is left out); mean_abs, max_abs (in,) fp32; samples (at most
     `keep`, in) fp32: rows spread evenly over what came; count: tokens seen. Of the matrix, not of its inputs: wide_rows (out,) bool,
     what `Storage.prepare` found; fisher (out, in), the sum of squared gradients of the loss by the weight, where someone who has
-    gradients set it; never collected here."""
+    gradients set it; never collected here; found, the codes that a window of blocks gave it (windows.py)."""
 
     wide_rows: Tensor | None = None
+    found: Any = None
 
     def __init__(self, features: int, needs: Collection[str] = NAMES, keep: int = 512, device: torch.device | str = "cpu"):
         self.features, self.needs, self.keep, self.count = features, frozenset(needs), keep, 0
