@@ -8,8 +8,10 @@ import torch
 
 import tiny
 from graftwork.compression.quantize import quantize
+from graftwork.data.calibration import calibration_rows
 from graftwork.errors import GraftworkError
 from graftwork.modeling.models import load_model
+from graftwork.planning.ledger import Ledger
 from graftwork.registry import lookup, make_config
 from graftwork.storage import Storage, apply_storage
 from graftwork.storage.base import make_storage
@@ -261,6 +263,20 @@ def test_other_architectures(name):
 
 
 @pytest.mark.slow
+def test_one_window_is_in_memory_at_a_time(tmp_path):
+    given = dict(storage={"method": "int3", "group_size": 16, "calibration": cbq(steps=1)}, samples=1, length=16,
+                 data=[f"the answer to question {i} is {i * 7 % 31}." for i in range(60)])
+    peaks = []
+    for layers in (3, 6):
+        folder = tiny.save(tiny.llama(num_hidden_layers=layers), tmp_path / f"m{layers}")
+        with Ledger(device="cpu") as ledger:
+            quantize(folder, tmp_path / f"q{layers}", **given)
+        peaks.append(ledger.peak_bytes)
+    block = sum(p.numel() * p.itemsize for p in tiny.llama().model.layers[0].parameters())
+    assert peaks[1] < peaks[0] + block / 4
+
+
+@pytest.mark.slow
 def test_blocks_that_cannot_be_run_alone_are_taken_map_by_map():
     class Twice(torch.nn.Module):
         def __init__(self):
@@ -304,8 +320,6 @@ def test_a_folder_and_a_kill(tmp_path):
     report = quantize(folder, tmp_path / "killed", **given)
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir() if p.is_file()} for name in ("whole", "killed")]
     assert files[0] == files[1] and report.resumed == 0
-    from graftwork.data.calibration import calibration_rows
-
     rows = calibration_rows(given["data"], tiny.tokenizer(), samples=4, length=16)
     expected = apply_storage(load_model(folder)[0], make_config("storage", **{k: v for k, v in storage.items() if k != "method"},
                                                                 name="int3"), batches=rows.batches)
