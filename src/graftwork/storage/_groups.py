@@ -118,7 +118,7 @@ class GroupQuantizer:
     def fit(self, weight: Tensor) -> dict[str, Tensor]:
         """weight (rows, columns) fp32 -> {name: (rows, groups)}."""
         full = self.columns // self.group * self.group
-        found = self.grid.fit(weight[:, :full].reshape(weight.shape[0], -1, self.group))
+        found = self.grid.fit(weight[:, :full].reshape(weight.shape[0], full // self.group, self.group))
         if full == self.columns:
             return found
         last = self.grid.fit(weight[:, None, full:])

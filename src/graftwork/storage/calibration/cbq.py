@@ -20,6 +20,9 @@ A map without a window (one outside the blocks, a single matrix, a model that ca
 tr(E H E^T), E = W - D(W), without KL; rows that end above the nearest codes keep those. Bits a weight: the format's; the format must
 have evenly spaced codes.
 
+Wide windows want steps: with 40 a window, the first four blocks of a 135M model at 2 bits end with 0.41 of the output's square on other
+text by windows (2, 1), 0.25 by (1, 0), 0.34 by gptq, 0.49 by the nearest.
+
 Departures (there is no official code; the paper's text does not settle all of it): V0 (V = A1 A2 alone begins with every h at 1/2);
 floor(u) stays that of the first s, so that the gradient by s is exact; each distance counts in its own value at the start; dynamic steps
 of rounded inputs are not trained; outlier channels of inputs are not scaled (calibration awq or repquant does that).
