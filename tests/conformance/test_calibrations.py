@@ -17,7 +17,7 @@ from graftwork.storage.calibration.statistics import InputStatistics
 #: output error allowed, as a multiple of that of the nearest codes on the same inputs; 1 where it is not here
 MARGIN = {"hqq": 1.15, "zeroquant_fp": 2, "repquant": 2}
 #: options that make a slow method short
-SHORT = {"adaquant": {"steps": 20}}
+SHORT = {"adaquant": {"steps": 20}, "cbq": {"steps": 20}}
 FORMATS = [info.name for info in methods("storage") if issubclass(info.cls, GroupStorage)]
 CALIBRATIONS = [info.name for info in methods("calibration")]
 BASIC = {"int4", "int2"}

@@ -6,7 +6,9 @@ block dense and as codes, and the hidden states of the calibration rows.
 
 A kill loses one block at most: shards appear by a rename, and `quantize-state.json` says what the folder is going to be. The same call
 again goes on behind the last shard; the blocks that are done run once more, as codes, to give the next one its inputs, so the
-files are the same as without the kill. config.json is written last, and a folder without it is no model.
+files are the same as without the kill. config.json is written last, and a folder without it is no model. A calibration that trains
+windows of blocks (storage/calibration/windows.py) has a window dense, and starts anew after a kill: what it trained of the blocks
+ahead is in no file.
 """
 
 from __future__ import annotations
@@ -187,6 +189,10 @@ class _Work:
 
     # -- reading and writing blocks -----------------------------------------------------------------------------------------
     def run(self, progress: Callable[[int, int], None] | None) -> None:
+        if lookup("storage", self.config.method).cls.windowed(self.config) is not None:
+            for index in range(len(self.blocks)):
+                self.shard(index).unlink(missing_ok=True)
+            self.rounded = {}
         self._load("")
         self._tie()
 

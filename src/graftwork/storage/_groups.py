@@ -162,20 +162,31 @@ class GroupStorage(CodedStorage):
         return calibration_of(config.calibration).needs
 
     @classmethod
+    def windowed(cls, config):
+        from .calibration.base import calibration_of
+
+        calibration = calibration_of(config.calibration)
+        return calibration if calibration.windowed else None
+
+    @classmethod
+    def source(cls, weight: Tensor, config: GroupConfig) -> tuple[Tensor, Tensor | None]:
+        """(what the grid sees of a weight (out, in), with the padding that the format declares; the scale that it was divided by)."""
+        outer, columns = cls.prescale(weight, config), cls.quantizer(config, weight.shape[1]).columns
+        source = weight if outer is None else weight.float() / outer.float()
+        return (source if columns == weight.shape[1] else F.pad(source, (0, columns - weight.shape[1]))), outer
+
+    @classmethod
     @torch.no_grad()
     def from_weight(cls, weight, config, *, bias=None, dtype=None, statistics=None, generator=None):
         from .calibration.base import calibration_of
 
         check_weight(weight, f"{cls.method} storage")
         quantizer, calibration = cls.quantizer(config, weight.shape[1]), calibration_of(config.calibration)
-        grid, outer, source = quantizer.grid, cls.prescale(weight, config), weight
+        grid = quantizer.grid
         if grid.joint and config.calibration["method"] != "rtn":
             raise UsageError(f"storage '{cls.method}' cannot be calibrated by {config.calibration['method']}: {grid.joint}",
                              remedy="calibration: rtn")
-        if outer is not None:
-            source = source.float() / outer.float()
-        if quantizer.columns > weight.shape[1]:  # padding that the format declares
-            source = F.pad(source, (0, quantizer.columns - weight.shape[1]))
+        source, outer = cls.source(weight, config)
         if has_values(weight):
             found = calibration.calibrate(source, quantizer, statistics)
         else:

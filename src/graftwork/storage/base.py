@@ -58,6 +58,11 @@ class Storage(nn.Module):
         return frozenset()
 
     @classmethod
+    def windowed(cls, config: StorageConfig) -> Any:
+        """The calibration that finds the codes of several blocks at once under these options (calibration.windows), or None."""
+        return None
+
+    @classmethod
     def without_data(cls, config: StorageConfig) -> StorageConfig:
         """The options under which `from_weight` needs no statistics and otherwise does the same: for weights that are made after
         the calibration (an edit), or that no data reached."""

@@ -37,6 +37,9 @@ class Calibration:
     needs: ClassVar[frozenset[str]] = frozenset()
     scales_input: ClassVar[bool] = False
     """Whether the result has an `input_scale`."""
+    windowed: ClassVar[bool] = False
+    """Whether it can train the weights of several blocks on their common output: it then has `student`, `distances`, `weights` and the
+    options `window` and `steps`; see windows.py. Its `calibrate` returns `statistics.found` where a window found the codes."""
 
     def __init__(self, config: MethodConfig):
         self.config = config

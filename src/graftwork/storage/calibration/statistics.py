@@ -19,10 +19,12 @@ class InputStatistics:
     hessian (in, in) fp32: mean of x x^T (the usual factor 2 is left out); mean_abs, max_abs (in,) fp32; samples (at most
     `keep`, in) fp32: rows spread evenly over what came; count: tokens seen. Of the matrix, not of its inputs: wide_rows (out,) bool and
     choice (1,) int64, what `Storage.prepare` of mixllm and mixed found; fisher (out, in), the sum of squared gradients of the loss by the
-    weight, where someone who has gradients set it; never collected here."""
+    weight, where someone who has gradients set it; never collected here; found, the codes that a window of blocks gave it
+    (windows.py)."""
 
     wide_rows: Tensor | None = None
     choice: Tensor | None = None
+    found: Any = None
 
     def __init__(self, features: int, needs: Collection[str] = NAMES, keep: int = 512, device: torch.device | str = "cpu"):
         self.features, self.needs, self.keep, self.count = features, frozenset(needs), keep, 0

@@ -15,8 +15,11 @@ forwards of the model as it is at that point, for all maps that are left. Maps o
 blocks give. Maps that no token reached (an expert that was never chosen) are rounded to the nearest. Whole forwards and such maps
 are noted.
 
+A calibration that trains windows of blocks (windows.py) is given the window that starts at block i before the maps of block i are
+stored; where blocks cannot be run alone, it falls back to what it does for a single map.
+
 before(i), after(i): called around block i, also where it is found stored already, so that a caller can load its weights and drop
-them (compression.quantize).
+them (compression.quantize); with windows, before(i) comes first for blocks that are further ahead.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from ...modeling.protocols import ExpertProduct
 from ...registry import lookup
 from ..base import Place, StorageConfig, places, store
 from .statistics import InputStatistics, with_attributes
+from .windows import Windows
 
 #: bytes of second moments that are collected in one pass
 STATISTICS_BYTES = 1 << 30
@@ -87,15 +91,25 @@ def walk(model: nn.Module, config: StorageConfig, batches: Any = None, *, on_sit
     widen(model)
     extra = prepared if prepared is not None else cls.prepare(model, config, given)
     run, all_of_them = Forwards(model, [block for _, block in blocks], given), None
+    calibration, windows, collected = cls.windowed(config), None, needs
+
+    def load(index: int) -> None:
+        if before:
+            before(index)
+        widen(model.get_submodule(blocks[index][0]))
+
+    if calibration is not None and blocks:
+        dense = Forwards(model, run.blocks, given)
+        windows, collected = Windows(model, run, dense, [name for name, _ in blocks], config, calibration, load), frozenset({"max_abs"})
     with evaluating(model):
         for index, (name, _) in enumerate(blocks):
-            if before:
-                before(index)
-                widen(model.get_submodule(name))
+            load(index)
             found, own = places(model, config, name), all_of_them or {}
             if needs and all_of_them is None:
                 try:
-                    own = _of_block(run, index, found, needs)
+                    own = _of_block(run, index, found, collected)
+                    given_codes = windows.found(index) if windows else {}
+                    own = {name: with_attributes(each, given_codes.get(name)) for name, each in own.items()}
                 except _CannotWalk as error:
                     own = all_of_them = from_whole(index, error)
                     found = places(model, config, name)
@@ -158,26 +172,27 @@ class Forwards:
     def alone(self, index: int, watch: Callable[[Tensor | None], None] | None = None) -> list[Any]:
         """The outputs of block `index`, by batch. watch(mask) is called before each. Raises _CannotWalk."""
         outputs = []
-        for number, batch in enumerate(self.batches):
+        for number in range(len(self.batches)):
             if watch:
                 watch(self.masks[number])
-            outputs.append(self._one(index, number, batch))
+            outputs.append(self.through(index, index, number))
         return outputs
 
     def keep(self, index: int) -> None:
         """Run block `index` as it is now, and go on from its outputs."""
         self.last[self.owners[index]] = self.alone(index)
 
-    def _one(self, index: int, number: int, batch: dict[str, Any]) -> Any:
+    def through(self, first: int, last: int, number: int) -> Any:
+        """The output of block `last` on a batch, where the blocks from `first` run on what is kept before it. Raises _CannotWalk."""
         found = []
 
         def stop(*args, **kwargs):
             found.append(real(*args, **kwargs))
             raise _Reached
 
-        real = self.blocks[index].forward
-        with _forwards({**{self.blocks[i]: self._answer(i, number) for i in range(index)}, self.blocks[index]: stop}):
-            self._run(batch)
+        real = self.blocks[last].forward
+        with _forwards({**{self.blocks[i]: self._answer(i, number) for i in range(first)}, self.blocks[last]: stop}):
+            self._run(self.batches[number])
         return found[0] if found else None
 
     def _answer(self, index: int, number: int, called: list[int] | None = None) -> Callable:
