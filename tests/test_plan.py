@@ -96,6 +96,8 @@ HEAVY = {"rank": 16, "update_proj_gap": 1, "interval": 2, "layers": 1, "target_r
          "max_coordinates": 8, "grasp_samples": 1}
 #: plans that are upper bounds, and how far: ranks grow at the largest sites there
 BOUNDS = {"increlora": 0.03}
+#: those of every run; the rest is for `make test-all`
+EVERYWHERE = ("adamw8bit", "q_galore", "muon", "apollo", "mezo", "halo", "lisa", "sst", "adalora", "pv_tuning")
 
 
 def alone(axis, name):
@@ -106,7 +108,8 @@ def alone(axis, name):
     if axis == "optimizer":
         return {"adapter": None, "optimizer": method, "train": {"batch_size": 2, "max_grad_norm": 0 if known["fused"].default else 1.0}}
     adapters = info.traits.get("adapters") or ([] if axis == "estimator" or info.traits["full_tuning_only"] else ["lora"])
-    return {"adapter": adapters[0] if adapters else None, axis: method if axis == "estimator" else [method], "train": {"batch_size": 2}}
+    return {"storage": "int4" if "pv_tuning" in adapters else "dense", "adapter": adapters[0] if adapters else None,
+            axis: method if axis == "estimator" else [method], "train": {"batch_size": 2}}
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +117,9 @@ def shallow(tmp_path_factory):
     return tiny.save(tiny.llama(**{**SIZES, "num_hidden_layers": 2}), tmp_path_factory.mktemp("plan") / "shallow", with_tokenizer=False)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("axis, name", [(axis, info.name) for axis in ("optimizer", "estimator", "selection")
-                                        for info in registry.methods(axis)])
+@pytest.mark.parametrize("axis, name", [
+    pytest.param(axis, info.name, marks=pytest.mark.slow if info.name in EVERYWHERE else pytest.mark.full)
+    for axis in ("optimizer", "estimator", "selection") for info in registry.methods(axis)])
 def test_the_peak_of_every_method_is_planned_within_two_percent(shallow, axis, name):
     doc = document(shallow, data={"max_length": 48}, **alone(axis, name))
     # The first two steps, and a late one of what changes during a run; each of a run of its own: a meter counts the release of

@@ -420,7 +420,7 @@ def test_pairs(method, storage, kind, dtype):
 
 @pytest.mark.parametrize("method", BASE)
 def test_a_storage_without_the_leaf_is_refused(method):
-    for storage in (s for s in STORAGES if not runs_on(method, s)):
+    for storage in (s for s in STORAGES if not runs_on(method, s) and s != "mixed"):  # mixed holds other formats
         model = tiny.llama()
         apply_storage(model, make_config("storage", storage))
         with pytest.raises(graftwork.GraftworkError, match="storage: int4"):

@@ -24,11 +24,11 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
     folder = Path(folder)
     if not (folder / CARD).exists() and (folder / "adapter_config.json").exists():
         document = read_document(folder)
-        ref, storage, labels = document.get("base_model_name_or_path"), None, None
+        ref, storage, labels, recipe = document.get("base_model_name_or_path"), None, None, None
         task = {"SEQ_CLS": "classification", "FEATURE_EXTRACTION": "encoder"}.get(document.get("task_type"), "causal_lm")
     else:
         card = read_card(folder)
-        ref, storage = card["base"].get("model"), card.get("storage")
+        ref, storage, recipe = card["base"].get("model"), card.get("storage"), card.get("provenance", {}).get("recipe")
         kind = card["base"].get("class") or ""
         task = "classification" if kind.endswith("ForSequenceClassification") else \
             "causal_lm" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "encoder"
@@ -40,7 +40,6 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
         raise ArtifactError(f"{folder} does not say which model it belongs to", remedy="name it: --model FOLDER")
     options = dict(storage or {})
     config = make_config("storage", options.pop("method"), **options) if options else None
-    data = recorded_data(storage, card.get("provenance", {}).get("recipe"), ref)
-    loaded, tokenizer = load_stored(ref, config, task=task, dtype=dtype, num_labels=labels, keep_codes=True,
-                                    batches=lambda *_: data)
+    data = recorded_data(storage, recipe, ref)
+    loaded, tokenizer = load_stored(ref, config, task=task, dtype=dtype, num_labels=labels, keep_codes=True, batches=lambda *_: data)
     return loaded, tokenizer, attach_saved(loaded, folder)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import GraftworkError, ModelError, UsageError, nearest
 from .checkpoint import stored_tensors
 from .gguf_import import converted_folder, gguf_config, is_converted, quiet_transformers
-from .protocols import StoredWeight
 from .references import PACKAGED, ModelRef, first_line, hub_snapshot, model_folder, resolve
 from .source import build_source
 
@@ -192,6 +191,8 @@ def _load_codes(ref: ModelRef, folder: Path, config: Any, task: str, dtype: torc
                 seed: int) -> nn.Module:
     """The model of a folder whose weights are codes, which are kept."""
     import torch
+
+    from .protocols import StoredWeight
 
     model = hollow_model(config, task=task, dtype=dtype, attn_implementation=attention)
     source = build_source(model, folder, ref=ref.ref, revision=folder.name if ref.kind == "hub" else ref.revision)
