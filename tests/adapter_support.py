@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from itertools import combinations, product
 
 import pytest
 import torch
 
 import graftwork
+import tiny
 from graftwork.adapters.graft import Graft
-from graftwork.registry import methods
+from graftwork.registry import lookup, make_config, methods
+from graftwork.storage.base import apply_storage
 
 #: options that exercise a method on the tiny models; a method that is not named here runs on its defaults
 OPTIONS = {
@@ -49,7 +52,14 @@ OPTIONS = {
     "increlora": {"r": 4, "alpha": 20.0},
     "sst": {"r": 6},
     "sora": {"r": 4, "alpha": 20.0},
+    "qa_lora": {"r": 4, "alpha": 16.0, "group_size": 16},
+    "edkm": {"r": 4, "alpha": 6.0},
+    "l4q": {"bits": 3, "group_size": 32, "r": 4, "alpha": 6.0},
 }
+#: the storage that a method needs below it, where a dense model will not do
+BASE = {"peqa": {"method": "int4", "group_size": 32}, "pv_tuning": {"method": "int4", "group_size": 32}}
+#: noise of `fill` and rate of the steps, where trained values are no weights of order 0.1
+SIZES, RATES = {"peqa": 0.01, "pv_tuning": 0.01, "l4q": 0.02, "edkm": 0.02}, {"peqa": 2e-3, "pv_tuning": 2e-3, "l4q": 5e-3, "edkm": 5e-3}
 SITE = [info.name for info in methods("adapter") if info.traits["scope"] == "site"]
 OTHER = [info.name for info in methods("adapter") if info.traits["scope"] != "site"]
 BLOCK = [info.name for info in methods("adapter") if info.traits["scope"] == "block"]
@@ -71,8 +81,26 @@ def on_kinds(kinds) -> list:
     return cases
 
 
-def fill(graft: Graft, seed: int = 0, size: float = 0.1) -> Graft:
+def on_base(model, method: str, folder=None):
+    """The model, its weights in the storage that the method needs; loaded from a folder in `folder`, if given, as artifacts want it."""
+    if method in BASE and folder is not None:
+        place = folder / "base"
+        return graftwork.load(place if place.exists() else tiny.save(model, place), storage=BASE[method], dtype="fp32")[0]
+    if method in BASE:
+        options = dict(BASE[method])
+        apply_storage(model, make_config("storage", options.pop("method"), **options))
+    return model
+
+
+def runs_on(method: str, storage: str) -> bool:
+    """Whether the method takes weights of that storage."""
+    leaf = lookup("adapter", method).traits.get("owns_leaf")
+    return leaf is None or lookup("storage", storage).cls.lets_train(leaf)
+
+
+def fill(graft: Graft, seed: int = 0, size: float | None = None) -> Graft:
     """Add normal noise to every trained value, so that the graft changes something."""
+    size = SIZES.get(graft.method, 0.1) if size is None else size
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in graft.named_parameters():
@@ -111,12 +139,11 @@ def same_as_twin(model, twin, plain, ids, parameters, *, logits: float = 1e-5, g
         close(mine.grad, other.grad * factor[0] if factor else other.grad, gradients)
 
 
-def pairwise(factors: dict[str, list], seed: int = 0) -> list[tuple]:
-    """A seeded covering array of strength 2: every pair of values of two factors occurs in some row."""
+def pairwise(factors: dict[str, list], seed: int = 0, possible: Callable[..., bool] = lambda *row: True) -> list[tuple]:
+    """A seeded covering array of strength 2: every pair of values of two factors that occurs in a possible row occurs in some row."""
     names, generator = list(factors), random.Random(seed)
-    rows = list(product(*factors.values()))
-    open_pairs = {((a, x), (b, y)) for a, b in combinations(range(len(names)), 2)
-                  for x in factors[names[a]] for y in factors[names[b]]}
+    rows = [row for row in product(*factors.values()) if possible(*row)]
+    open_pairs = {((a, row[a]), (b, row[b])) for row in rows for a, b in combinations(range(len(names)), 2)}
 
     def covers(row: tuple) -> set:
         return {((a, row[a]), (b, row[b])) for a, b in combinations(range(len(names)), 2)} & open_pairs

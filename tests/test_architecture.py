@@ -10,7 +10,8 @@ ROOT = Path(graftwork.__file__).parent
 LAYERS = [
     {"errors", "registry", "files"}, {"cache"}, {"modeling"},
     {"storage", "adapters", "initializers", "optim", "estimators", "selection", "objectives"},
-    {"recipe", "recipe_rules", "artifact", "data"}, {"training", "serving", "interchange"}, {"planning", "evaluation", "api"},
+    {"recipe", "recipe_rules", "artifact", "data"},
+    {"training", "serving", "interchange", "compression"}, {"planning", "evaluation", "api"},
     {"report", "demo"}, {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -5,7 +5,7 @@ import torch
 
 import graftwork
 import tiny
-from adapter_support import EVERYWHERE, attach
+from adapter_support import EVERYWHERE, attach, on_base
 from graftwork.errors import IncompatibleError, UsageError
 from graftwork.registry import lookup, methods
 from graftwork.serving.engine import Engine, Limits, Request, Sampling
@@ -118,7 +118,7 @@ def mixed(heard, model, folder, method):
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in CENTRAL else [pytest.mark.slow]) for m in METHODS])
 def test_every_method_in_a_mixed_batch(method, tmp_path, heard):
-    mixed(heard, tiny.llama(), tmp_path, method)
+    mixed(heard, on_base(tiny.llama(), method, tmp_path), tmp_path, method)
 
 
 @pytest.mark.parametrize("kind", [k for k in tiny.CAUSAL if k != "llama"])

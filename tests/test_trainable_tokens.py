@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import graftwork
 import tiny
-from adapter_support import EVERYWHERE, attach, close, fill
+from adapter_support import EVERYWHERE, attach, close, fill, on_base
 from graftwork.errors import ArtifactError, IncompatibleError, UsageError
 from graftwork.interchange.combine import combine
 from graftwork.interchange.gguf import write_gguf_adapter, write_gguf_merged
@@ -523,7 +523,7 @@ SOON = (*EVERYWHERE, "ia3", "dora", "spiel", "bottleneck", "prompt")
 @pytest.mark.parametrize("method", [pytest.param(info.name, marks=[] if info.name in SOON else [pytest.mark.slow])
                                     for info in methods("adapter")])
 def test_beside_every_method(method, beside, tmp_path):
-    model = untied()
+    model = on_base(untied(), method, tmp_path)
     base = logits(model)
     options = {**BESIDE[beside], **({"layers_to_transform": [1]} if lookup("adapter", method).traits["scope"] == "site" else {})}
     a, b = attach(model, method, name="a", **options), attach(model, method, name="b", seed=5, **options)
@@ -541,7 +541,7 @@ def test_beside_every_method(method, beside, tmp_path):
     assert all(p.grad is not None and bool(p.grad.any()) for p in own.values())
     b.detach()
     a.save(tmp_path / "g")
-    other = untied()
+    other = on_base(untied(), method, tmp_path)
     graftwork.attach_saved(other, tmp_path / "g")
     close(logits(other), logits(model), 0 if method not in ("binary_adapter", "binary_lora") else 1e-6)
     try:

@@ -308,7 +308,7 @@ def _storage_error(model: nn.Module) -> float | None:
 
     source = source_of(model)
     site = next((s for s in all_sites(model) if isinstance(s.module, Storage)), None)
-    if source is None or site is None:
+    if source is None or site is None or site.parameter_name not in source:
         return None
     pristine = source.read(site.parameter_name, dtype=torch.float32)
     stored = site.module.dequantize().float().cpu()

@@ -202,21 +202,26 @@ def _replace_folder(new: Path, path: Path) -> None:
         remove_path(aside)
 
 
-def atomic_write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file by a temporary one and a rename; readers see the old content or the new one."""
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yields the name of a temporary file beside `path`; on success it is synced and becomes `path` by a rename."""
     path = Path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _beside(path, "tmp")
         try:
-            with open(temporary, "wb") as handle:
-                handle.write(content)
-                handle.flush()
-                os.fsync(handle.fileno())
+            yield temporary
+            _fsync(temporary)
             os.replace(temporary, path)
             _fsync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file by a temporary one and a rename; readers see the old content or the new one."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:

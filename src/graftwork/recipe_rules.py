@@ -62,8 +62,13 @@ ALIASES: dict[str, tuple[str, Callable[[Any], Any]]] = {
 
 
 def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
-    """[(section, reason, nearest combination that works)]; empty when the recipe is possible. Looks at traits only."""
+    """[(section, reason, nearest combination that works)]; empty when the recipe is possible. Looks at traits only, and at the
+    config.json of a model folder, whose weights may be codes already."""
     storage, adapter = lookup("storage", recipe.storage.method), recipe.adapter and lookup("adapter", recipe.adapter.method)
+    if storage.name == "dense":
+        from .storage._folder import kept_in
+
+        storage = lookup("storage", kept_in(recipe.model) or storage.name)
     estimator, objective = lookup("estimator", recipe.estimator.method), lookup("objective", recipe.objective.method)
     optimizer = recipe.optimizer and lookup("optimizer", recipe.optimizer.method)
     start = recipe.initializer and lookup("initializer", recipe.initializer.method)
@@ -93,12 +98,20 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
         for i, s in enumerate(selections):
             unless(not s.traits["full_tuning_only"], f"selection.{i}", f"{s.name} chooses among the model's own weights, which "
                    f"{adapter.name} freezes", f"remove selection {s.name}, or adapter: null with storage: dense")
+        leaf = adapter.traits.get("owns_leaf")
+        kind = f"{leaf}s".replace("ss", "s")
+        unless(leaf is None or storage.cls.lets_train(leaf), "adapter",
+               f"{adapter.name} trains the {kind} of quantized weights, and {storage.name} has none that can be trained",
+               "storage: int4, or adapter: lora")
         partner = adapter.traits.get("selection")
         unless(partner is None or any(s.name == partner for s in selections), "selection",
-               f"{adapter.name} trains what selection {partner} draws, and keeps its form by it", f"selection: [{{method: {partner}}}]")
+               f"{adapter.name} is one half of a method, and selection {partner} the other", f"selection: [{{method: {partner}}}]")
         if start is not None:
             unless(not recipe.adapter_from, "initializer",
                    f"{start.name} starts a new adapter, and adapter.from continues a trained one", "remove initializer")
+            unless(not (start.traits.get("needs_quantized") and storage.traits.get("lossless")), "initializer",
+                   f"{start.name} starts from what quantization loses, and {storage.name} loses nothing",
+                   "storage: nf4, or initializer: pissa")
             unless(adapter.name in start.traits["adapters"], "initializer",
                    f"{start.name} starts {', '.join(start.traits['adapters'])}, not {adapter.name}",
                    f"adapter: {start.traits['adapters'][0]}, or initializer: default")

@@ -5,6 +5,7 @@ import torch
 
 import graftwork
 import tiny
+from adapter_support import on_base
 from graftwork.data.collate import Collator
 from graftwork.estimators.base import Estimator
 from graftwork.objectives.causal_lm import CausalLMObjective
@@ -62,6 +63,7 @@ def built(estimator="backprop", selection=None, *, full=False):
         wanted = lookup("selection", selection).traits["adapters"] if selection else []
         adapter = wanted[0] if wanted else "lora"
         fields = make_config("adapter", adapter).model_dump()
+        model = on_base(model, adapter)
         grafts = [graftwork.attach(model, adapter, **{k: v for k, v in {"r": 2, "dropout": 0.2}.items() if k in fields})]
         parameters = list(grafts[0].named_parameters())
     optimizer = None

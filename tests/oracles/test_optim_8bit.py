@@ -4,7 +4,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 
-from graftwork.modeling.blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
+from graftwork.modeling.blockwise import _midpoints_below, dequantize_blockwise, dynamic_map, quantize_blockwise
 from graftwork.optim import optimizer
 from graftwork.registry import lookup
 
@@ -109,3 +109,13 @@ def test_small_tensors_are_adamw_and_bytes_are_exact():
             built.step()
         finals.append(p.detach())
     torch.testing.assert_close(*finals, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_table_of_intervals_is_a_search_of_the_midpoints(signed):
+    book = dynamic_map(signed)
+    midpoints = (book[:-1] + book[1:]) * 0.5
+    far, edges = torch.tensor(torch.inf), torch.tensor([0.0, -0.0, 1e-40, -1e-40])
+    noise = torch.randn((8, 10_000), generator=torch.Generator().manual_seed(0)).clamp(-1, 1) * 10.0 ** -torch.arange(8.0)[:, None]
+    x = torch.cat([midpoints, torch.nextafter(midpoints, far), torch.nextafter(midpoints, -far), book, edges, noise.flatten()])
+    assert torch.equal(_midpoints_below(x, signed), torch.bucketize(x, midpoints).to(torch.uint8))

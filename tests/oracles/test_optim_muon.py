@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from graftwork.modeling import arithmetic
 from graftwork.optim import optimizer
 from graftwork.optim.muon import orthogonalized
 from graftwork.registry import lookup
@@ -18,7 +19,8 @@ def parameters(shapes=SHAPES, dtype=torch.float32):
 @pytest.mark.parametrize("options", [{}, {"nesterov": False, "momentum": 0.8}, {"adjust_lr_fn": "match_rms_adamw", "ns_steps": 3}],
                          ids=str)
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_equals_torch(options, decay):
+def test_equals_torch(monkeypatch, options, decay):
+    monkeypatch.setattr(arithmetic, "slow_on_cpu", lambda dtype: False)  # torch's own products, whatever the processor
     ours, theirs, vectors, vectors_theirs = parameters(), parameters(), parameters([(7,), (3, 5)]), parameters([(7,), (3, 5)])
     mine = optimizer("muon", [{"params": ours, "weight_decay": decay},
                               {"params": vectors, "role": "other", "weight_decay": decay}], lr=0.02, **options)
@@ -57,6 +59,17 @@ def test_float32_iteration_equals_its_polynomial_on_the_singular_values():
             moves[dtype] = -p.detach().double() / max(1.0, shape[0] / shape[1]) ** 0.5
         errors = {k: (v - expected).norm() / expected.norm() for k, v in moves.items()}
         assert errors["float32"] < 1e-3 < errors["bfloat16"] < 0.1
+
+
+def test_wide_products_round_as_narrow_ones(monkeypatch):
+    """Without products in bfloat16 the same values come from float32, up to one rounding of a sum."""
+    x = torch.randn((24, 16), generator=torch.Generator().manual_seed(5)).bfloat16()
+    found = []
+    for slow in (False, True):
+        monkeypatch.setattr(arithmetic, "slow_on_cpu", lambda dtype, slow=slow: slow and dtype == torch.bfloat16)
+        found.append(orthogonalized(x.clone(), 5))
+        assert found[-1].dtype == torch.bfloat16
+    torch.testing.assert_close(*found, rtol=0, atol=2**-6)
 
 
 def test_singular_values_of_the_update():

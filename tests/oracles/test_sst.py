@@ -173,7 +173,7 @@ def test_it_is_planned_resumes_in_mid_round_and_is_refused_alone(tmp_path):
     made, whole = support.plans_runs_and_resumes(tmp_path, save_steps=3, **sections)
     assert made.categories["adapters"] == sum(p.numel() * 4 for _, p in whole.grafts[0].named_parameters(trainable=False))
     model, file = support.folder(tmp_path), tmp_path / "d.jsonl"
-    for wrong, why in (({"selection": []}, "selection sst draws"), ({"adapter": {"method": "lora"}}, "acts on adapter sst")):
+    for wrong, why in (({"selection": []}, "selection sst the other"), ({"adapter": {"method": "lora"}}, "acts on adapter sst")):
         with pytest.raises(GraftworkError, match=why):
             support.run(support.recipe(model, file, tmp_path / "r", **{**sections, **wrong}))
     again = tiny.llama()

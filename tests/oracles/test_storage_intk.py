@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from graftwork.errors import UsageError
 from graftwork.registry import make_config
-from graftwork.storage._packing import pack, packed_width, unpack
+from graftwork.storage._packing import look_up, pack, packed_width, unpack
 from graftwork.storage.base import make_storage
 
 SHAPES = [(5, 64), (7, 70), (3, 200), (1, 1), (4, 33)]
@@ -30,6 +30,8 @@ def test_packing_is_a_stream_of_bits(rows, count, bits, seed):
     assert torch.equal(unpack(packed, count, bits), codes)
     stream = "".join(format(byte, "08b")[::-1] for byte in packed[0].tolist())
     assert [int(stream[i * bits:(i + 1) * bits][::-1], 2) for i in range(count)] == codes[0].tolist()
+    table = torch.randn(2**bits, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(look_up(packed, count, bits, tuple(table.tolist())), table[codes.long()])
 
 
 def by_definition(row, bits, symmetric, whole):

@@ -116,6 +116,10 @@ def _attach_site(graft: Graft, site: Site, rank: int | None, start: Any, statist
     if start is not None:
         edited = start.build(site, site.product, adapter, statistics, generator)
         if edited is not None:
+            other = next((g for g in graft.holder.grafts.values() if g is not graft and site.name in g.sites), None)
+            if other is not None:
+                raise IncompatibleError(f"'{start.method}' puts another weight in the place of '{site.name}', which graft "
+                                        f"'{other.name}' runs on", remedy=f"detach '{other.name}' first")
             graft.edit_storage(site.name, edited, site)
     place(graft, site, adapter)
 
@@ -161,8 +165,7 @@ def check_exclusive(graft: Graft, sites: list[Site]) -> None:
         if other is graft:
             continue
         overlap = names & set(other.sites)
-        positions = {graft.info.traits["position"], other.info.traits["position"]}
-        if overlap and (other.edited_storage or positions != {"outside"}):
+        if overlap and other.edited_storage:
             raise IncompatibleError(
                 f"graft '{other.name}' ({other.method}) owns the stored weight of {len(overlap)} of these sites",
                 remedy=f"detach '{other.name}' first: methods that edit the stored base are exclusive")

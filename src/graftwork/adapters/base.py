@@ -60,6 +60,7 @@ class Adapter(nn.Module):
     starts_at_identity: ClassVar[bool] = True
     random_start: ClassVar[bool] = True  # False: nothing is drawn, so every seed gives the same start
     moves: ClassVar[tuple[str, ...]] = ()  # frozen parameters that checkpoints hold too: a selection changes them, or data set them
+    owns_leaf: ClassVar[str | None] = None  # the leaf of a stored weight that it trains: without one it has nothing to train
     restarts_on_load: ClassVar[bool] = False  # `start` runs before an artifact is read too: what it sets is not saved
 
     def __init__(self, site: SiteShape, config: AdapterConfig, *, shared: nn.Module | None, generator: torch.Generator):
@@ -82,7 +83,7 @@ class Adapter(nn.Module):
         return {"scope": cls.scope, "position": cls.position, "merge_exactness": cls.merge_exactness, "seeded": cls.seeded,
                 "multiplicative": cls.multiplicative, "needs_weights": overrides("start"), "low_rank": overrides("factors"),
                 "mergeable": overrides("factors") or overrides("delta_weight"), "edits_base": overrides("base_edit"),
-                "starts_at_identity": cls.starts_at_identity}
+                "starts_at_identity": cls.starts_at_identity, "owns_leaf": cls.owns_leaf}
 
     # -- once per graft --------------------------------------------------------------------------------------------
     @classmethod
@@ -125,6 +126,11 @@ class Adapter(nn.Module):
 
     def base_edit(self) -> tuple[Tensor, Tensor] | None:
         """(B0, A0) of the low-rank part of W that this adapter replaces (W is used as W - B0 A0), or None."""
+        return None
+
+    def held_by(self, product: Product, weight: float, *, exact: bool) -> nn.Module | None:
+        """A storage that holds W + weight * change in codes and metadata, where there is one that needs no new codes for it (or that
+        the method is trained for); None: merging makes W dense. exact: as in `Storage.with_leaves`. product: the whole map of a site."""
         return None
 
     def moved_rows(self) -> tuple[Tensor, Tensor] | None:

@@ -28,7 +28,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_@-]{0,127}")
 
 @dataclass
 class MergeReport:
-    """What merging did: rounding error of the merged weight against W + delta, relative to the delta, by site."""
+    """What merging did: rounding error of the merged weight against W + delta, relative to the delta, by site. target: dense,
+    requantized, or stored (storages that hold the change without new codes; where a site has none, dense)."""
 
     target: str
     errors: dict[str, float] = field(default_factory=dict)
@@ -212,7 +213,8 @@ class Graft:
     def merge(self, *, requantize: bool = False, force: bool = False) -> MergeReport:
         """Fold the change into the weights. A dense base takes W + delta; a quantised one becomes dense D(W) + delta, or is
         quantised again with requantize=True, which is refused when over half of the change would be lost (force=True
-        overrides). Returns the error. `unmerge` puts the pristine weights back."""
+        overrides). A change that a storage can hold in its metadata stays in that storage: with fp32 metadata, or rounded to what
+        the base keeps with requantize=True. Returns the error. `unmerge` puts the pristine weights back."""
         if self.merged:
             raise UsageError(f"graft '{self.name}' is merged already")
         if not self.info.traits["mergeable"]:

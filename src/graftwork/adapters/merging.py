@@ -22,14 +22,16 @@ LOSS_LIMIT = 0.5
 
 
 def merge_sites(graft: Graft, *, requantize: bool, force: bool) -> MergeReport:
-    """Write W + delta at every site. All new weights are computed before the first one is written."""
+    """Write W + delta at every site. All new weights are computed before the first one is written.
+
+    Where a storage can hold the change in its metadata, or the method says in which storage it ends, that one is used."""
     from .graft import MergeReport
 
     _refuse_tied(graft)
     _refuse_part_of_tied_rows(graft)
     stored = any(isinstance(s.module, StoredWeight) for s in graft.sites.values())
     report = MergeReport("requantized" if stored and requantize else "dense")
-    planned: list[tuple[Site, Tensor, Tensor | None]] = []
+    planned: list[tuple[Site, Tensor | nn.Module, Tensor | None]] = []
     for name, adapter in {**graft.adapters, **graft.saved_modules}.items():
         site = graft.sites.get(name) or saved_site(graft, name)
         if requantize and site.rows is not None and isinstance(site.module, StoredWeight):
@@ -40,8 +42,12 @@ def merge_sites(graft: Graft, *, requantize: bool, force: bool) -> MergeReport:
         dense = base.weight()
         exact = dense.float() + change
         new = exact.to(dense.dtype)
-        if requantize and isinstance(site.module, StoredWeight):
-            again = type(site.module).from_weight(new, graft.model.graft_storage, dtype=site.module.compute_dtype)
+        held = adapter.held_by(site.product, graft.weight, exact=not requantize) if site.rows is None else None
+        if held is not None:
+            new, report.target = held.dequantize(), "stored"
+        elif requantize and isinstance(site.module, StoredWeight):
+            kind = type(site.module)
+            again = kind.from_weight(new, kind.without_data(site.module.options), dtype=site.module.compute_dtype)
             new = again.dequantize()
         size = change.norm().item()
         report.errors[name] = ((new.float() - exact).norm().item() / size) if size else 0.0
@@ -49,7 +55,7 @@ def merge_sites(graft: Graft, *, requantize: bool, force: bool) -> MergeReport:
         if bias is not None and site.product.bias is None:
             raise IncompatibleError(f"'{name}' has no bias that the change of the bias could be merged into",
                                     remedy="attach with bias='none'")
-        planned.append((site, new, None if bias is None else bias * graft.weight))
+        planned.append((site, new if held is None else held, None if bias is None else bias * graft.weight))
     if requantize and report.worst > LOSS_LIMIT and not force:
         raise GraftworkError(
             f"quantising the merged weights again would lose {report.worst:.0%} of the change at "
@@ -93,7 +99,7 @@ def bias_change(adapter, site: Site) -> Tensor | None:
     return None if adapter.bias is None else adapter.bias.float() - site.product.bias.float()
 
 
-def _write(site: Site, new: Tensor, bias: Tensor | None, requantize: bool, graft: Graft) -> dict:
+def _write(site: Site, new: Tensor | nn.Module, bias: Tensor | None, requantize: bool, graft: Graft) -> dict:
     """Write one merged weight; returns what restores it."""
     kept: dict = {}
     module = site.module
@@ -101,7 +107,12 @@ def _write(site: Site, new: Tensor, bias: Tensor | None, requantize: bool, graft
         target = site.product.bias
         kept["bias"] = target.detach().cpu().clone()
         target.data.copy_((target.float() + bias).to(target.dtype))
-    if site.expert is not None:
+    if isinstance(new, nn.Module):
+        slot = module._modules["graft"].slot(site.slot_name)
+        kept["frozen"] = (slot, slot.frozen)
+        new.bias = slot.frozen.bias
+        slot.frozen = StorageProduct(new)
+    elif site.expert is not None:
         holder = getattr(module, site.attribute)
         if isinstance(holder, nn.ModuleList):
             kept["stored"] = (holder, site.expert, holder[site.expert])
@@ -146,7 +157,7 @@ def _stored(module: nn.Module, new: Tensor, requantize: bool, graft: Graft) -> n
     from ..registry import lookup, make_config
 
     if requantize:
-        return type(module).from_weight(new, graft.model.graft_storage, dtype=module.compute_dtype)
+        return type(module).from_weight(new, type(module).without_data(module.options), dtype=module.compute_dtype)
     return lookup("storage", "dense").cls.from_weight(new, make_config("storage", "dense"), dtype=new.dtype)
 
 

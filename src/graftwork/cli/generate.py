@@ -128,8 +128,8 @@ def check_lengths(model, prompts: list[list[int]], sources: list) -> None:
                             remedy="shorten the prompt")
 
 
-def row_progress(label: str):
-    """progress(done, total) on stderr: a moving line on a terminal, else a line every tenth of the rows."""
+def row_progress(label: str, what: str = "rows"):
+    """progress(done, total) on stderr: a moving line on a terminal, else a line every tenth of the rows (or whatever)."""
     import sys
     import time
 
@@ -140,7 +140,7 @@ def row_progress(label: str):
         if not terminal and done < total and (done - shown[0]) * 10 < total:
             return
         shown[0] = done
-        text = f"{label}: {done} of {total} rows, {time.monotonic() - start:.0f} s"
+        text = f"{label}: {done} of {total} {what}, {time.monotonic() - start:.0f} s"
         print(f"\r{text}" if terminal else text, end="" if terminal and done < total else "\n", file=sys.stderr, flush=True)
 
     return progress

@@ -27,6 +27,7 @@ class DataConfig(MethodConfig):
     skip_bad         count unusable rows instead of stopping at the first
     limit            use the first so many rows of train and of eval
     eval_fraction    hold out this share of the training rows when there is no eval; equal rows stay on one side
+    calibration_rows rows of train that a storage reads whose codes depend on data (storage: {method: int4, calibration: gptq})
     online           allow hub names
     """
 
@@ -42,6 +43,7 @@ class DataConfig(MethodConfig):
     skip_bad: bool = False
     limit: Annotated[int, Field(ge=1)] | None = None
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    calibration_rows: Annotated[int, Field(ge=1)] = 128
     online: bool = False
 
     @field_validator("train", "eval")

@@ -142,13 +142,14 @@ def _labels(grafts: dict[str, Path]) -> dict[str, list[str]]:
 def load_target(target: Target, *, say: Callable[[str], None] = lambda text: None) -> tuple[Any, Any]:
     """(model in its storage with the target's grafts attached, tokenizer)."""
     from ..api import load
-    from ..training.build import task_of
+    from ..training.build import recorded_data, task_of
 
     if not target.model:
         raise UsageError("the artifact does not say which base it belongs to", remedy="add --model M")
     task = task_of(target.recipe) if target.recipe is not None else "causal_lm"
     labels = next(iter(target.labels.values()), None)
     model, tokenizer = load(target.model, storage=target.storage, dtype=target.dtype, task=task,
+                            calibration_data=recorded_data(target.storage, target.recipe, target.model),
                             num_labels=len(labels) if labels and task == "classification" else None)
     if tokenizer is None:
         raise UsageError(f"{target.model} has no tokenizer", remedy="add the tokenizer files to the model folder")

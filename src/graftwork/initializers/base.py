@@ -22,8 +22,9 @@ from ..registry import MethodConfig, MethodInfo
 def quantized_like(model: nn.Module, site: Any, weight: Tensor) -> nn.Module:
     """A storage of the format that the site is kept in, for another weight (out, in)."""
     module = site.module
-    return module.plain_class.from_weight(weight, model.graft_storage, dtype=module.compute_dtype) if hasattr(
-        type(module), "plain_class") else type(module).from_weight(weight, model.graft_storage, dtype=module.compute_dtype)
+    kind = getattr(type(module), "plain_class", type(module))
+    options = getattr(module, "options", model.graft_storage)
+    return kind.from_weight(weight, kind.without_data(options), dtype=module.compute_dtype)
 
 
 class Initializer:

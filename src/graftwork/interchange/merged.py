@@ -117,7 +117,8 @@ class MergedWeights:
             exact = part + (change := self._change(site_name, site, part.to(value.dtype)))
             part.copy_(exact)
             if self.requantize and isinstance(self._stored(site), StoredWeight):
-                part.copy_(self._again(site, exact))
+                held = self.graft.adapters[site_name].held_by(site.product, self.graft.weight, exact=False)
+                part.copy_(self._again(site, exact) if held is None else held.dequantize())
             size = change.norm().item()
             lost = ((part.to(out_dtype).float() - exact).norm().item() / size) if size else 0.0
             self.report.errors[site_name] = lost
@@ -184,7 +185,7 @@ class MergedWeights:
             raise IncompatibleError(f"'{site.name}' is a slice of a fused projection and cannot be quantised on its own",
                                     remedy="merge into dense weights (the default), or target the whole projection")
         stored = self._stored(site)
-        return type(stored).from_weight(weight, self.model.graft_storage, dtype=stored.compute_dtype).dequantize().float()
+        return type(stored).from_weight(weight, type(stored).without_data(stored.options), dtype=stored.compute_dtype).dequantize().float()
 
     def config(self) -> Any:
         """The config of the merged model."""

@@ -17,18 +17,18 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
     """(model, tokenizer, graft): loads the recorded base (or `model`) in the storage the graft was trained on, and attaches it.
 
     Reads our artifacts and PEFT's. Raises ArtifactError (damaged, another base, no base recorded) and ModelError."""
-    from ..modeling.models import load_model
     from ..registry import make_config
-    from ..storage.base import apply_storage
+    from ..storage.base import load_stored
+    from ..training.build import recorded_data
 
     folder = Path(folder)
     if not (folder / CARD).exists() and (folder / "adapter_config.json").exists():
         document = read_document(folder)
-        ref, storage, labels = document.get("base_model_name_or_path"), None, None
+        ref, storage, labels, recipe = document.get("base_model_name_or_path"), None, None, None
         task = {"SEQ_CLS": "classification", "FEATURE_EXTRACTION": "encoder"}.get(document.get("task_type"), "causal_lm")
     else:
         card = read_card(folder)
-        ref, storage = card["base"].get("model"), card.get("storage")
+        ref, storage, recipe = card["base"].get("model"), card.get("storage"), card.get("provenance", {}).get("recipe")
         kind = card["base"].get("class") or ""
         task = "classification" if kind.endswith("ForSequenceClassification") else \
             "causal_lm" if kind.endswith(("ForCausalLM", "LMHeadModel")) else "encoder"
@@ -38,8 +38,8 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
     ref = model or ref
     if not ref:
         raise ArtifactError(f"{folder} does not say which model it belongs to", remedy="name it: --model FOLDER")
-    loaded, tokenizer = load_model(ref, task=task, dtype=dtype, num_labels=labels)
-    if storage is not None:
-        options = dict(storage)
-        apply_storage(loaded, make_config("storage", options.pop("method"), **options))
+    options = dict(storage or {})
+    config = make_config("storage", options.pop("method"), **options) if options else None
+    data = recorded_data(storage, recipe, ref)
+    loaded, tokenizer = load_stored(ref, config, task=task, dtype=dtype, num_labels=labels, keep_codes=True, batches=lambda *_: data)
     return loaded, tokenizer, attach_saved(loaded, folder)

@@ -10,8 +10,9 @@ that what does not matter drops out:
 - all bytes count. Sampling blocks would be faster, and blind to an edit outside the sample. Weights are hashed in
   parallel, and for files the digests are remembered in the cache by path, size and modification time.
 
-A model without files is hashed from memory, while it is still dense and unmerged: whoever is about to change its weights
-calls `keep_fingerprint` first. Grafts on it are not counted.
+A folder of codes that we wrote keeps the digests of the dense weights that they were made of, so it is the same base; a
+published quantized checkpoint is known by its codes. A model without files is hashed from memory, while it is still dense
+and unmerged: whoever is about to change its weights calls `keep_fingerprint` first. Grafts on it are not counted.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def fingerprint(model: nn.Module | ModelSource, names: Iterable[str] | None = No
     if source is None and names is None and kept is not None:
         return kept
     if source is not None:
-        digests = _source_digests(source)
-        wanted = source.names() if names is None else [source.aliases.get(name, name) for name in names]
+        digests = source_digests(source)
+        wanted = list(digests) if names is None else [source.aliases.get(name, name) for name in names]
         prefix = source.base_prefix
     else:
         weights = _dense_weights(model)
@@ -101,7 +102,12 @@ def _digests(read: dict[str, Callable[[], torch.Tensor]]) -> dict[str, str]:
         return dict(zip(read, pool.map(lambda get: weight_digest(get()), read.values())))
 
 
-def _source_digests(source: ModelSource) -> dict[str, str]:
+def source_digests(source: ModelSource) -> dict[str, str]:
+    if source.pristine is not None:
+        return source.pristine
+    if source.coded:  # a published quantized checkpoint: nothing but its codes is known
+        key = json.dumps(["codes-1", [file_stamp(file) for file in source.files()]])
+        return remember("digests", key, lambda: _digests({name: (lambda n=name: source.stored_tensor(n)) for name in source.stored}))
     made_from = [[name, origin.shape, origin.keys] for name, origin in sorted(source.origins.items())]
     key = json.dumps(["weights-1", [file_stamp(file) for file in source.files()], made_from])
     return remember("digests", key, lambda: _digests({name: (lambda n=name: source.read(n)) for name in source.names()}))

@@ -125,11 +125,12 @@ def converted_folder(path: str | Path) -> Path:
 
 
 def convert_gguf(path: str | Path, *, expected_digest: str | None = None, extra_files: list[Path] = (),
-                 remedy: str = _AGAIN) -> Path:
+                 remedy: str = _AGAIN, weights: bool = True) -> Path:
     """The safetensors folder of a GGUF file, from the cache or converted now (one process at a time, atomically).
 
     `expected_digest`: SHA-256 the file must have; `remedy`: what to do when it has another. `extra_files`: licence texts
-    copied along. Raises ModelError for a damaged file or an architecture that Transformers cannot read from GGUF.
+    copied along. Without `weights` the folder has config and tokenizer only. Raises ModelError for a damaged file or an
+    architecture that Transformers cannot read from GGUF.
     """
     path = check_gguf(path)
     if expected_digest is not None and file_digest(path) != expected_digest:
@@ -137,12 +138,15 @@ def convert_gguf(path: str | Path, *, expected_digest: str | None = None, extra_
     folder = converted_folder(path)
     if _usable(folder):
         return folder
+    folder = folder if weights else folder.with_name(f"{folder.name}-codes")
+    if _usable(folder, weights):
+        return folder
     cache_folder("models")
     with entry_lock(folder):
-        if not _usable(folder):
+        if not _usable(folder, weights):
             with disk_errors(folder, remedy="free some space, or set GRAFTWORK_CACHE to a folder on another disk"):
                 with atomic_folder(folder, overwrite=True) as temporary:
-                    _convert(path, temporary, [*license_files(path.parent), *extra_files])
+                    (_convert if weights else _convert_tokenizer)(path, temporary, [*license_files(path.parent), *extra_files])
     return folder
 
 
@@ -151,16 +155,15 @@ def is_converted(path: str | Path) -> bool:
     return _usable(converted_folder(path))
 
 
-def _usable(folder: Path) -> bool:
+def _usable(folder: Path, weights: bool = True) -> bool:
     try:
-        return (folder / "config.json").is_file() and bool(stored_tensors(folder))
+        return (folder / "config.json").is_file() and (not weights or bool(stored_tensors(folder)))
     except GraftworkError:
         return False
 
 
 def _convert(path: Path, folder: Path, licenses: list[Path]) -> None:
     import torch
-    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
@@ -176,14 +179,31 @@ def _convert(path: Path, folder: Path, licenses: list[Path]) -> None:
     for holder, attribute in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(holder, attribute):
             delattr(holder, attribute)
-    _mend_tokenizer(tokenizer, open_gguf(path), model.config)
     with quiet_transformers():
         model.save_pretrained(folder)
+    _save_rest(path, folder, tokenizer, model.config, model.dtype, licenses)
+
+
+def _convert_tokenizer(path: Path, folder: Path, licenses: list[Path]) -> None:
+    from transformers import AutoTokenizer
+
+    with _parsed_once(path), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    config = gguf_config(path)
+    config.save_pretrained(folder)
+    _save_rest(path, folder, tokenizer, config, config.dtype, licenses)
+
+
+def _save_rest(path: Path, folder: Path, tokenizer: Any, config: Any, dtype: Any, licenses: list[Path]) -> None:
+    import transformers
+
+    _mend_tokenizer(tokenizer, open_gguf(path), config)
+    with quiet_transformers():
         tokenizer.save_pretrained(folder)
     for file in licenses:
         shutil.copyfile(file, folder / file.name)
     facts = {"source": path.name, "sha256": file_digest(path), "converter": CONVERTER_VERSION,
-             "transformers": transformers.__version__, "dtype": str(model.dtype).removeprefix("torch.")}
+             "transformers": transformers.__version__, "dtype": str(dtype).removeprefix("torch.")}
     (folder / "conversion.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PACKAGED", "TASKS", "ModelRef", "empty_model", "load_config", "load_model", "load_tokenizer", "model_folder",
            "parse_dtype", "resolve", "tokenizer_of"]
+#: in a folder of codes: digests of the dense weights that they were made of
+PRISTINE = "pristine.json"
 TASKS = {"causal_lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification", "encoder": "AutoModel"}
 
 
@@ -66,7 +68,8 @@ def _model_errors(what: str, *, task: str) -> Iterator[None]:
 def load_config(ref: str | Path | ModelRef) -> Any:
     """The Transformers config of a reference (also of a folder or file with config.json only), without its weights.
 
-    Raises ModelError for an unreadable config, an unknown architecture, and a checkpoint that is quantised already.
+    Raises ModelError for an unreadable config, an unknown architecture, and a checkpoint that is quantised in a way that
+    no storage reads. One that can be read has a `quantization_config`.
     """
     from transformers import AutoConfig
 
@@ -79,11 +82,15 @@ def load_config(ref: str | Path | ModelRef) -> Any:
         else:
             folder = hub_snapshot(ref, ["*.json"]) if ref.kind == "hub" else ref.path
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=ref.trust_remote_code)
-    quantised = getattr(config, "quantization_config", None)
-    if quantised:
-        kind = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised.quant_method
-        raise ModelError(f"{ref.ref} is quantised already ({kind})",
-                         remedy="give the full-precision model and choose a storage, for example `storage: nf4`")
+    from ..storage._folder import check_readable, quantization_of  # only here does modeling look at a storage
+
+    quantised = quantization_of(config)
+    if quantised is not None:
+        try:
+            check_readable(quantised)
+        except UsageError as error:
+            raise ModelError(f"{ref.ref} is quantised already ({quantised.get('quant_method', 'unknown')}), and not as a storage is: "
+                             f"{error.message}", remedy=error.remedy) from error
     return config
 
 
@@ -140,7 +147,10 @@ def load_model(ref: str | Path | ModelRef, *, task: str = "causal_lm", dtype: st
     ref = replace(ref, trust_remote_code=ref.trust_remote_code or trust_remote_code)
     if fake:
         with _fake_tensors():
-            model = empty_model(ref, task=task, dtype=wanted, num_labels=num_labels, attn_implementation=attn_implementation)
+            config = load_config(ref)
+            model = empty_model(config, task=task, dtype=wanted, num_labels=num_labels, attn_implementation=attn_implementation)
+            if getattr(config, "quantization_config", None):
+                fill_codes(model, config, ref.path if ref.kind == "folder" else None)
         return model, None if ref.kind == "gguf" and not is_converted(ref.path) else load_tokenizer(ref)
 
     import torch
@@ -150,6 +160,9 @@ def load_model(ref: str | Path | ModelRef, *, task: str = "causal_lm", dtype: st
     local = replace(ref, kind="folder", path=folder)
     config, tokenizer = load_config(local), load_tokenizer(local)
     _set_labels(config, num_labels, tokenizer, task)
+    if getattr(config, "quantization_config", None):
+        with _model_errors(ref.ref, task=task):
+            return _load_codes(ref, folder, config, task, wanted, attn_implementation, seed), tokenizer
     with _model_errors(ref.ref, task=task), quiet_transformers(), torch.random.fork_rng(devices=[]):
         model, info = auto.from_pretrained(
             folder, config=config, dtype=wanted or "auto", attn_implementation=_attention(auto, config, attn_implementation),
@@ -161,6 +174,79 @@ def load_model(ref: str | Path | ModelRef, *, task: str = "causal_lm", dtype: st
     model.graft_new_weights = new
     model.graft_source = build_source(model, folder, ref=ref.ref, revision=folder.name if ref.kind == "hub" else ref.revision)
     return model.eval(), tokenizer
+
+
+def hollow_model(config: Any, **options: Any) -> nn.Module:
+    """`empty_model` whose parameters are on meta and whose buffers are real: to be filled."""
+    import torch
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False), quiet_transformers(), torch.random.fork_rng(devices=[]):
+        model = empty_model(config, **options)
+    model.tie_weights()  # parameters are made anew on meta
+    return model
+
+
+def _load_codes(ref: ModelRef, folder: Path, config: Any, task: str, dtype: torch.dtype | None, attention: str,
+                seed: int) -> nn.Module:
+    """The model of a folder whose weights are codes, which are kept."""
+    import torch
+
+    from .protocols import StoredWeight
+
+    model = hollow_model(config, task=task, dtype=dtype, attn_implementation=attention)
+    source = build_source(model, folder, ref=ref.ref, revision=folder.name if ref.kind == "hub" else ref.revision)
+    new = sorted(fill_codes(model, config, folder))
+    _check_missing(model, new, task, ref)
+    with torch.no_grad():
+        for name in new:
+            owner, _, last = name.rpartition(".")
+            old = model.get_parameter(name)
+            model.get_submodule(owner)._parameters[last] = torch.nn.Parameter(torch.empty_like(old, device="cpu"))
+    _draw(model, new, seed)
+    model.tie_weights()
+    model.graft_new_weights = new
+    origins = {name: origin for name, origin in source.origins.items()  # codes may have the name and shape of a weight
+               if not isinstance(model.get_submodule(name.rpartition(".")[0]), StoredWeight)}
+    model.graft_source = replace(source, origins=origins, coded=True, pristine=_pristine_digests(folder))
+    return model.eval()
+
+
+def fill_codes(model: nn.Module, config: Any, folder: Path | None) -> list[str]:
+    """Fill a model that has no values (on meta or fake) from a folder whose weights are codes; None: with storages of the sizes that the
+    config tells. Returns the names that the folder lacks."""
+    import torch
+
+    from ..storage._folder import fill, quantization_of, storage_of
+    from ..storage.base import apply_storage
+    from .source import read_stored
+
+    document, missing = quantization_of(config), []
+    if folder is None:
+        apply_storage(model, storage_of(document))
+    else:
+        stored = stored_tensors(folder)
+        with torch.no_grad():
+            missing = fill(model, document, {name: each.shape for name, each in stored.items()},
+                           lambda name: read_stored(stored[name], name))
+    model.tie_weights()
+    model.__dict__["graft_storage"], model.__dict__["graft_codes_kept"] = storage_of(document), True
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # of the folder; what is saved from this model is another matter
+    return missing
+
+
+def _pristine_digests(folder: Path) -> dict[str, str] | None:
+    import json
+
+    file = folder / PRISTINE
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["digests"]
+        return {str(name): str(digest) for name, digest in found.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{file} is damaged", remedy="quantize the model again") from error
 
 
 def empty_model(ref: Any, *, task: str = "causal_lm", dtype: str | torch.dtype | None = None, num_labels: int | None = None,

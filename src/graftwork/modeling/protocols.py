@@ -59,6 +59,15 @@ class Product:
     bias: Tensor | None = None
 
     @property
+    def stored(self) -> Any:
+        """The storage that keeps W alone, or None: a dense weight, or part of a larger one."""
+        return None
+
+    def leaf(self, name: str) -> Tensor | None:
+        """A leaf of the stored weight, by name; None where there is none."""
+        return None if self.stored is None else self.stored.leaves().get(name)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.dense().dtype
 
@@ -111,6 +120,10 @@ class StorageProduct(Product):
     def transposed(self, grad):
         return self.module.transposed(grad)
 
+    @property
+    def stored(self):
+        return self.module
+
     frozen = True
 
     @property
@@ -134,7 +147,17 @@ class RowsProduct(Product):
         self.in_features, self.out_features = whole.in_features, rows.stop - rows.start
 
     def dense(self, leaves=None):
+        """leaves: of these rows only."""
+        if leaves is not None:
+            own = {name: self.whole.leaf(name) for name in leaves}
+            leaves = {n: torch.cat([own[n][: self.rows.start].to(v.dtype), v, own[n][self.rows.stop:].to(v.dtype)])
+                      for n, v in leaves.items()}
         return self.whole.dense(leaves)[self.rows]
+
+    def leaf(self, name):
+        """Of these rows; for leaves that have a row for every row of W."""
+        found = self.whole.leaf(name)
+        return None if found is None else found[self.rows]
 
     @property
     def bias(self):
@@ -167,6 +190,11 @@ class ExpertProduct(Product):
     def dense(self, leaves=None):
         kept = getattr(self.module, self.attribute)
         return kept[self.expert].dequantize(leaves) if isinstance(kept, nn.ModuleList) else kept[self.expert]
+
+    @property
+    def stored(self):
+        kept = getattr(self.module, self.attribute)
+        return kept[self.expert] if isinstance(kept, nn.ModuleList) else None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,10 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
+#: what compression.quantize keeps in a folder until it is whole
+HALF_WRITTEN = "quantize-state.json"
+
+
 @dataclass(frozen=True)
 class Package:
     """A model inside a pip package: distribution and version, import name, path inside its folder."""
@@ -109,6 +113,9 @@ def _resolve_path(text: str, path: Path, trust_remote_code: bool) -> ModelRef:
     if (path / "config.json").is_file():
         kind = "folder" if weight_files(path) else "config"
         return ModelRef(text, kind, path, trust_remote_code=trust_remote_code)
+    if (path / HALF_WRITTEN).is_file():
+        raise ModelError(f"{path} is half written: its quantization has not finished",
+                         remedy="run the same `graft quantize` again, which continues it")
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return ModelRef(text, "gguf", ggufs[0])
@@ -116,8 +123,9 @@ def _resolve_path(text: str, path: Path, trust_remote_code: bool) -> ModelRef:
     raise ModelError(f"the folder {path} holds {found}", remedy="give a folder saved by Transformers, or one .gguf file")
 
 
-def model_folder(ref: str | Path | ModelRef) -> Path:
-    """The Transformers folder of a reference: converts a GGUF file (once), fetches a Hub snapshot (a commit's folder).
+def model_folder(ref: str | Path | ModelRef, *, weights: bool = True) -> Path:
+    """The Transformers folder of a reference: converts a GGUF file (once; without `weights`, its config and tokenizer only), fetches a
+    Hub snapshot (a commit's folder).
 
     Raises ModelError when there are no weights.
     """
@@ -126,7 +134,7 @@ def model_folder(ref: str | Path | ModelRef) -> Path:
         check_gguf(ref.path)
         digest, licenses = _published(ref.package) if ref.package else (None, [])
         again = {"remedy": ref.package.install.replace("--no-deps", "--no-deps --force-reinstall")} if ref.package else {}
-        return convert_gguf(ref.path, expected_digest=digest, extra_files=licenses, **again)
+        return convert_gguf(ref.path, expected_digest=digest, extra_files=licenses, weights=weights, **again)
     folder = hub_snapshot(ref, _HUB_FILES) if ref.kind == "hub" else ref.path
     if ref.kind == "config" or not weight_files(folder):
         raise ModelError(f"{folder} holds no weights (*.safetensors)", remedy="give the folder of a whole model")

@@ -48,6 +48,8 @@ class ModelSource:
     config: Any = field(repr=False, default=None)
     ref: str | None = None
     revision: str | None = None
+    coded: bool = False  # the files hold codes; weights that are codes there cannot be read
+    pristine: dict[str, str] | None = field(repr=False, default=None)  # digests of the dense weights that the codes were made of
 
     def names(self) -> list[str]:
         """Names of the parameters that can be read, tied ones once."""
@@ -99,6 +101,10 @@ class ModelSource:
                              remedy="the model's files must stay in place while it is in use") from error
         return tensor if dtype is None else tensor.to(dtype)
 
+    def stored_tensor(self, key: str) -> torch.Tensor:
+        """A tensor of the files by its name there, as it is."""
+        return read_stored(self.stored[key], key)
+
     def _plain(self, origin: Origin, rows, expert) -> torch.Tensor:
         [[key]] = origin.keys.values()
         with _opened(self.stored[key].file) as handle:
@@ -130,6 +136,16 @@ class ModelSource:
         return (tensor if rows is None else tensor[rows]).contiguous()
 
 
+def read_stored(stored: Stored, key: str) -> torch.Tensor:
+    """A tensor of a file by its name there; under FakeTensorMode a fake one of its shape and dtype."""
+    import torch
+
+    if _fake_mode() is not None:
+        return torch.empty(stored.shape, dtype=_torch_dtype(stored.dtype))
+    with _opened(stored.file) as handle:
+        return handle.get_tensor(key)
+
+
 def _fake_mode():
     from torch._guards import detect_fake_mode
 
@@ -141,7 +157,8 @@ def _torch_dtype(name: str) -> torch.dtype:
 
     return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
             "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-            "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}[name]
+            "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+            "F8_E8M0": torch.float8_e8m0fnu, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64}[name]
 
 
 def _opened(file: Path):
@@ -264,8 +281,8 @@ def pristine_weight(model: nn.Module, site: Any) -> torch.Tensor:
     stored, source = isinstance(site.module, StoredWeight), source_of(model)
     if source is None or site.parameter_name not in source:
         if stored:
-            raise UsageError(f"the full-precision weight of '{site.name}' is not at hand: the model was not loaded from files",
-                             remedy="load it with graftwork.load(folder, storage=...), or keep the storage dense")
+            raise UsageError(f"the full-precision weight of '{site.name}' is not at hand: the model was not loaded from files that hold it",
+                             remedy="load the dense model with graftwork.load(folder, storage=...), or keep the storage dense")
         return site.product.dense().detach().float()
     weight = source.read(site.parameter_name, dtype=torch.float32, expert=site.expert)
     # Conv1D keeps (in, out); a stored site has lost its module class, so its source shape tells

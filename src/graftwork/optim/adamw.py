@@ -37,6 +37,10 @@ class AdamWOptimizer(BaseOptimizer):
         kept = kept_dtype(dtype, config)
         return {"exp_avg": (shape, kept), "exp_avg_sq": (shape, kept)}
 
+    @classmethod
+    def elementwise(cls, config: AdamW, shape: tuple[int, ...], role: str) -> bool:
+        return True
+
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         states = []
         for p in params:

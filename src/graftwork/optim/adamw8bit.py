@@ -44,6 +44,10 @@ class AdamW8bitOptimizer(PlainOptimizer):
     def slots(cls, config: AdamW8bit, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> Slots:
         return coded_slots(shape, kept_dtype(dtype, config), config.min_8bit_size)
 
+    @classmethod
+    def elementwise(cls, config: AdamW8bit, shape: tuple[int, ...], role: str) -> bool:
+        return True
+
     def move(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: int) -> None:
         moments = read_moments(state, weight.dtype)
         # The kernel counts steps itself, in a tensor of its own here.

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,8 @@ from ..errors import ArtifactError, UsageError
 from ..modeling.trained_codes import codes_of
 from ..registry import MethodConfig, lookup, make_config
 from .groups import as_groups
-from .rounding import NARROW, check_rounding, widened
+from .pieces import LARGE, cut, in_order, spans
+from .rounding import NARROW, check_rounding, noise, widened
 
 #: slot name -> (shape, dtype) of one state tensor
 Slots = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -120,6 +122,11 @@ class BaseOptimizer(torch.optim.Optimizer):
         kept = {"compensation": (shape, dtype)} if config.rounding == "kahan" and dtype in NARROW else {}
         return {**cls.slots(config, shape, dtype, role), **kept}
 
+    @classmethod
+    def elementwise(cls, config: CommonConfig, shape: tuple[int, ...], role: str) -> bool:
+        """Whether the update of each entry depends on that entry, its gradient and its state (or their block's) alone."""
+        return False
+
     def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """Update parameters that have a gradient; the result for one tensor must not depend on the others."""
         for p in params:
@@ -156,14 +163,44 @@ class BaseOptimizer(torch.optim.Optimizer):
         return loss
 
     def _move(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """`_apply`, with the configured rounding of 16-bit weights; weights that are codes are decoded for it."""
-        plain = [p for p in params if codes_of(p) is None] if self.config.rounding == "nearest" else []
-        if plain:
-            self._apply(group, plain)
-        for p in params if not plain else [p for p in params if codes_of(p) is not None]:
-            state, clock = self.prepare(group, p)
-            with widened(p, self.config.rounding, state.get("compensation"), (clock.index, clock.step)):
-                self._apply(group, [p])
+        """`_apply`, with the configured rounding of 16-bit weights; weights that are codes are decoded for it, and those that can be
+        are updated in pieces."""
+        rounding, whole = self.config.rounding, []
+        for p in params:
+            if self._is_cut(group, p):
+                self._move_pieces(group, p)
+            elif rounding == "nearest" and codes_of(p) is None:
+                whole.append(p)
+            else:
+                state, clock = self.prepare(group, p)
+                with widened(p, rounding, state.get("compensation"), noise(rounding, p.device, (clock.index, clock.step))):
+                    self._apply(group, [p])
+        if whole:
+            self._apply(group, whole)
+
+    def _is_cut(self, group: dict[str, Any], p: Tensor) -> bool:
+        return (p.numel() > LARGE and "update_gain" not in group and codes_of(p) is None
+                and self.elementwise(self.config, tuple(p.shape), group["role"])
+                and in_order(p, p.grad, *self.prepare(group, p)[0].values()))
+
+    def _move_pieces(self, group: dict[str, Any], p: Tensor) -> None:
+        """Each piece stands in for a parameter of its own; all begin with the same step and end with the next."""
+        state, clock = self.prepare(group, p)
+        weights, grads = p.detach().view(-1), p.grad.view(-1)
+        generator, own = noise(self.config.rounding, p.device, (clock.index, clock.step)), clock
+        for span in spans(p.numel()):
+            piece, own = weights[span], replace(clock)
+            piece.grad, part = grads[span], cut(state, span, p.numel())
+            self.state[piece], self._clocks[piece] = part, own
+            try:
+                with nullcontext() if self.config.rounding == "nearest" else widened(
+                        piece, self.config.rounding, part.get("compensation"), generator):
+                    self._apply(group, [piece])
+            finally:
+                del self.state[piece], self._clocks[piece]
+            del piece
+        clock.step = own.step
+        state["step"].copy_(part["step"])
 
     def _apply(self, group: dict[str, Any], params: list[Tensor]) -> None:
         """`update`, and where the group has an `update_gain` (values before -> factors, broadcasting) each entry's step times

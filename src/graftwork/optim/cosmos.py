@@ -95,6 +95,10 @@ class CosmosOptimizer(BaseOptimizer):
             return {"exp_avg": (shape, kept), "exp_avg_sq": (shape, kept)}
         return {"exp_avg": (shape, kept), "exp_avg_sq": (subspace.low_shape(shape), kept), **subspace.slots(shape, kept)}
 
+    @classmethod
+    def elementwise(cls, config: Cosmos, shape: tuple[int, ...], role: str) -> bool:
+        return not cls.subspace(config).accepts(shape, role)
+
     def update_one(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> None:
         config, subspace = self.config, self.subspace(self.config)
         state, clock = self.prepare(group, p)

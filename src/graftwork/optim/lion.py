@@ -39,6 +39,10 @@ class LionOptimizer(PlainOptimizer):
     def slots(cls, config: Lion, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> Slots:
         return {"exp_avg": (shape, kept_dtype(dtype, config))}
 
+    @classmethod
+    def elementwise(cls, config: Lion, shape: tuple[int, ...], role: str) -> bool:
+        return True
+
     def move(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: int) -> None:
         b1, b2 = self.config.betas
         momentum = state["exp_avg"]

@@ -56,6 +56,10 @@ class LomoOptimizer(PlainOptimizer):
     def slots(cls, config: Lomo, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> Slots:
         return {}
 
+    @classmethod
+    def elementwise(cls, config: Lomo, shape: tuple[int, ...], role: str) -> bool:
+        return True
+
     def move(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: int) -> None:
         limit = self.config.clip_value
         weight.add_(grad if limit is None else grad.clamp(-limit, limit), alpha=-group["lr"])

@@ -19,7 +19,7 @@ class PlainOptimizer(BaseOptimizer):
         state["step"].add_(1)
         work = work_dtype(p.dtype)
         weight, grad = p.to(work).contiguous(), grad.to(work).contiguous()
-        names = self.slots(self.config, tuple(p.shape), p.dtype, group["role"])
+        names = [name for name in state if name not in ("step", "compensation")]
         wide = {name: state[name].to(work) if state[name].is_floating_point() else state[name] for name in names}
         self.move(weight, self.decay(weight, grad, group), wide, group, clock.step)
         for narrow, t in [(p, weight), *((state[name], wide[name]) for name in names)]:

@@ -7,7 +7,7 @@ both on top of any rule, with x the float32 result of the update:
     kahan       x is computed from W + C;  W <- round(x),  C <- round(x - W):  16 significant bits for 2 more bytes a weight
 
 Stochastic rounding keeps no state: its numbers come from a generator seeded with the parameter's place and step, so that a
-resumed run draws the same. The float32 copy exists for one tensor at a time.
+resumed run draws the same. The float32 copy exists for one tensor (or one piece of a large one) at a time.
 
 A weight that is codes (modeling.trained_codes) is read before the update and coded again after it, to the nearest code or
 stochastically; a `kahan` remainder would be the master copy that such weights do without.
@@ -40,8 +40,16 @@ def check_rounding(rounding: str, p: Tensor) -> None:
                          "is float16", remedy="rounding: kahan, or bfloat16 weights")
 
 
+def noise(rounding: str, device: torch.device, place: tuple[int, int]) -> torch.Generator | None:
+    """What stochastic rounding draws from, by a parameter's number and step."""
+    if rounding != "stochastic":
+        return None
+    # Mixed into 32 bits, all that a CPU generator takes of a seed.
+    return torch.Generator(device).manual_seed((place[0] * 0x9E3779B1 + place[1] * 0x85EBCA6B) & 0xFFFFFFFF)
+
+
 @contextmanager
-def widened(p: Tensor, rounding: str, compensation: Tensor | None, place: tuple[int, int]) -> Iterator[None]:
+def widened(p: Tensor, rounding: str, compensation: Tensor | None, generator: torch.Generator | None) -> Iterator[None]:
     """Inside, a 16-bit or coded parameter is float32 (its compensation added); after it, rounded back into its own storage."""
     codes = codes_of(p)
     if codes is None and p.dtype not in NARROW:
@@ -55,16 +63,10 @@ def widened(p: Tensor, rounding: str, compensation: Tensor | None, place: tuple[
         yield
     finally:
         p.data = kept
-    if codes is not None and rounding == "nearest":
-        codes.write(wide)
+    if codes is not None:
+        codes.write(wide, generator)
     elif rounding == "kahan":
         kept.copy_(wide)
         compensation.copy_(wide.sub_(kept))
     else:
-        # Mixed into 32 bits, all that a CPU generator takes of a seed.
-        seed = (place[0] * 0x9E3779B1 + place[1] * 0x85EBCA6B) & 0xFFFFFFFF
-        generator = torch.Generator(wide.device).manual_seed(seed)
-        if codes is not None:
-            codes.write(wide, generator)
-        else:
-            kept.copy_(round_stochastic(wide, kept.dtype, generator))
+        kept.copy_(round_stochastic(wide, kept.dtype, generator))

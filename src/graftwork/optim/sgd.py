@@ -47,6 +47,10 @@ class SGDOptimizer(PlainOptimizer):
     def slots(cls, config: SGD, shape: tuple[int, ...], dtype: torch.dtype, role: str) -> Slots:
         return {"momentum_buffer": (shape, kept_dtype(dtype, config))} if config.momentum else {}
 
+    @classmethod
+    def elementwise(cls, config: SGD, shape: tuple[int, ...], role: str) -> bool:
+        return True
+
     def decay(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
         if self.config.coupled_decay:
             return grad.add(weight, alpha=group["weight_decay"])

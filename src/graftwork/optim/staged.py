@@ -75,6 +75,10 @@ class StagedOptimizer(BaseOptimizer):
         return {**stages.subspace.slots(shape, kept), **stages.rule.slots(low, kept),
                 **(stages.transform.slots(low, kept) if stages.transform else {}), **stages.residual.slots()}
 
+    @classmethod
+    def elementwise(cls, config: OptimizerConfig, shape: tuple[int, ...], role: str) -> bool:
+        return not cls.build(config).subspace.accepts(shape, role)
+
     def update_one(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> None:
         state, clock = self.prepare(group, p)
         work = work_dtype(p.dtype)

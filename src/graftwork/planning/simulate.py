@@ -30,7 +30,7 @@ from ..errors import GraftworkError
 from ..modeling import arithmetic
 from ..recipe import Recipe, load_recipe
 from ..training.batches import FleetBatches, StepBatches, heaviest_step, total_steps
-from ..training.build import build_grafts, build_model, build_step
+from ..training.build import build_grafts, build_model, build_step, reads_data
 from .ledger import Ledger
 from .measure import expected_device_bytes
 
@@ -126,11 +126,13 @@ def _unpacked(yes: bool) -> Iterator[None]:
 
 @contextmanager
 def _few_pieces() -> Iterator[None]:
-    """MeZO draws and adds its noise in pieces of 2^20 values: 70,000 of them for 70B. All need the memory of the second one
-    (which begins while the first one's buffers are alive), so a large tensor moves by its first, second and last piece here."""
+    """MeZO draws and adds its noise, and optimizers update large tensors, in pieces of 2^20 values: 70,000 of them for 70B. All need
+    the memory of the second one (which begins while the first one's buffers are alive), so a large tensor moves by its first,
+    second and last piece here."""
     from ..estimators import mezo
+    from ..optim import base, pieces
 
-    kept = mezo._pieces
+    kept, kept_spans = mezo._pieces, base.spans
 
     def few(p: Tensor) -> Iterator[Tensor]:
         size = mezo.PIECE
@@ -141,11 +143,15 @@ def _few_pieces() -> Iterator[None]:
         for start in (0, size, (p.numel() - 1) // size * size):
             yield flat[start:start + size]
 
-    mezo._pieces = few
+    def few_spans(size: int) -> list[slice]:
+        every = range(0, size, pieces.PIECE)
+        return [slice(start, min(start + pieces.PIECE, size)) for start in sorted({*every[:2], every[-1]})]
+
+    mezo._pieces, base.spans = few, few_spans
     try:
         yield
     finally:
-        mezo._pieces = kept
+        mezo._pieces, base.spans = kept, kept_spans
 
 
 @contextmanager
@@ -180,6 +186,9 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
     from ..objectives import base as objectives
 
     model, _ = build_model(recipe, num_labels=labels, fake=True)
+    if reads_data(recipe.storage):
+        notes.append("calibrating the weights comes before the steps and is not in the peak: hidden states of "
+                     f"{recipe.data.calibration_rows} rows and the statistics of one block")
     _mark_new_heads(recipe, model)
     ledger = Ledger(logits_width=getattr(model.config.get_text_config(), "vocab_size", None))
     grafts = _grafts(recipe, model, names, notes)

@@ -12,7 +12,8 @@ one site at a time, where no gradients or activations are alive.
 
 The paper gives neither the length of an iteration nor of the warm-up; both are options. Departure: after a decomposition
 the i-th largest singular value stands where the i-th largest of before stood, so that sigma's moments still mean something.
-Under fake tensors (a plan) a decomposition happens before every step, so that its memory is in the plan.
+Under fake tensors (a plan) a decomposition happens before every step, and the moments stay: the plan then holds a draw's memory and
+that of a step between two draws.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class SSTSelection(Selection):
             if (age == 0 and iteration) or planned:
                 adapter.redraw(_generator(ctx.seed, name, iteration),
                                decompose=planned or self.decomposes(iteration, adapter.modes, adapter.r))
-                for pair in (adapter.u, adapter.v):
+                for pair in () if planned else (adapter.u, adapter.v):
                     drop_state(ctx.optimizer, pair)
         self._before = [] if age >= self.config.warmup else [
             (p, p.detach().clone()) for adapter in ctx.graft.adapters.values() for p in (adapter.u, adapter.v)]

@@ -50,16 +50,27 @@ def load_with_adapters(ref: str, adapters: dict[str, Path], *, storage: str | No
                        say: Callable[[str], None] = lambda text: None) -> tuple[Any, Any]:
     """(model, tokenizer) with the grafts attached under their names.
 
-    storage None: the one all grafts were trained on, else dense. Raises GraftworkError for what cannot be loaded."""
+    storage None: the one all grafts were trained on, else dense; a folder of codes keeps them in any case. Raises
+    GraftworkError for what cannot be loaded."""
     from ..api import load
+    from ..modeling.models import load_config
 
     if storage is None:
         chosen = _common_storage(adapters)
+        if chosen is not None and getattr(load_config(ref), "quantization_config", None):
+            chosen = None
         if chosen is not None:
             say(f"storage {chosen['method']}, as the adapters were trained on it")
     else:
         chosen = storage
-    model, tokenizer = load(ref, storage=chosen, dtype=dtype)
+    recorded = None
+    if isinstance(chosen, dict):
+        from ..artifact import read_card
+        from ..training.build import recorded_data
+
+        card = read_card(next(iter(adapters.values())))
+        recorded = recorded_data(chosen, card.get("provenance", {}).get("recipe"), ref)
+    model, tokenizer = load(ref, storage=chosen, dtype=dtype, calibration_data=recorded)
     if tokenizer is None:
         raise UsageError(f"{ref} has no tokenizer", remedy="add the tokenizer files to the model folder")
     for name, folder in adapters.items():

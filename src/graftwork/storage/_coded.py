@@ -7,12 +7,16 @@ backward pass, which saves nothing of the weight.
 
 from __future__ import annotations
 
+import math
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..modeling.arithmetic import dtype_for, product_dtype
+from ._packing import pack, unpack
 from .base import Storage, StorageConfig, bytes_parameter, view_as
 
 #: weights decoded at a time
@@ -20,7 +24,12 @@ TILE = 1 << 20
 
 
 class CodedStorage(Storage):
-    """Subclasses implement `from_weight`, `leaf_kinds` and `decode`."""
+    """Subclasses implement `from_weight`, `leaf_kinds` and `decode`.
+
+    varying: leaves whose first size depends on the values of the weight (fake weights give an expectation); loading a state dict
+    takes over the sizes that it has."""
+
+    varying: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, out_features: int, in_features: int, config: StorageConfig, leaves: dict[str, Tensor], bias: Tensor | None,
                  compute_dtype: torch.dtype):
@@ -44,6 +53,16 @@ class CodedStorage(Storage):
     def leaves(self) -> dict[str, Tensor]:
         return {name: view_as(self._parameters[name].detach(), dtype).view(shape) for name, (shape, dtype) in self.leaf_kinds().items()}
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in self.varying:
+            shape, dtype = self._kinds[name]
+            found, each = state_dict.get(prefix + name), math.prod(shape[1:]) * dtype.itemsize
+            if found is not None and found.numel() != self._parameters[name].numel() and found.numel() % each == 0:
+                own = self._parameters[name]
+                self._kinds[name] = ((found.numel() // each, *shape[1:]), dtype)
+                self._parameters[name] = nn.Parameter(torch.empty(found.numel(), dtype=own.dtype, device=own.device), requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _given(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         own = self.leaves()
         if unknown := set(leaves) - set(own):
@@ -54,6 +73,26 @@ class CodedStorage(Storage):
         if leaves is None:
             return self.dense_as(self.compute_dtype)
         return self.decode(self._given(leaves), slice(0, self.out_features)).to(self.compute_dtype)
+
+    def nearest_codes(self, weight: Tensor, leaves: dict[str, Tensor]) -> tuple[Tensor, int]:
+        """Codes (out, in) uint8 of the numbers nearest to weight (out, in) fp32 under all leaves, and their bits; where a format
+        `recodes`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def recoded(self, weight, leaves, moved):
+        if not self.recodes:
+            return super().recoded(weight, leaves, moved)
+        leaves = self._given(leaves)
+        codes, bits = self.nearest_codes(weight.float(), leaves)
+        return pack(torch.where(moved, codes, unpack(leaves["codes"], self.in_features, bits)), bits)
+
+    def _checked(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those given to `with_leaves`."""
+        if wrong := [name for name in sorted(leaves) if not self.lets_train(name)]:
+            raise UsageError(f"storage '{self.method}': leaf '{wrong[0]}' is not one that an adapter trains",
+                             remedy=f"trainable: {', '.join(self.trainable_leaves) or 'none'}")
+        return leaves
 
     def _tiles(self):
         """Slices of the rows of W; in a plan, too, each of them, since they are few."""
@@ -79,9 +118,18 @@ class CodedStorage(Storage):
         return self.dequantize().index_select(0, index)
 
     def product(self, x: Tensor, leaves: dict[str, Tensor] | None = None) -> Tensor:
-        if leaves is not None:
-            return F.linear(x, self.dequantize(leaves).to(x.dtype))
-        return _TiledProduct.apply(x, self)
+        if leaves is None:
+            return _TiledProduct.apply(x, self)
+        if torch.is_grad_enabled():
+            return _LeafProduct.apply(x, self, tuple(leaves), *leaves.values())
+        return self._product_with(x, self._given(leaves))  # plain operations: forward-mode tangents pass
+
+    def _product_with(self, x: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+        """x D(W)^T with these leaves, tile by tile."""
+        dtype = dtype_for(x)
+        wide = x.to(dtype)
+        parts = [F.linear(wide, self._rounded(leaves, rows, dtype)) for rows in self._tiles()]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(x.dtype)
 
     def forward_product(self, x: Tensor) -> Tensor:
         """x D(W)^T, (..., in) -> (..., out) in x's dtype, without gradient: tile by tile, or by a kernel of the format."""
@@ -133,3 +181,36 @@ class _TransposedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx, twice: Tensor):
         return _TiledProduct.apply(twice, ctx.storage), None
+
+
+class _LeafProduct(torch.autograd.Function):
+    """y = x D(W)^T, differentiable in some float leaves. Saved are x and these leaves; the backward pass decodes W again, and forms the
+    gradient of W a tile at a time, which the format's own derivative reduces to the leaves'."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, storage: CodedStorage, names: tuple[str, ...], *given: Tensor) -> Tensor:
+        ctx.storage, ctx.names = storage, names
+        ctx.save_for_backward(x, *given)
+        return storage._product_with(x, storage._given(dict(zip(names, given))))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        (x, *given), storage = ctx.saved_tensors, ctx.storage
+        dtype = product_dtype(grad.dtype, grad.device)
+        g, rows = grad.reshape(-1, grad.shape[-1]).to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
+        wanted = [needed for needed in ctx.needs_input_grad[3:]]
+        found = [torch.zeros_like(leaf) if needed else None for leaf, needed in zip(given, wanted)]
+        dx = None
+        for tile in storage._tiles():
+            with torch.enable_grad():
+                own = [leaf.detach().requires_grad_(needed) for leaf, needed in zip(given, wanted)]
+                dense = storage.decode(storage._given(dict(zip(ctx.names, own))), tile)
+            if ctx.needs_input_grad[0]:
+                part = g[:, tile] @ dense.detach().to(storage.compute_dtype).to(dtype)
+                dx = part if dx is None else dx.add_(part)
+            if any(wanted):
+                learned = [leaf for leaf, needed in zip(own, wanted) if needed]
+                parts = iter(torch.autograd.grad(dense, learned, (g[:, tile].T @ rows).to(dense.dtype)))
+                found = [sum_ if sum_ is None else sum_.add_(next(parts)) for sum_ in found]
+        return None if dx is None else dx.to(x.dtype).reshape(x.shape), None, None, *found

@@ -7,21 +7,27 @@ a matrix gets, given how its inputs are distributed; this file keeps the result:
     codes (out, ceil(in b / 8)) bytes;   every parameter of the grid (out, ceil(in / g));   input_scale (in,) fp16 with AWQ
 
     D(W) = decode(codes, parameters) / input_scale
+
+A format may keep one more scale, of a row or of the whole matrix (`prescale`): the grid then sees W / outer_scale. Its grid may keep
+parameters in fewer than 8 bits (`packed`), and its codes may hang on their neighbors (`joint`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
+from ..errors import UsageError
 from ..modeling.protocols import has_values
 from ..registry import lookup, make_config
+from ._activations import RoundedProduct, straight_through
 from ._coded import CodedStorage
-from ._packing import pack, unpack
+from ._packing import look_up, pack, unpack
 from .base import StorageConfig, check_weight
 
 
@@ -43,6 +49,8 @@ class GroupConfig(StorageConfig):
     group_size: int = Field(64, ge=-1, description="weights along the input that share a scale; -1: a whole row")
     calibration: CalibrationOptions = {"method": "rtn"}
     """How codes are found: rtn (the nearest), or a method that reads calibration data."""
+    activations: Literal["none", "int8", "int4", "fp8"] = "none"
+    """How inputs are rounded before the product, token by token. An adapter beside the layer sees them as they are."""
 
 
 class Grid:
@@ -53,6 +61,14 @@ class Grid:
 
     bits: int
     parameters: dict[str, torch.dtype]
+    packed: ClassVar[dict[str, int]] = {}
+    """Parameters (uint8) that a leaf keeps in fewer bits: {name: bits}, packed along a row."""
+    table: tuple[float, ...] = ()
+    """2**bits numbers where decode is `place(table[codes], parameters)`: codes are then looked up byte by byte."""
+    choice: str = ""
+    """The parameter (uint8) that says which table of a group it is, where `table` is several, one after the other."""
+    joint: str = ""
+    """Why a column cannot be coded without others; empty where it can. Only calibration rtn is then possible."""
 
     def fit(self, groups: Tensor) -> dict[str, Tensor]:
         """groups (..., g) fp32 -> {name: (...)} in the dtypes of `parameters`: already as they are kept."""
@@ -64,6 +80,16 @@ class Grid:
 
     def decode(self, codes: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """The inverse, fp32 (..., m); differentiable in float parameters."""
+        if self.choice:
+            codes = codes + (parameters[self.choice] << self.bits).unsqueeze(-1)
+        return self.place(look_up(codes.reshape(1, -1), codes.numel(), 8, self.table).view(codes.shape), parameters)
+
+    def integers(self, codes: Tensor, parameters: dict[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """(whole numbers (..., m) of magnitude below 16, scale (...)), both fp32, whose product decode is; None if it is no such."""
+        return None
+
+    def place(self, values: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+        """Values (..., m) fp32 of the table, which may be overwritten -> of the group."""
         raise NotImplementedError
 
 
@@ -87,11 +113,16 @@ class GroupQuantizer:
 
     def join(self, groups: Tensor) -> Tensor:
         """The inverse: (rows, groups, group) -> (rows, columns)."""
-        return groups.reshape(groups.shape[0], -1)[:, : self.columns]
+        return groups.flatten(1)[:, : self.columns]
 
     def fit(self, weight: Tensor) -> dict[str, Tensor]:
         """weight (rows, columns) fp32 -> {name: (rows, groups)}."""
-        return self.grid.fit(self.split(weight))
+        full = self.columns // self.group * self.group
+        found = self.grid.fit(weight[:, :full].reshape(weight.shape[0], full // self.group, self.group))
+        if full == self.columns:
+            return found
+        last = self.grid.fit(weight[:, None, full:])
+        return {name: torch.cat([value, last[name]], 1) for name, value in found.items()}
 
     def encode(self, weight: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         """-> codes (rows, columns) uint8."""
@@ -120,8 +151,29 @@ class GroupStorage(CodedStorage):
         return GroupQuantizer(cls.grid(config), group, columns)
 
     @classmethod
+    def prescale(cls, weight: Tensor, config: GroupConfig) -> Tensor | None:
+        """A scale of every row (out, 1) or of all (1, 1), positive, as it is kept: the grid sees the weight divided by it."""
+        return None
+
+    @classmethod
     def needs(cls, config):
-        return lookup("calibration", config.calibration["method"]).cls.needs
+        from .calibration.base import calibration_of
+
+        return calibration_of(config.calibration).needs
+
+    @classmethod
+    def windowed(cls, config):
+        from .calibration.base import calibration_of
+
+        calibration = calibration_of(config.calibration)
+        return calibration if calibration.windowed else None
+
+    @classmethod
+    def source(cls, weight: Tensor, config: GroupConfig) -> tuple[Tensor, Tensor | None]:
+        """(what the grid sees of a weight (out, in), with the padding that the format declares; the scale that it was divided by)."""
+        outer, columns = cls.prescale(weight, config), cls.quantizer(config, weight.shape[1]).columns
+        source = weight if outer is None else weight.float() / outer.float()
+        return (source if columns == weight.shape[1] else F.pad(source, (0, columns - weight.shape[1]))), outer
 
     @classmethod
     @torch.no_grad()
@@ -130,17 +182,98 @@ class GroupStorage(CodedStorage):
 
         check_weight(weight, f"{cls.method} storage")
         quantizer, calibration = cls.quantizer(config, weight.shape[1]), calibration_of(config.calibration)
+        grid = quantizer.grid
+        if grid.joint and config.calibration["method"] != "rtn":
+            raise UsageError(f"storage '{cls.method}' cannot be calibrated by {config.calibration['method']}: {grid.joint}",
+                             remedy="calibration: rtn")
+        source, outer = cls.source(weight, config)
         if has_values(weight):
-            found = calibration.calibrate(weight, quantizer, statistics)
+            found = calibration.calibrate(source, quantizer, statistics)
         else:
-            found = calibration.shapes(weight, quantizer)
-        leaves = {"codes": pack(found.codes, quantizer.grid.bits), **found.parameters}
-        if found.input_scale is not None:
-            leaves["input_scale"] = found.input_scale
-        return cls(*weight.shape, config, leaves, bias, dtype or weight.dtype)
+            found = calibration.shapes(source, quantizer)
+        return cls.from_codes(found.codes, found.parameters, config, shape=tuple(weight.shape), input_scale=found.input_scale,
+                              outer_scale=outer, bias=bias, dtype=dtype or weight.dtype)
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, parameters: dict[str, Tensor], config: GroupConfig, *, shape: tuple[int, int] | None = None,
+                   input_scale: Tensor | None = None, outer_scale: Tensor | None = None, bias: Tensor | None = None,
+                   dtype: torch.dtype) -> GroupStorage:
+        """Codes (out, in) uint8, with the padding that a format declares, and the grid's parameters {name: (out, groups)}, found
+        elsewhere. shape: of W (default: of the codes). dtype: the compute dtype."""
+        grid = cls.grid(config)
+        leaves = {"codes": pack(codes, grid.bits)}
+        for name, kept in grid.parameters.items():
+            value = parameters[name].to(kept)
+            leaves[name] = pack(value, grid.packed[name]) if name in grid.packed else value
+        if outer_scale is not None:
+            leaves["outer_scale"] = outer_scale
+        if input_scale is not None:
+            leaves["input_scale"] = input_scale
+        return cls(*(shape or codes.shape), config, leaves, bias, dtype)
+
+    def with_leaves(self, leaves, *, exact=True):
+        leaves, options = self._checked(leaves), self.options
+        if exact and "scale_dtype" in type(options).model_fields:
+            options = options.model_copy(update={"scale_dtype": "fp32"})
+        kinds = {**{name: dtype for name, (_, dtype) in self.leaf_kinds().items()}, **self.grid(options).parameters}
+        kept = {name: value.detach().to(kinds[name]) for name, value in self._given(leaves).items()}
+        cls = getattr(type(self), "plain_class", type(self))
+        return cls(self.out_features, self.in_features, options, kept, self.bias, self.compute_dtype)
+
+    def nearest_codes(self, weight, leaves):
+        quantizer, parameters = self._read(leaves, slice(0, self.out_features))
+        if "input_scale" in leaves:
+            weight = weight * leaves["input_scale"].float()
+        if "outer_scale" in leaves:
+            weight = weight / leaves["outer_scale"].float()
+        return quantizer.encode(weight, parameters), quantizer.grid.bits
 
     def decode(self, leaves, rows):
-        quantizer = self.quantizer(self.options, self.in_features)
-        codes = unpack(leaves["codes"][rows], self.in_features, quantizer.grid.bits)
-        dense = quantizer.decode(codes, {name: leaves[name][rows] for name in quantizer.grid.parameters})
+        dense = self.values(leaves, rows)
         return dense if "input_scale" not in leaves else dense / leaves["input_scale"].float()
+
+    def values(self, leaves: dict[str, Tensor], rows: slice) -> Tensor:
+        """Rows of W but for input_scale, (n, in) fp32."""
+        dense = self._grid_values(leaves, rows)
+        if "outer_scale" in leaves:
+            outer = leaves["outer_scale"].float()
+            dense = dense * (outer if len(outer) == 1 else outer[rows])
+        return dense
+
+    def integers(self, leaves: dict[str, Tensor], rows: slice) -> tuple[Tensor, Tensor] | None:
+        """The same as whole numbers (n, groups, g) and scales (n, groups), where the format is of such; a short last group is filled."""
+        quantizer, parameters = self._read(leaves, rows)
+        codes = unpack(leaves["codes"][rows], quantizer.columns, quantizer.grid.bits)
+        return quantizer.grid.integers(quantizer.split(codes), parameters)
+
+    def product(self, x, leaves=None):
+        if self.options.activations == "none":
+            return super().product(x, leaves)
+        if leaves is None:
+            return RoundedProduct.apply(x, self)
+        near = straight_through(x, self.options.activations, self._given(leaves).get("input_scale"))
+        return F.linear(near, self.dequantize(leaves).to(x.dtype))
+
+    def _parameter(self, name: str, value: Tensor, rows: slice) -> Tensor:
+        """The rows of a leaf that belong to rows of W."""
+        return value[rows]
+
+    def _read(self, leaves, rows):
+        """The quantizer, and the parameters of rows of W, (n, groups) each."""
+        quantizer = self.quantizer(self.options, self.in_features)
+        grid, parameters = quantizer.grid, {}
+        for name in grid.parameters:
+            value = self._parameter(name, leaves[name], rows)
+            parameters[name] = unpack(value, quantizer.groups, grid.packed[name]) if name in grid.packed else value
+        return quantizer, parameters
+
+    def _grid_values(self, leaves, rows):
+        """What the grid alone says, (n, in) fp32."""
+        quantizer, parameters = self._read(leaves, rows)
+        grid, codes = quantizer.grid, leaves["codes"][rows]
+        uneven = quantizer.columns % quantizer.group or quantizer.group * grid.bits % 8
+        if not grid.table or grid.choice and uneven:
+            return quantizer.decode(unpack(codes, quantizer.columns, grid.bits), parameters)[:, : self.in_features]
+        choice = parameters[grid.choice] if grid.choice else None
+        values = quantizer.split(look_up(codes, quantizer.columns, grid.bits, grid.table, choice))
+        return quantizer.join(grid.place(values, parameters))[:, : self.in_features]

@@ -13,7 +13,8 @@ group are fitted to weights that are corrected up to there. Dead inputs (H_jj = 
 
 from __future__ import annotations
 
-from typing import Protocol
+import warnings
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,12 +58,14 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
 
 
 @torch.no_grad()
-def solve(weight: Tensor, hessian: Tensor, quantizer: ColumnQuantizer, *, damp: float = 0.01) -> Tensor:
+def solve(weight: Tensor, hessian: Tensor, quantizer: ColumnQuantizer, *, damp: float = 0.01, factor: Tensor | None = None) -> Tensor:
     """weight (out, in) -> its quantised values (out, in) fp32; codes and parameters are what the quantizer noted.
-    hessian (in, in): in the order of the columns. Raises UsageError (see inverse_factor)."""
+    hessian (in, in): in the order of the columns. factor: its U, where that was needed before. Raises UsageError (see
+    inverse_factor)."""
     work = weight.detach().float().clone()
     work[:, hessian.diagonal() == 0] = 0
-    upper, columns, found = inverse_factor(hessian.to(work.device), damp), work.shape[1], torch.empty_like(work)
+    upper = inverse_factor(hessian.to(work.device), damp) if factor is None else factor
+    columns, found = work.shape[1], torch.empty_like(work)
     diagonal = upper.diagonal()
     for start, stop in _pieces(columns, quantizer.group):
         errors = torch.empty(work.shape[0], stop - start, device=work.device)
@@ -88,6 +91,15 @@ def _pieces(columns: int, group: int) -> list[tuple[int, int]]:
         end = min(first + group, columns)
         pieces += [(start, min(start + PIECE, end)) for start in range(first, end, PIECE)]
     return pieces
+
+
+def hessian_or_identity(statistics: Any, weight: Tensor, method: str) -> Tensor:
+    """H (in, in) of the statistics; without them the identity, and a warning: inputs count alike and nothing is made up for."""
+    found = None if statistics is None else statistics.hessian
+    if found is None:
+        warnings.warn(f"storage '{method}' had no calibration data: all inputs count alike, which costs quality", stacklevel=3)
+        return torch.eye(weight.shape[1], device=weight.device)
+    return found.float().to(weight.device)
 
 
 def proxy_loss(difference: Tensor, hessian: Tensor) -> Tensor:

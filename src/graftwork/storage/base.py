@@ -9,6 +9,7 @@ storage reads its codes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..modeling.arithmetic import dtype_for, product_dtype
-from ..modeling.protocols import has_values
+from ..modeling.protocols import Product, has_values
 from ..registry import MethodConfig, lookup
 
 
@@ -35,6 +36,12 @@ class Storage(nn.Module):
     """
 
     trainable_leaves: ClassVar[tuple[str, ...]] = ()
+    """Float leaves in which `product` and `dequantize` are differentiable, for adapters that train them. One called `scale` has a row
+    for every row of W, and W is proportional to it."""
+    recodes: ClassVar[bool] = False
+    """Whether single codes may move: it has a leaf `codes`, a row for every row of W, and `recoded`."""
+    does_without: ClassVar[bool] = False
+    """Whether a format that reads statistics can be made without them (with a warning: it costs quality)."""
     options: StorageConfig
     in_features: int
     out_features: int
@@ -51,6 +58,25 @@ class Storage(nn.Module):
         return frozenset()
 
     @classmethod
+    def windowed(cls, config: StorageConfig) -> Any:
+        """The calibration that finds the codes of several blocks at once under these options (calibration.windows), or None."""
+        return None
+
+    @classmethod
+    def without_data(cls, config: StorageConfig) -> StorageConfig:
+        """The options under which `from_weight` needs no statistics and otherwise does the same: for weights that are made after
+        the calibration (an edit), or that no data reached."""
+        plain = {"calibration": {"method": "rtn"}} if cls.needs(config) and "calibration" in type(config).model_fields else {}
+        return config.model_copy(update=plain)
+
+    @classmethod
+    def prepare(cls, model: nn.Module, config: StorageConfig, batches: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """What a format must know of the whole dense model before its first weight is stored: {map: {attribute of its statistics:
+        value}}. Called once, with the calibration batches: none without data, and none where weights have no values. A class that
+        overrides this needs all weights in memory at that point."""
+        return {}
+
+    @classmethod
     def from_weight(cls, weight: Tensor, config: StorageConfig, *, bias: Tensor | None = None, dtype: torch.dtype | None = None,
                     statistics: Any = None, generator: torch.Generator | None = None) -> Storage:
         """Put a dense weight (out, in) into this format. dtype: the compute dtype (default: the weight's).
@@ -62,8 +88,15 @@ class Storage(nn.Module):
     def from_checkpoint(cls, tensors: Mapping[str, Tensor], quantization_config: Mapping[str, Any] | None = None) -> Storage:
         """The storage of one module of a published quantised checkpoint, codes kept. tensors: that module's tensors, by
         their names below the module. Raises UsageError when this format is not what a published checkpoint holds."""
-        raise UsageError(f"storage '{cls.method}' cannot read published quantized checkpoints",
-                         remedy="load the dense checkpoint of the model, or choose the storage the checkpoint was made for")
+        from .published import read
+
+        return read(cls.method, tensors, quantization_config)
+
+    @classmethod
+    def load(cls, ref: Any, config: StorageConfig, *, on_site: Any = None, **options: Any) -> tuple[nn.Module, Any] | None:
+        """(model, tokenizer) of a reference whose file holds this format's codes, kept; None for any other reference.
+        options: of `modeling.models.load_model`."""
+        return None
 
     def dequantize(self, leaves: dict[str, Tensor] | None = None) -> Tensor:
         """W (out, in) in the compute dtype, differentiable in the given leaves."""
@@ -74,12 +107,32 @@ class Storage(nn.Module):
         raise NotImplementedError
 
     def fake_quantize(self, weight: Tensor, leaves: dict[str, Tensor] | None = None) -> Tensor:
-        """D(Q(weight)) (out, in) under this format's options; the gradient goes straight through to weight. A format with
-        trainable leaves overrides this to quantise against the given ones."""
+        """D(Q(weight)) (out, in) under this format's options, `without_data`; the gradient goes straight through to weight. A format
+        with trainable leaves overrides this to quantise against the given ones."""
         if self.info.traits.get("lossless"):
             return weight
-        stored = self.from_weight(weight.detach(), self.options, dtype=weight.dtype)
+        stored = self.from_weight(weight.detach(), self.without_data(self.options), dtype=weight.dtype)
         return weight + (stored.dequantize() - weight).detach()
+
+    def with_leaves(self, leaves: dict[str, Tensor], *, exact: bool = True) -> Storage:
+        """A storage with other values of some of `trainable_leaves` (and of `codes`, where it `recodes`); bias and compute dtype are
+        this one's. exact: floats are kept in fp32 where the format has an option for it, else rounded to the dtypes of this one."""
+        raise UsageError(f"storage '{self.method}' has no leaves that an adapter trains", remedy="storage: int4")
+
+    @classmethod
+    def lets_train(cls, leaf: str) -> bool:
+        """Whether an adapter may own this leaf: one of `trainable_leaves`, or `codes`."""
+        return leaf in cls.trainable_leaves or leaf == "codes" and cls.recodes
+
+    def recoded(self, weight: Tensor, leaves: dict[str, Tensor], moved: Tensor) -> Tensor:
+        """The leaf `codes`: where moved (out, in) says so, the codes of the numbers nearest to weight (out, in) under these leaves
+        (this storage's own where they are not given), elsewhere those of `leaves`."""
+        raise UsageError(f"the codes of storage '{self.method}' do not move one by one", remedy="storage: int4")
+
+    def shifted(self, change: Tensor, *, exact: bool = True) -> Storage | None:
+        """A storage of the same codes whose weight is W + change (out, in), where the format can hold that; else None. exact: as in
+        `with_leaves`."""
+        return None
 
     def train_weight(self) -> nn.Parameter:
         """Let the weight itself train (full tuning), where the format can: from now on the module has a parameter `weight`, a
@@ -157,7 +210,10 @@ def frozen_linear(x: Tensor, storage: Storage) -> Tensor:
 def bytes_parameter(tensor: Tensor) -> nn.Parameter:
     """A tensor of any dtype as a frozen uint8 Parameter of its bytes, flat."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return nn.Parameter(flat if flat.dtype == torch.uint8 else flat.view(torch.uint8), requires_grad=False)
+    if flat.stride(0) != 1:  # one number out of a matrix keeps its stride, which a view in bytes refuses
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    # A view also where it is bytes already: fake tensors that an operation remembers could not be moved to a device.
+    return nn.Parameter(flat.view(torch.uint8), requires_grad=False)
 
 
 def view_as(parameter: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,38 +240,110 @@ def make_storage(weight: Tensor, method: str, config: StorageConfig, **kwargs) -
     return lookup("storage", method).cls.from_weight(weight, config, **kwargs)
 
 
-def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None) -> nn.Module:
+@dataclass(frozen=True)
+class Place:
+    """One linear map that goes into a storage: a module, or expert `expert` of the fused parameter `attribute` of one."""
+
+    name: str
+    module: nn.Module
+    product: Product
+    attribute: str | None = None
+    expert: int | None = None
+
+
+def places(model: nn.Module, config: StorageConfig, within: str = "") -> list[Place]:
+    """The maps of a model (or of its module `within`) that are dense now and that this config puts into a storage."""
+    from ..modeling.experts import expert_linears
+    from ..modeling.sites import linear_modules
+
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    root, prefix = model.get_submodule(within), f"{within}." if within else ""
+    found = [Place(f"{within}.{name}".strip("."), module, product) for name, module, product in linear_modules(root)
+             if module is not head and not isinstance(module, Storage)]
+    found = [place for place in found if place.name.split(".")[-1] not in config.skip_modules]
+    return found + [Place(f"{prefix}{name}.{attribute}.{expert}", module, product, attribute, expert)
+                    for name, module, attribute, expert, product in expert_linears(root)
+                    if not isinstance(getattr(module, attribute), nn.ModuleList)]
+
+
+def store(model: nn.Module, place: Place, config: StorageConfig, statistics: Any = None) -> Storage:
+    """Put one map into its storage, in place."""
+    dense, cls = place.product.dense(), lookup("storage", config.method).cls
+    bias = place.product.bias if place.expert is None else None
+    try:
+        stored = cls.from_weight(dense.detach(), config, bias=bias, dtype=dense.dtype, statistics=statistics)
+    except UsageError as error:
+        raise UsageError(f"{place.name}: {error.message}", remedy=error.remedy) from None
+    here = next(stored.parameters()).device == dense.device  # a needless move would be refused for fake tensors
+    return install(model, place, stored if here else stored.to(dense.device))
+
+
+def install(model: nn.Module, place: Place, stored: Storage) -> Storage:
+    """A storage in the place of a map."""
+    from ..modeling.calls import keep_calls
+    from ..modeling.experts import replace_expert
+    from ..modeling.protocols import is_conv1d
+
+    if place.expert is not None:
+        replace_expert(place.module, place.attribute, place.expert, stored)
+        return stored
+    stored.transposed_source = is_conv1d(place.module)  # its weight in the model's file is (in, out)
+    parent, _, last = place.name.rpartition(".")
+    owner = model.get_submodule(parent)
+    setattr(owner, last, stored)
+    keep_calls(owner, last)  # a fused kernel would be handed the weight, which is codes now
+    return stored
+
+
+def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None, batches=None, notes: list[str] | None = None) -> nn.Module:
     """Replace every linear map of the model (except `skip_modules` and the output head) by its storage, in place.
 
     Works site by site: one dense weight is alive beside the storages at any time. on_site(name) is called per site
-    for progress. Dense storage leaves nn.Linear as it is: a plain module is the dense format."""
-    from ..modeling.calls import keep_calls
-    from ..modeling.experts import expert_linears, replace_expert
-    from ..modeling.protocols import is_conv1d
-    from ..modeling.sites import linear_modules
-
+    for progress. Dense storage leaves nn.Linear as it is: a plain module is the dense format. A config that reads how inputs are
+    distributed takes them from `batches` (model inputs, iterable or a function that returns one), block by block: see
+    calibration.walk. notes: gets what a reader should know of that; left out, they are warnings.
+    A model that is in this storage already stays as it is; UsageError where its codes came from files and are of another one."""
     if config.method == "dense":
         return model
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    kept = model.__dict__.get("graft_storage")
+    if kept is not None and kept.method == config.method and kept == config:
+        return model
+    if kept is not None and model.__dict__.get("graft_codes_kept"):
+        other = "with other options" if kept.method == config.method else f"not {config.method}"
+        raise UsageError(f"the weights of this model are {kept.method} codes already, {other}",
+                         remedy="leave the storage out to keep the codes, or give the dense model")
     cls = lookup("storage", config.method).cls
-    for name, module, product in list(linear_modules(model)):
-        if module is head or isinstance(module, Storage) or name.split(".")[-1] in config.skip_modules:
-            continue
-        dense = product.dense()
-        stored = cls.from_weight(dense.detach(), config, bias=product.bias, dtype=dense.dtype)
-        stored.transposed_source = is_conv1d(module)  # its weight in the model's file is (in, out)
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], stored.to(dense.device))
-        keep_calls(parent, name.rpartition(".")[2])  # a fused kernel would be handed the weight, which is codes now
+    if cls.needs(config) and not (batches is None and cls.does_without) and any(has_values(p) for p in model.parameters()):
+        from .calibration.walk import walk
+
+        walk(model, config, batches, on_site=on_site, notes=notes)
+        return model
+    from .calibration.statistics import with_attributes
+
+    prepared = cls.prepare(model, config, [])
+    todo = places(model, config)[::-1]
+    while todo:  # what is done is let go, with its dense weight
+        place = todo.pop()
+        store(model, place, config, with_attributes(None, prepared.get(place.name)))
         if on_site:
-            on_site(name)
-    for name, module, attribute, expert, product in list(expert_linears(model)):
-        dense = product.dense()
-        replace_expert(module, attribute, expert, cls.from_weight(dense.detach(), config, dtype=dense.dtype))
-        if on_site:
-            on_site(f"{name}.{attribute}.{expert}")
+            on_site(place.name)
     model.__dict__["graft_storage"] = config
     return model
+
+
+def load_stored(ref: Any, config: StorageConfig | None, *, on_site: Any = None, notes: list[str] | None = None, batches: Any = None,
+                keep_codes: bool = False, **options: Any) -> tuple[nn.Module, Any]:
+    """(model with its weights in a storage, tokenizer): with the codes of the file where the format keeps those, else loaded and
+    quantised. config None: as loaded. batches(model, tokenizer): what `apply_storage` calibrates on. keep_codes: a
+    folder of codes stays as it is, whatever config says. options: of `modeling.models.load_model`."""
+    from ..modeling.models import load_model
+
+    found = None if config is None else lookup("storage", config.method).cls.load(ref, config, on_site=on_site, **options)
+    if found is None:
+        found = load_model(ref, **options)
+        if config is not None and not (keep_codes and found[0].__dict__.get("graft_codes_kept")):
+            apply_storage(found[0], config, on_site=on_site, notes=notes, batches=batches(*found) if batches else None)
+    return found
 
 
 def train_weights(model: nn.Module) -> None:

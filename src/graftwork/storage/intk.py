@@ -8,7 +8,11 @@ Asymmetric (default), L = 2^b - 1, per group of a row:
 holds it within the codes, after stretching the range to contain 0, as GPTQ and AWQ checkpoints do. Symmetric: scale =
 max|w| / (2^(b-1) - 1), codes -2^(b-1) ... 2^(b-1) - 1 kept with an offset, no zero. A constant group is exact.
 
-Bits a weight: b + (s + z) / g, with s = 16 bits of scale and z = 8 of an integer zero, 16 of a float one.
+A published checkpoint whose columns are not in the order of their groups has one more leaf, `group_index` (in,) int32; inputs that are
+rounded are then multiplied by decoded weights, since a group's codes do not lie together.
+
+Bits a weight: b + (s + z) / g, with s = 16 bits of scale and z = 8 of an integer zero, 16 of a float one; 32 / out more with
+`group_index`.
 Oracles: float64 closed form, hqq and torchao (tests/oracles/test_storage_intk.py).
 """
 
@@ -20,8 +24,8 @@ import torch
 
 from ..registry import register
 from ._groups import Grid, GroupConfig, GroupStorage
-
-SCALES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+from ._packing import unpack
+from ._scales import SCALES, positive
 
 
 class IntConfig(GroupConfig):
@@ -35,17 +39,19 @@ class IntConfig(GroupConfig):
 class IntGrid(Grid):
     def __init__(self, bits: int, symmetric: bool, whole: bool, dtype: torch.dtype):
         self.bits, self.symmetric, self.whole = bits, symmetric, whole
+        offset = 2 ** (bits - 1) if symmetric else 0
+        self.table = tuple(float(code - offset) for code in range(2**bits))
         self.parameters = {"scale": dtype} if symmetric else {"scale": dtype, "zero": torch.uint8 if whole else dtype}
 
     def fit(self, groups):
         top, kept = 2**self.bits - 1, self.parameters["scale"]
         if self.symmetric:
-            return {"scale": _positive(groups.abs().amax(-1) / (2 ** (self.bits - 1) - 1 or 1), kept)}
+            return {"scale": positive(groups.abs().amax(-1) / (2 ** (self.bits - 1) - 1 or 1), kept)}
         low, high = groups.amin(-1), groups.amax(-1)
         if self.whole:
             low, high = low.clamp(max=0), high.clamp(min=0)
         constant = low == high
-        scale = _positive(torch.where(constant, low.abs(), (high - low) / top), kept)
+        scale = positive(torch.where(constant, low.abs(), (high - low) / top), kept)
         zero = torch.where(constant, (low < 0).float(), -low / scale.float())
         return {"scale": scale, "zero": zero.round().clamp(0, top).to(torch.uint8) if self.whole else zero.to(kept)}
 
@@ -58,22 +64,52 @@ class IntGrid(Grid):
         unit = unit.round() + zero if self.symmetric or self.whole else (unit + zero).round()
         return unit.clamp(0, 2**self.bits - 1).to(torch.uint8)
 
-    def decode(self, codes, parameters):
-        return (codes.float() - self._zero(parameters)) * parameters["scale"].float().unsqueeze(-1)
+    def place(self, values, parameters):
+        scale, fresh = parameters["scale"].float().unsqueeze(-1), not torch.is_grad_enabled()
+        if not self.symmetric:
+            zero = self._zero(parameters)
+            values = values.sub_(zero) if fresh else values - zero
+        return values.mul_(scale) if fresh else values * scale
 
-
-def _positive(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A scale as it is kept; 1 where it would be kept as 0, the largest number where it would overflow."""
-    kept = scale.clamp(max=torch.finfo(dtype).max).to(dtype)
-    return torch.where(kept == 0, torch.ones_like(kept), kept)
+    def integers(self, codes, parameters):
+        return (codes.float() - self._zero(parameters), parameters["scale"].float()) if self.symmetric or self.whole else None
 
 
 class IntStorage(GroupStorage):
+    trainable_leaves = ("scale", "zero")
+    recodes = True
     bits: int
+
+    def _grid_values(self, leaves, rows):
+        if "group_index" not in leaves:
+            return super()._grid_values(leaves, rows)
+        quantizer, parameters = self._read(leaves, rows)
+        codes = unpack(leaves["codes"][rows], self.in_features, quantizer.grid.bits)
+        each = {name: value.index_select(1, leaves["group_index"]) for name, value in parameters.items()}
+        return quantizer.grid.decode(codes.unsqueeze(-1), each).squeeze(-1)
+
+    def integers(self, leaves, rows):
+        return None if "group_index" in leaves else super().integers(leaves, rows)
+
+    def nearest_codes(self, weight, leaves):
+        if "group_index" not in leaves:
+            return super().nearest_codes(weight, leaves)
+        grid = self.grid(self.options)
+        each = {name: leaves[name].index_select(1, leaves["group_index"]) for name in grid.parameters}
+        return grid.encode(weight.unsqueeze(-1), each).squeeze(-1), grid.bits
 
     @classmethod
     def grid(cls, config):
         return IntGrid(cls.bits, config.symmetric, config.zero_point == "integer", SCALES[config.scale_dtype])
+
+    def shifted(self, change, *, exact=True):
+        """zero <- zero - change / scale: a float zero holds a change that is the same for a whole group."""
+        own, groups = self.leaves(), self.quantizer(self.options, self.in_features).split(change.float())
+        if "zero" not in own or not own["zero"].is_floating_point() or {"input_scale", "group_index"} & set(own):
+            return None
+        if (groups != groups[..., :1]).any():
+            return None
+        return self.with_leaves({"zero": own["zero"].float() - groups[..., 0] / own["scale"].float()}, exact=exact)
 
 
 class Int4(IntConfig):

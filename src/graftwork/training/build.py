@@ -6,7 +6,7 @@ tensors, so what is planned is what is run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,11 @@ from torch import nn
 
 from ..adapters.attach import attach
 from ..adapters.graft import Graft
-from ..errors import IncompatibleError, TrainingError
+from ..errors import GraftworkError, IncompatibleError, TrainingError, UsageError
 from ..modeling.arithmetic import widen
 from ..recipe import Recipe
 from ..registry import MethodConfig, lookup
-from ..storage.base import apply_storage, train_weights
+from ..storage.base import load_stored, train_weights
 from .step import TrainStep
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -49,16 +49,19 @@ def task_of(recipe: Recipe, labels: int | None = 1) -> str:
 
 
 def build_model(recipe: Recipe, *, num_labels: int | None = None, fake: bool = False,
-                progress: Callable[[str], None] | None = None) -> tuple[nn.Module, Any]:
-    """(model in its storage, frozen state as loaded, tokenizer)."""
-    from ..modeling.models import load_model
+                progress: Callable[[str], None] | None = None, data: Sequence[Any] | None = None,
+                notes: list[str] | None = None) -> tuple[nn.Module, Any]:
+    """(model in its storage, frozen state as loaded, tokenizer). data: the training sets, where they are read already; a storage
+    whose codes depend on data is calibrated on them. notes: gets what there is to say of that."""
+    def batches(model: nn.Module, tokenizer: Any) -> Callable[[], Iterable[dict[str, Any]]]:
+        return lambda: calibration_batches(recipe, tokenizer, data)
 
-    model, tokenizer = load_model(recipe.model, task=task_of(recipe, num_labels), num_labels=num_labels, fake=fake,
-                                  dtype=DTYPES[recipe.train.precision], trust_remote_code=recipe.trust_remote_code,
-                                  seed=recipe.train.seed)
+    model, tokenizer = load_stored(recipe.model, recipe.storage, on_site=progress, notes=notes, batches=batches,
+                                   task=task_of(recipe, num_labels), num_labels=num_labels, fake=fake,
+                                   dtype=DTYPES[recipe.train.precision], trust_remote_code=recipe.trust_remote_code,
+                                   seed=recipe.train.seed)
     if tokenizer is not None:
         model.graft_tokenizer = tokenizer
-    apply_storage(model, recipe.storage, on_site=progress)
     widen(model)
     if recipe.train.gradient_checkpointing:
         from ..modeling.state import state_of
@@ -66,6 +69,66 @@ def build_model(recipe: Recipe, *, num_labels: int | None = None, fake: bool = F
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=state_of(model).checkpoint_kwargs())
         model.config.use_cache = False
     return model, tokenizer
+
+
+#: rows of a calibration batch
+CALIBRATION_BATCH = 4
+
+
+def reads_data(config: MethodConfig) -> bool:
+    """Whether the codes of a storage depend on calibration data."""
+    return bool(lookup("storage", config.method).cls.needs(config))
+
+
+def training_sets(recipe: Recipe, tokenizer: Any) -> list[Any]:
+    """The training data of a recipe, one set; for a fleet one a file that can be used."""
+    from ..data import build_splits, find_files
+
+    if not recipe.is_fleet:
+        return [build_splits(recipe.data, tokenizer, seed=recipe.train.seed)[0]]
+    found = []
+    for path in find_files(recipe.data.train):
+        try:
+            own = recipe.data.model_copy(update={"train": str(path)})
+            found.append(build_splits(own, tokenizer, seed=recipe.train.seed, adapter=path.name.split(".")[0])[0])
+        except GraftworkError:  # the run leaves it out, and says so
+            continue
+    return found
+
+
+def calibration_batches(recipe: Recipe, tokenizer: Any, data: Sequence[Any] | None = None) -> Iterator[dict[str, Any]]:
+    """The first `data.calibration_rows` rows of the training data as model inputs; of a fleet's files as many each. A function of the
+    recipe and its files, so that a saved adapter finds the base that it was trained on again."""
+    from ..data import model_inputs
+    from ..data.collate import real_tokens
+
+    try:
+        sets = training_sets(recipe, tokenizer) if data is None else data
+    except GraftworkError as error:
+        raise UsageError(f"storage {recipe.storage.method} was calibrated on the training data, which cannot be read: {error.message}",
+                         remedy="put it back; or train on a folder of `graft quantize`, which keeps its codes") from error
+    share = -(-recipe.data.calibration_rows // max(1, len(sets)))
+    rows = [{k: v for k, v in each[i].items() if k != "adapter"} for each in sets for i in range(min(share, len(each)))]
+    collate = sets[0].collator() if sets else None
+    for start in range(0, len(rows[:recipe.data.calibration_rows]), CALIBRATION_BATCH):
+        batch = collate(rows[start:start + CALIBRATION_BATCH])
+        yield {**model_inputs(batch), "real_tokens": real_tokens(batch)}
+
+
+def recorded_data(storage: dict[str, Any] | None, recipe: Recipe | dict[str, Any] | None, model: Any) -> Callable | None:
+    """For loading a base as an adapter was trained on it: a function that gives the batches its storage was calibrated on, from the
+    recipe that the run recorded; None where the storage needs none or no recipe is known."""
+    from ..modeling.models import load_tokenizer
+    from ..recipe import load_recipe
+    from ..registry import make_config
+
+    if storage is None or recipe is None or storage.get("method", "dense") == "dense":
+        return None
+    options = dict(storage)
+    if not reads_data(make_config("storage", options.pop("method"), **options)):
+        return None
+    known = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, check=False)
+    return lambda: calibration_batches(known, load_tokenizer(model))
 
 
 def adapter_config(recipe: Recipe, model: nn.Module) -> MethodConfig | None:

@@ -251,7 +251,11 @@ class _Run:
         recipe = self.recipe
         if self.model is None:
             labels = next(iter(self.data.values()))[0].label_names
-            self.model, _ = build_model(recipe, num_labels=len(labels) if labels else None)
+            notes: list[str] = []
+            self.model, _ = build_model(recipe, num_labels=len(labels) if labels else None, notes=notes,
+                                        data=[data for data, _ in self.data.values()])
+            for note in notes:
+                self.say(f"note: {note}")
             if labels and task_of(recipe, len(labels)) == "classification":
                 self.model.config.id2label = {i: str(name) for i, name in enumerate(labels)}
                 self.model.config.label2id = {str(name): i for i, name in enumerate(labels)}

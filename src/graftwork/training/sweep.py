@@ -222,13 +222,13 @@ class _Bases:
 
 def base_key(recipe: Recipe) -> str | None:
     """Equal for recipes that can share a loaded base; None where a run changes the base itself or its head."""
-    from .build import task_of
+    from .build import reads_data, task_of
 
     if recipe.adapter is None or task_of(recipe) != "causal_lm":
         return None
     document = recipe.document()
     return json.dumps([document["model"], document["storage"], recipe.train.precision, recipe.train.gradient_checkpointing,
-                       recipe.train.seed, recipe.trust_remote_code])
+                       recipe.train.seed, recipe.trust_remote_code, document["data"] if reads_data(recipe.storage) else None])
 
 
 def _best(cells: list[Cell], metric: str | None) -> tuple[str, int | None]:

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from ...registry import MethodConfig, register
-from .base import Calibrated, Calibration
-
-#: weights in fp32 at a time
-PIECE = 1 << 22
+from .base import Calibrated, Calibration, in_pieces
 
 
 class RTN(MethodConfig):
@@ -20,13 +14,8 @@ class RTN(MethodConfig):
           aliases=("nearest",))
 class RTNCalibration(Calibration):
     def calibrate(self, weight, quantizer, statistics):
-        codes, parameters = [], []
-        for rows in weight.split(max(1, PIECE // weight.shape[1])):
-            rows = rows.float()
-            parameters.append(quantizer.fit(rows))
-            codes.append(quantizer.encode(rows, parameters[-1]))
-        return Calibrated(torch.cat(codes), {name: _joined([each[name] for each in parameters]) for name in parameters[0]})
+        def nearest(rows, _):
+            parameters = quantizer.fit(rows)
+            return Calibrated(quantizer.encode(rows, parameters), parameters)
 
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return in_pieces(weight, nearest)

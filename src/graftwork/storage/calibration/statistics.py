@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import copy
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,14 @@ class InputStatistics:
     """Of inputs x (tokens, in). Only what `needs` names is kept, the rest is None.
 
     hessian (in, in) fp32: mean of x x^T (the usual factor 2 is left out); mean_abs, max_abs (in,) fp32; samples (at most
-    `keep`, in) fp32: rows spread evenly over what came; count: tokens seen."""
+    `keep`, in) fp32: rows spread evenly over what came; count: tokens seen. Of the matrix, not of its inputs: wide_rows (out,) bool and
+    choice (1,) int64, what `Storage.prepare` of mixllm and mixed found; fisher (out, in), the sum of squared gradients of the loss by the
+    weight, where someone who has gradients set it; never collected here; found, the codes that a window of blocks gave it
+    (windows.py)."""
+
+    wide_rows: Tensor | None = None
+    choice: Tensor | None = None
+    found: Any = None
 
     def __init__(self, features: int, needs: Collection[str] = NAMES, keep: int = 512, device: torch.device | str = "cpu"):
         self.features, self.needs, self.keep, self.count = features, frozenset(needs), keep, 0
@@ -23,6 +32,7 @@ class InputStatistics:
         self._abs = torch.zeros(features, dtype=torch.float64, device=device) if "mean_abs" in needs else None
         self._max = torch.zeros(features, device=device) if "max_abs" in needs else None
         self._rows, self._every = [], 1
+        self.fisher: Tensor | None = None
 
     def add(self, x: Tensor, real: Tensor | None = None) -> None:
         """x (..., in); real (...) bool: the tokens that count (others are padding)."""
@@ -61,3 +71,13 @@ class InputStatistics:
             return None
         rows = torch.cat(self._rows)
         return rows[torch.linspace(0, len(rows) - 1, min(self.keep, len(rows))).long()]
+
+
+def with_attributes(statistics: InputStatistics | None, more: Mapping[str, Any] | None) -> InputStatistics | None:
+    """Statistics with further attributes, of nothing where there are none; a copy, since maps share them."""
+    if not more:
+        return statistics
+    found = InputStatistics(0, ()) if statistics is None else copy.copy(statistics)
+    for name, value in more.items():
+        setattr(found, name, value)
+    return found

@@ -1,0 +1,1 @@
+"""Writing models whose weights are codes."""

@@ -1,0 +1,63 @@
+"""Normal-float codes of 2 to 8 bits in groups along the input: QLoRA's data type (arXiv 2305.14314) as a grid that takes any calibration.
+
+    scale = max |w| of the group,   code = nearest of the 2^b quantiles of a normal distribution to w / scale,   D(W) = book[code] scale
+
+Values are coded by the scale as it is kept. Bits a weight: b + s / g with s = 16 (32) bits of scale.
+
+`nf4` is the format of bitsandbytes, whose blocks run on over the ends of rows and whose scales are kept in 8 bits; this one has
+every number of bits and no code table of its own. The nested 8-bit scales of LQ-LoRA are left out: a group of 64 pays 0.125 bits for that.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from ..registry import register
+from ._groups import Grid, GroupConfig, GroupStorage
+from ._scales import SCALES, positive
+from .nf4 import normal_float
+
+
+class NormalFloat(GroupConfig):
+    bits: int = Field(4, ge=2, le=8)
+    scale_dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+
+
+@cache
+def levels(bits: int) -> tuple[float, ...]:
+    """The code book, sorted, exact in fp32; of Python numbers, so that nothing fake is remembered."""
+    with unset_fake_temporarily(), torch.device("cpu"):
+        return tuple(normal_float(bits).tolist())
+
+
+class NormalGrid(Grid):
+    def __init__(self, bits: int, dtype: torch.dtype):
+        self.bits, self.parameters = bits, {"scale": dtype}
+
+    def fit(self, groups):
+        return {"scale": positive(groups.abs().amax(-1), self.parameters["scale"])}
+
+    def encode(self, values, parameters):
+        book = torch.tensor(levels(self.bits), device=values.device)
+        unit = (values / parameters["scale"].float().unsqueeze(-1)).clamp(-1, 1).contiguous()
+        return torch.bucketize(unit, (book[:-1] + book[1:]) / 2, out_int32=True).to(torch.uint8)
+
+    def decode(self, codes, parameters):
+        book = torch.tensor(levels(self.bits), device=codes.device)
+        return book.index_select(0, codes.int().reshape(-1)).view(codes.shape) * parameters["scale"].float().unsqueeze(-1)
+
+
+@register("storage", "nf", config=NormalFloat, title="NormalFloat groups", lossless=False, paper="2305.14314",
+          summary="2 to 8-bit quantiles of a normal distribution in groups of 64 along the input: 4.25 bits a weight at 4")
+class NormalFloatStorage(GroupStorage):
+    trainable_leaves = ("scale",)
+    recodes = True
+
+    @classmethod
+    def grid(cls, config):
+        return NormalGrid(config.bits, SCALES[config.scale_dtype])
