@@ -412,8 +412,17 @@ def run_and_learn(method, storage, kind, dtype):
         close(output(model, IDS), before, tolerance if kind == "mixtral" else 0.0)
 
 
-@pytest.mark.parametrize("method, storage, kind, dtype", [
-    pytest.param(*row, marks=[] if row[0] in EVERYWHERE else [pytest.mark.slow]) for row in COVER])
+#: formats that every method meets in every run; the others meet a few methods there, and all with `make test-all`
+COMMON = ("dense", "nf4", "int8", "int4", "codebook", "lowrank_plus", "gguf")
+
+
+def _marks(method, storage):
+    if method in EVERYWHERE:
+        return [] if storage in COMMON else [pytest.mark.slow]
+    return [pytest.mark.slow if storage in COMMON else pytest.mark.full]
+
+
+@pytest.mark.parametrize("method, storage, kind, dtype", [pytest.param(*row, marks=_marks(*row[:2])) for row in COVER])
 def test_pairs(method, storage, kind, dtype):
     run_and_learn(method, storage, kind, dtype)
 

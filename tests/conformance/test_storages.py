@@ -308,8 +308,13 @@ def test_formats_that_read_data_quantize_weights_that_no_data_belongs_to(method,
     assert torch.equal(weight.grad, upstream)
 
 
-@every
-@pytest.mark.parametrize("name", sorted(tiny.ALL))
+#: formats on every model in every run, and models of every format; the rest is for `make test-all`
+COMMON, MODELS = ("dense", "nf4", "int4", "lowrank_plus"), ("bert", "gpt2", "llama", "mixtral")
+
+
+@pytest.mark.parametrize("method, name", [
+    pytest.param(method, name, marks=[] if name == "llama" else [pytest.mark.slow if method in COMMON or name in MODELS else pytest.mark.full])
+    for method in FORMATS for name in sorted(tiny.ALL)])
 def test_whole_models(method, name):
     model = tiny.ALL[name]()
     plain = copy.deepcopy(model)
