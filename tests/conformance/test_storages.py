@@ -31,7 +31,9 @@ SOME = [{"input_ids": tiny.tokens(4, 16)}]
 pytestmark = pytest.mark.filterwarnings("ignore:storage .* had no calibration data")
 FORMATS = [info.name for info in methods("storage")]
 DTYPES = [torch.float32, torch.bfloat16]
-every = pytest.mark.parametrize("method", FORMATS)
+#: formats of `make test-fast`, and those that meet every model in every run; models that every format meets there
+COMMON, MODELS = ("dense", "nf4", "int8", "int4", "lowrank_plus"), ("bert", "gpt2", "llama", "mixtral")
+every = pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in COMMON else [pytest.mark.slow]) for m in FORMATS])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -308,13 +310,14 @@ def test_formats_that_read_data_quantize_weights_that_no_data_belongs_to(method,
     assert torch.equal(weight.grad, upstream)
 
 
-#: formats on every model in every run, and models of every format; the rest is for `make test-all`
-COMMON, MODELS = ("dense", "nf4", "int4", "lowrank_plus"), ("bert", "gpt2", "llama", "mixtral")
+def _marks(method, name):
+    if name == "llama" and method in COMMON:
+        return []
+    return [pytest.mark.slow if method in COMMON or name in MODELS else pytest.mark.full]
 
 
-@pytest.mark.parametrize("method, name", [
-    pytest.param(method, name, marks=[] if name == "llama" else [pytest.mark.slow if method in COMMON or name in MODELS else pytest.mark.full])
-    for method in FORMATS for name in sorted(tiny.ALL)])
+@pytest.mark.parametrize("method, name", [pytest.param(method, name, marks=_marks(method, name))
+                                          for method in FORMATS for name in sorted(tiny.ALL)])
 def test_whole_models(method, name):
     model = tiny.ALL[name]()
     plain = copy.deepcopy(model)
