@@ -413,7 +413,7 @@ def run_and_learn(method, storage, kind, dtype):
 
 
 #: formats that every method meets in every run; the others meet a few methods there, and all with `make test-all`
-COMMON = ("dense", "nf4", "int8", "int4", "codebook", "lowrank_plus", "gguf")
+COMMON = ("dense", "nf4", "int4", "codebook")
 
 
 def _marks(method, storage):
