@@ -6,11 +6,9 @@ products, and not the bytes of W while it trains.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ..modeling.protocols import has_values
-from ._row_loop import LoopBank
+from ._row_loop import LoopBank, one_by_one
 from .base import Adapter
 
 
@@ -48,14 +46,7 @@ class Replaced(Adapter):
 
     @classmethod
     def rows_combine(cls, bank, index, z, x, base):
-        if len(bank.adapters) == 1 or not has_values(index):  # planned: all rows on one adapter have the same shapes
-            return bank.adapters[0].product(x)
-        y = x.new_zeros(*x.shape[:-1], bank.adapters[0].out_features)
-        for number, adapter in enumerate(bank.adapters):
-            chosen = torch.where(index == number)[0]
-            if chosen.shape[0]:
-                y = y.index_copy(0, chosen, adapter.product(x.index_select(0, chosen)))
-        return y
+        return one_by_one(bank.adapters, index, x, lambda adapter, rows: adapter.product(rows))
 
     @classmethod
     def forward_rows(cls, bank, index, x, base):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,18 @@ class LoopBank:
     dropout: Tensor | None
     key: str
     nbytes: int = 0  # nothing is stacked
+
+
+def one_by_one(adapters: Sequence[Adapter], index: Tensor, x: Tensor, run: Callable[[Adapter, Tensor], Tensor]) -> Tensor:
+    """run(adapter, its rows) put together: x (N, ..., in), row n of which is adapter index[n]'s -> (N, ..., out); 0 for rows of none."""
+    if len(adapters) == 1 or not has_values(index):  # planned: all rows on one adapter have the same shapes
+        return run(adapters[0], x)
+    y = x.new_zeros(*x.shape[:-1], adapters[0].out_features)
+    for number, adapter in enumerate(adapters):
+        chosen = torch.where(index == number)[0]
+        if chosen.shape[0]:
+            y = y.index_copy(0, chosen, run(adapter, x.index_select(0, chosen)))
+    return y
 
 
 class RowLoop(Adapter):
@@ -39,11 +52,4 @@ class RowLoop(Adapter):
     def forward_rows(cls, bank, index, x, base):
         if bank.dropout is not None:
             x = base.noise.dropout(x, bank.dropout.to(x.device)[index].reshape(-1, *[1] * (x.dim() - 1)), bank.key)
-        if len(bank.adapters) == 1 or not has_values(index):  # planned: all rows on one adapter have the same shapes
-            return bank.adapters[0].change(x, base)
-        change = x.new_zeros(*x.shape[:-1], bank.adapters[0].out_features)
-        for number, adapter in enumerate(bank.adapters):
-            chosen = torch.where(index == number)[0]
-            if chosen.shape[0]:
-                change = change.index_copy(0, chosen, adapter.change(x.index_select(0, chosen), base))
-        return change
+        return one_by_one(bank.adapters, index, x, lambda adapter, rows: adapter.change(rows, base))

@@ -30,9 +30,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..modeling.arithmetic import dtype_for, product_dtype
-from ..modeling.protocols import Product, has_values
+from ..modeling.protocols import Product
 from ..registry import lookup, make_config, register
 from ._replaced import Replaced
+from ._row_loop import one_by_one
 from .base import AdapterConfig, pattern_value
 
 
@@ -184,14 +185,7 @@ class L4QAdapter(Replaced):
 
     @classmethod
     def rows_combine(cls, bank, index, z, x, base):
-        if len(bank.adapters) == 1 or not has_values(index):  # planned: all rows on one adapter have the same shapes
-            return bank.adapters[0].product(x, base)
-        y = x.new_zeros(*x.shape[:-1], bank.adapters[0].out_features)
-        for number, adapter in enumerate(bank.adapters):
-            chosen = torch.where(index == number)[0]
-            if chosen.shape[0]:
-                y = y.index_copy(0, chosen, adapter.product(x.index_select(0, chosen), base))
-        return y
+        return one_by_one(bank.adapters, index, x, lambda adapter, rows: adapter.product(rows, base))
 
     # -- the result --------------------------------------------------------------------------------------------------
     @torch.no_grad()

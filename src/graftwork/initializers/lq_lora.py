@@ -25,6 +25,7 @@ from pydantic import Field
 from ..errors import IncompatibleError
 from ..modeling.protocols import StoredWeight
 from ..registry import MethodConfig, register
+from .loftq import storage_of
 from .pissa import PiSSAInitializer
 
 
@@ -46,7 +47,7 @@ class LQLoRAInitializer(PiSSAInitializer):
     def check(self, adapter, config, sites):
         super().check(adapter, config, sites)
         for site in sites:
-            stored = getattr(site.product, "whole", site.product).stored
+            stored = storage_of(site.product)
             if stored is None:
                 raise IncompatibleError(f"initializer 'lq_lora' starts from what quantization loses, and '{site.name}' is dense",
                                         remedy="storage: nf, nf4, int4 or mixed, or initializer: pissa")
