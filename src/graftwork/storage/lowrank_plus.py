@@ -20,8 +20,8 @@ factors, + 16 / out with svdquant.
 
 Departures. LQ-LoRA: keeps the best iterate, where its code returns the one after; groups along a row with 16-bit scales, without the
 nested 8-bit scales. SVDQuant: sqrt(S) in both factors instead of S in L1; no L2 shared by weights of one input; activations are
-not quantised by this format. INT2.1 trains its correction by distillation, which no storage can do: that is a recipe of a LoRA
-on `int2` with a distillation objective.
+not quantised by this format. INT2.1 trains its correction by distillation, for which no storage has the gradients: that is a LoRA on
+`int2` with objective `distill`.
 Factors of sides above 1,536 come from a randomised range (seeded).
 """
 
