@@ -317,6 +317,29 @@ def test_what_windows_train_is_what_is_kept(monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_folder_keeps_the_tables(tmp_path):
+    from graftwork.compression.quantize import quantize
+    from graftwork.data.calibration import calibration_rows
+    from graftwork.modeling.models import load_model
+
+    folder, texts = tiny.save(model_of(), tmp_path / "m"), [f"the answer to question {i} is {i * 7 % 31}." for i in range(60)]
+    storage = {"method": "int4", "group_size": 16, "activations": "int4",
+               "calibration": {"method": "qllm", "steps": 3, "search": 3, "lr": 0.01, "window": (2, 0)}}
+    report = quantize(folder, tmp_path / "q", storage=storage, data=texts, samples=4, length=16)
+    rows = calibration_rows(texts, tiny.tokenizer(), samples=4, length=16)
+    options = {name: value for name, value in storage.items() if name != "method"}
+    expected, found = leaves_of(apply_storage(load_model(folder)[0], make_config("storage", "int4", **options), batches=rows.batches)), \
+        load_model(tmp_path / "q")[0]
+    assert leaves_of(found).keys() == expected.keys() and any(name.endswith(" channels") for name in expected)
+    assert all(torch.equal(value, expected[name]) for name, value in leaves_of(found).items())
+    sizes = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
+    assert found.model.layers[0].self_attn.k_proj.out_features * 2 == 32
+    total = sum(rows * width for rows, width in sizes)
+    extra = sum(32 * width + 24 * rows * width / 16 for rows, width in sizes)
+    assert report.bits_per_weight == pytest.approx(4 + extra / total)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "mixtral", "bert"])
 def test_other_architectures(name):
     model, notes = tiny.ALL[name](), []

@@ -72,13 +72,17 @@ def product(x: Tensor, storage: GroupStorage) -> Tensor:
     wide = storage.inputs(x.to(torch.promote_types(x.dtype, torch.float32)), leaves)
     units, scale = rounded(wide, kind)
     y = torch.empty(*x.shape[:-1], storage.out_features, dtype=x.dtype, device=x.device)
+    offset = storage.offset(leaves, units.dtype)
     for rows in storage._tiles():
         whole = None if kind == "fp8" else storage.integers(leaves, rows)
         if whole is None:
             part = F.linear(units, storage.values(leaves, rows).to(units.dtype))
         else:
             part = group_sums(units, *whole)
-        y[..., rows] = part * scale
+        part = part * scale
+        if offset is not None:
+            part += storage.values(leaves, rows).to(units.dtype) @ offset
+        y[..., rows] = part
     return y
 
 

@@ -5,7 +5,7 @@ W (out, in) is cut, row by row, into groups of g; the last group of a row may be
 a matrix gets, given how its inputs are distributed; this file keeps the result:
 
     codes (out, ceil(in b / 8)) bytes;   every parameter of the grid (out, ceil(in / g));   input_scale (in,) fp16 with AWQ;
-    channels (2, in) with QLLM (_channels.py)
+    channels (2, in) with QLLM (_channels.py); input_shift (in,) fp16 with RepQuant, which matters only to inputs that are rounded
 
     D(W) = decode(codes, parameters) / input_scale,   D(W) = decode(codes, parameters) M with channels
 
@@ -195,12 +195,13 @@ class GroupStorage(CodedStorage):
         else:
             found = calibration.shapes(source, quantizer)
         return cls.from_codes(found.codes, found.parameters, config, shape=tuple(weight.shape), input_scale=found.input_scale,
-                              channels=found.channels, outer_scale=outer, bias=bias, dtype=dtype or weight.dtype)
+                              channels=found.channels, input_shift=found.input_shift, outer_scale=outer, bias=bias,
+                              dtype=dtype or weight.dtype)
 
     @classmethod
     def from_codes(cls, codes: Tensor, parameters: dict[str, Tensor], config: GroupConfig, *, shape: tuple[int, int] | None = None,
-                   input_scale: Tensor | None = None, channels: Tensor | None = None, outer_scale: Tensor | None = None,
-                   bias: Tensor | None = None, dtype: torch.dtype) -> GroupStorage:
+                   input_scale: Tensor | None = None, channels: Tensor | None = None, input_shift: Tensor | None = None,
+                   outer_scale: Tensor | None = None, bias: Tensor | None = None, dtype: torch.dtype) -> GroupStorage:
         """Codes (out, in) uint8, with the padding that a format declares, and the grid's parameters {name: (out, groups)}, found
         elsewhere. shape: of W (default: of the codes). dtype: the compute dtype."""
         grid = cls.grid(config)
@@ -212,8 +213,8 @@ class GroupStorage(CodedStorage):
             leaves["outer_scale"] = outer_scale
         if input_scale is not None:
             leaves["input_scale"] = input_scale
-        if channels is not None:
-            leaves["channels"] = channels
+        more = {"channels": channels, "input_shift": input_shift}
+        leaves |= {name: value for name, value in more.items() if value is not None}
         return cls(*(shape or codes.shape), config, leaves, bias, dtype)
 
     def with_leaves(self, leaves, *, exact=True):
@@ -245,7 +246,14 @@ class GroupStorage(CodedStorage):
         return dense if "input_scale" not in leaves else dense / leaves["input_scale"].float()
 
     def inputs(self, x: Tensor, leaves: dict[str, Tensor]) -> Tensor:
-        """x (..., in) as the codes get it: what `values` is multiplied by."""
+        """x (..., in) as the codes get it, but for `offset`: what `values` is multiplied by."""
+        return self._placed(x - leaves["input_shift"].to(x.dtype) if "input_shift" in leaves else x, leaves)
+
+    def offset(self, leaves: dict[str, Tensor], dtype: torch.dtype) -> Tensor | None:
+        """What `inputs` took off every input, (in,) as the codes would get it; None for nothing."""
+        return self._placed(leaves["input_shift"].to(dtype), leaves) if "input_shift" in leaves else None
+
+    def _placed(self, x, leaves):
         x = x if "input_scale" not in leaves else x / leaves["input_scale"].to(x.dtype)
         return reassembled(x, leaves["channels"]) if "channels" in leaves else x
 
@@ -269,8 +277,9 @@ class GroupStorage(CodedStorage):
         if leaves is None:
             return RoundedProduct.apply(x, self)
         leaves = self._given(leaves)
-        near = straight_through(self.inputs(x, leaves), self.options.activations)
-        return F.linear(near, self.values(leaves, slice(0, self.out_features)).to(self.compute_dtype).to(x.dtype))
+        near, offset = straight_through(self.inputs(x, leaves), self.options.activations), self.offset(leaves, x.dtype)
+        dense = self.values(leaves, slice(0, self.out_features)).to(self.compute_dtype).to(x.dtype)
+        return F.linear(near if offset is None else near + offset, dense)
 
     def _parameter(self, name: str, value: Tensor, rows: slice) -> Tensor:
         """The rows of a leaf that belong to rows of W."""

@@ -24,12 +24,14 @@ PIECE = 1 << 22
 @dataclass
 class Calibrated:
     """codes (out, in) uint8; parameters {name: (out, groups)} of the grid; input_scale (in,) fp16: D(W) is divided by it; channels
-    (2, in): of storage/_channels.py, the codes are of the reassembled weight."""
+    (2, in): of storage/_channels.py, the codes are of the reassembled weight; input_shift (in,) fp16: taken off inputs before they are
+    rounded, and D(W) times it added to the outputs."""
 
     codes: Tensor
     parameters: dict[str, Tensor]
     input_scale: Tensor | None = None
     channels: Tensor | None = None
+    input_shift: Tensor | None = None
 
 
 class Calibration:
