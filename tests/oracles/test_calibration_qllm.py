@@ -230,6 +230,9 @@ def test_single_matrices_and_every_option():
         assert error(other) <= error(plain)
     whole = kept(channel_ratio=0.0, r=0)
     assert torch.equal(whole.leaves()["channels"], identity(IN)) and torch.equal(whole.leaves()["codes"], plain.leaves()["codes"])
+    fine = [make_storage(weight, "int4", config_of(lr=0.02, steps=100, **more), statistics=statistics_of(x))
+            for more in ({"r": 0}, {}, {"correction": "beside"})]
+    assert error(fine[1]) < 0.7 * error(fine[0]) and error(fine[2]) == error(fine[0])  # beside gains nothing that rounding leaves
     worse = kept(lr=50.0, steps=3)
     assert torch.equal(worse.leaves()["codes"], without.leaves()["codes"])  # put back
 

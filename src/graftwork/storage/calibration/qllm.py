@@ -20,8 +20,8 @@ A map without a window: the same on 512 of its own inputs. Bits a weight: the fo
 
 Departures: every map has a table of its own, judged by its own outputs; in the paper q, k and v share one, as do gate and up, judged by
 what follows them. Pairs are ranked by the paper's distance; the official code has one of sums of weights, which may cancel. A token's
-inputs have a symmetric step, as in all formats here. `inside` is the default, since it trains what is kept: on a 12 x 41 matrix at 4 bits
-with outliers, 100 steps of it leave 0.61 of the error, of `beside` all. Norms and biases are not tuned, as they are no part of a
+inputs have a symmetric step, as in all formats here. `inside` is the default, since it trains what is kept: on the tests' matrix at 4
+bits, 100 steps of it leave 0.61 of the error, of `beside` all. Norms and biases are not tuned, as they are no part of a
 storage; the schedule is a cosine. Tables are found on what the dense blocks give.
 Oracle: closed forms in float64, brute force for the search (tests/oracles/test_calibration_qllm.py).
 """
