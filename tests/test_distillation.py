@@ -151,3 +151,28 @@ def test_a_run_and_its_plan(tmp_path):
     assert any("teacher" in note for note in ours.notes)
     with pytest.raises(GraftworkError, match="its own teacher"):
         load_recipe({**document, "storage": "dense", "objective": {"method": "distill", "ce": 0}})
+
+
+@pytest.mark.slow
+def test_the_teacher_is_the_one_that_is_named(tmp_path):
+    from graftwork.compression.quantize import quantize
+    from graftwork.training.build import build_grafts, build_model, build_step
+
+    own, other = tiny.save(tiny.llama(), tmp_path / "own"), tiny.save(tiny.llama(initializer_range=0.3), tmp_path / "other")
+    quantize(own, tmp_path / "codes", storage={"method": "int2", "group_size": 16})
+    document = {"model": str(own), "storage": "int4", "objective": "distill", "data": {"train": "absent.jsonl"},
+                "train": {"precision": "fp32"}, "output_dir": str(tmp_path / "run")}
+
+    def teacher(**more):
+        recipe = load_recipe({**document, **more})
+        model, _ = build_model(recipe)
+        return build_step(recipe, model, build_grafts(recipe, model), 5).objective.teacher
+
+    named = {"objective": {"method": "distill", "teacher": str(other)}}
+    codes = {"model": str(tmp_path / "codes"), "storage": "dense"}
+    for found, folder in ((teacher(), own), (teacher(**named), other), (teacher(**named, **codes), other)):
+        wanted = tiny.llama(initializer_range=0.3) if folder == other else tiny.llama()
+        torch.testing.assert_close(found.model.layers[0].mlp.up_proj.weight, wanted.model.layers[0].mlp.up_proj.weight, check_stride=False)
+        assert not any(p.requires_grad for p in found.parameters())
+    with pytest.raises(GraftworkError, match="the teacher is to be the dense model"):
+        load_recipe({**document, **codes})
