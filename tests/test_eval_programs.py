@@ -47,7 +47,8 @@ def test_programs_are_put_together(tmp_path):
 
 @pytest.mark.slow
 def test_pass_at_k_counts_programs_that_pass(tmp_path, monkeypatch):
-    texts = ["    return x + x", "    return x", "    return x + 4", "def one(x=0): return 1 + x", "def one(): return 1", "raise SystemExit"]
+    texts = ["    return x + x", "    return x", "    return x + 4", "def one(x=0): return 1 + x",
+             "def one(): return 1", "raise SystemExit"]
     asked = says(monkeypatch, texts)
     code = Code(allowed=True, samples=3, temperature=0.5, seconds=120.0)
     out = evaluate(tiny.llama(), tiny.tokenizer(), write(tmp_path / "a.jsonl", ROWS), metrics=None, code=code, options=Options(k=(1, 2)))

@@ -49,13 +49,15 @@ def test_environment_is_empty(monkeypatch):
 def test_endless_loops_are_killed():
     assert run("while True: pass", seconds=1.5).reason == "time"
     assert run("import time\ntime.sleep(600)", seconds=1.5).reason == "time"
-    held = "import signal\nfor s in range(1, 65):\n  try: signal.signal(s, signal.SIG_IGN)\n  except (OSError, ValueError): pass\nwhile True: pass"
+    held = "import signal\nfor s in range(1, 65):\n  try: signal.signal(s, signal.SIG_IGN)\n  except (OSError, ValueError): pass\n" \
+           "while True: pass"
     assert run(held, seconds=1.5).reason == "time"
 
 
 def test_processor_time_is_limited():
     """As the kernel has it; seconds are rounded up."""
-    source = "line = next(s for s in open('/proc/self/limits') if s.startswith('Max cpu time'))\nassert line.split()[3:5] == ['62', '62'], line"
+    source = "line = next(s for s in open('/proc/self/limits') if s.startswith('Max cpu time'))\n" \
+             "assert line.split()[3:5] == ['62', '62'], line"
     assert run(source, seconds=61.5).passed
 
 
@@ -87,7 +89,8 @@ def test_fork_bombs_end():
     bomb = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nfor _ in range(1000): assert libc.fork() == -1\n" \
            "assert libc.vfork() == -1 and libc.syscall(56, 17, 0, 0, 0, 0) == -1 and libc.syscall(435, bytes(88), 88) == -1"
     assert run(bomb).passed
-    threads = "import threading, time\nn = 0\ntry:\n  for n in range(5000): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n" \
+    threads = "import threading, time\nn = 0\ntry:\n" \
+              "  for n in range(5000): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n" \
               "except (RuntimeError, MemoryError): pass\nassert 0 < n < 300, n"
     assert run(threads).passed
 
@@ -117,7 +120,8 @@ def test_size_of_files_is_limited():
 
 def test_rights_of_root_are_gone():
     source = "import os\ntry: os.setuid(12345)\nexcept OSError: pass\nelse: raise AssertionError\n" \
-             "assert 'CapEff:\\t0000000000000000' in open('/proc/self/status').read()\nassert '\\nNoNewPrivs:\\t1' in open('/proc/self/status').read()"
+             "assert 'CapEff:\\t0000000000000000' in open('/proc/self/status').read()\n" \
+             "assert '\\nNoNewPrivs:\\t1' in open('/proc/self/status').read()"
     assert run(source).passed, run(source).reason
 
 
@@ -141,7 +145,8 @@ def test_every_refused_call_has_numbers():
             assert int(defined.get(f"__NR_{name}", pair[0])) == pair[0], name
     header = Path("/usr/include/asm-generic/unistd.h")
     if header.is_file():
-        defined = dict(line.split()[1:3] for line in header.read_text().splitlines() if line.startswith("#define __NR_") and len(line.split()) > 2)
+        lines = [line.split() for line in header.read_text().splitlines() if line.startswith("#define __NR_")]
+        defined = dict(parts[1:3] for parts in lines if len(parts) > 2)
         for name, pair in {**confine._REFUSED, **confine._WRITING}.items():
             if pair[1] is not None and defined.get(f"__NR_{name}", "").isdecimal():
                 assert int(defined[f"__NR_{name}"]) == pair[1], name

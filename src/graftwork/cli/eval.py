@@ -40,6 +40,10 @@ def run(
     allow_code: bool = typer.Option(False, "--allow-code-execution", help="Run programs that the model writes, in a sandbox."),
     code_seconds: float = typer.Option(10.0, "--code-seconds", min=0.1, help="Longest time of one program."),
     code_memory: int = typer.Option(1024, "--code-memory", min=64, help="Memory of one program, in MiB."),
+    lm_eval: str = typer.Option(None, "--lm-eval", help="Tasks of lm-eval with commas, instead of --data and --metrics."),
+    lm_eval_path: str = typer.Option(None, "--lm-eval-path", help="Folder with lm-eval tasks of your own."),
+    lm_eval_chat: bool = typer.Option(False, "--lm-eval-chat", help="Put lm-eval's prompts into the chat template."),
+    num_fewshot: int = typer.Option(None, "--num-fewshot", min=0, help="Examples before each of lm-eval's prompts."),
     resamples: int = typer.Option(2000, "--resamples", min=10, help="Of the bootstrap intervals."),
     seed: int = typer.Option(0, "--seed", help="Seed of the bootstrap intervals and of sampled programs."),
     output: str = typer.Option(None, "--output", help="Write predictions, one JSON line per row."),
@@ -67,6 +71,12 @@ def run(
         if not quiet:
             print(text, file=sys.stderr)
 
+    if lm_eval is not None:
+        from ._eval_harness import run_harness
+
+        return run_harness(run, graft, lm_eval, path=lm_eval_path, chat=lm_eval_chat, num_fewshot=num_fewshot, model=model, adapter=adapter,
+                           base=base, storage=storage, dtype=dtype, limit=limit, batch_size=batch_size, seed=seed, as_json=as_json, say=say,
+                           quiet=quiet, misplaced=[*data, *(overrides or [])] or metrics)
     pattern(extract)
     journal = journal_of(output, resume)
     if run is not None and "=" in run and not Path(run).exists():  # `graft eval --model M max_length=64`
