@@ -68,6 +68,22 @@ def test_choices_against_plain_forwards(base, tmp_path):
     assert set(evaluate(model, tokenizer, path, metrics=None).metrics) >= {"n", "choice_accuracy"}  # what suits the rows
 
 
+def test_space_between_prompt_and_choice(base, tmp_path):
+    """Asked raw, "which?" goes on as " one"; with white space on one side, or as a chat, it stays as it is."""
+    model, tokenizer = base
+    rows = [{"prompt": p, "choices": [f"{lead}one", f"{lead}two"], "answer": 0}
+            for p, lead in (("which?", ""), ("which? ", ""), ("which?", " "))]
+    out = evaluate(model, tokenizer, write(tmp_path / "a.jsonl", rows), metrics=["multiple_choice"])
+    prompt = tokenizer("which?")["input_ids"]
+    wanted = [-sum(logs(model, prompt + tokenizer(f" {t}")["input_ids"])[len(prompt) - 1:]) for t in ("one", "two")]
+    assert np.allclose(out.rows[0]["choice_nll"], wanted, rtol=1e-5) and np.allclose(out.rows[2]["choice_nll"], wanted, rtol=1e-5)
+    assert not np.allclose(out.rows[1]["choice_nll"], wanted, rtol=1e-3)
+    chat = evaluate(model, tokenizer, tmp_path / "a.jsonl", metrics=["multiple_choice"], config=DataConfig(train="-", chat=True), limit=1)
+    same = [{"messages": [{"role": "user", "content": "which?"}], "choices": ["one", "two"], "answer": 0}]
+    turn = evaluate(model, tokenizer, write(tmp_path / "b.jsonl", same), metrics=["multiple_choice"])
+    assert np.allclose(chat.rows[0]["choice_nll"], turn.rows[0]["choice_nll"], rtol=1e-6)
+
+
 def test_choices_of_a_conversation(base, tmp_path):
     """The choice is scored as the assistant's turn, without the tokens that end it."""
     model, tokenizer = base
@@ -171,23 +187,24 @@ def test_bytes_of_scored_tokens(base):
 def test_several_grafts_equal_one_by_one(base, tmp_path):
     """Grafts of different methods and ranks, and the bare base, in the same batches: as each alone."""
     model, tokenizer = base
-    grafts = [shaken(model, "a", 1, r=2), shaken(model, "b", 2, r=4), shaken(model, "c", 3, "ia3"), shaken(model, "d", 4, "vera", r=4)]
+    grafts = [shaken(model, "a", 1, r=2), shaken(model, "b", 2, r=4), shaken(model, "c", 3, "ia3"), shaken(model, "d", 4, "vera", r=4),
+              shaken(model, "e", 5, "prompt")]
     try:
         rows = [{"prompt": p, "completion": c} for p, c in (("hello ", "one"), ("the user ", "and more"), ("in ", "the end"), ("a ", "b"))]
         metrics = ["loss", "exact_match", "token_f1", "bits_per_byte"]
         tasks = read_tasks(write(tmp_path / "a.jsonl", rows))
-        targets = {name: [name] * 4 for name in "abcd"} | {"base": [None] * 4}
+        targets = {name: [name] * 4 for name in "abcde"} | {"base": [None] * 4}
         seen = []
         hook = model.register_forward_pre_hook(lambda module, *_: seen.append(module.graft_state.current.rows))
-        together = compare(model, tokenizer, tasks, targets, metrics=metrics, max_new_tokens=5, batch_size=10)
+        together = compare(model, tokenizer, tasks, targets, metrics=metrics, max_new_tokens=5, batch_size=12)
         hook.remove()
-        assert any(rows and len(set(rows)) == 5 for rows in seen)  # one forward does answer for all of them
+        assert any(rows and len(set(rows)) == 6 for rows in seen)  # one forward does answer for all of them
         for name, routes in targets.items():
             alone = evaluate(model, tokenizer, tasks, metrics=metrics, adapters=routes, max_new_tokens=5, batch_size=1)
             assert [r["prediction"] for r in together.targets[name].rows] == [r["prediction"] for r in alone.rows]
             for key in ("loss", "exact_match", "token_f1", "bits_per_byte"):
                 assert together.targets[name].metrics[key] == pytest.approx(alone.metrics[key], rel=1e-5), (name, key)
-        assert len({round(t.metrics["loss"], 6) for t in together.targets.values()}) == 5
+        assert len({round(t.metrics["loss"], 6) for t in together.targets.values()}) == 6
         gap = next(d for d in together.differences if d["b"] == "c" and d["metric"] == "loss")
         assert gap["difference"] == pytest.approx(together.targets["a"].metrics["loss"] - together.targets["c"].metrics["loss"])
         assert gap["n"] == 4 and gap["interval"][0] <= gap["difference"] <= gap["interval"][1] and 0 <= gap["above"] <= 1
@@ -267,6 +284,16 @@ def test_journal_is_taken_up_and_never_mistaken(base, tmp_path, monkeypatch):
         assert not any("written before" in note for note in evaluate(model, tokenizer, path, **{**asked, **change}).notes), change
     assert evaluate(model, tokenizer, path, config=DataConfig(train="-", skip_bad=True), **asked).notes == [
         "20 of 20 answers were written before"]
+
+
+def test_every_metric_is_in_the_guide():
+    from pathlib import Path
+
+    from graftwork.evaluation.families.base import known
+
+    guide = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    table = [line for line in guide.splitlines() if line.startswith("| `")]
+    assert not [name for name in known() if not any(f"`{name}`" in line.split("|")[1] for line in table)]
 
 
 def test_empty_list_of_rows_has_no_likelihoods(base):

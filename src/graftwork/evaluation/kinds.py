@@ -4,7 +4,8 @@
     {"prompt", "test" | "test_list", "entry_point"?, "canonical_solution"? | "code"?}          a program that tests judge
 
 `choices` may be ARC's {"text": [...], "label": [...]}. The loss and exact match of such rows are those of the right choice, or of the
-given solution. Tests of HumanEval define check(candidate); `entry_point` names the function that it is called with.
+given solution. Between a raw prompt and a choice stands a space, unless one of them brings white space. Tests of HumanEval define
+check(candidate); `entry_point` names the function that it is called with.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ PLACEHOLDER = "?"
 
 @dataclass(frozen=True)
 class Choices:
-    """Texts of the choices and the place of the right one."""
+    """Texts of the choices and the place of the right one; separator: what stands between the prompt and a choice."""
 
     texts: tuple[str, ...]
     right: int
+    separator: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Tests:
     entry_point: str | None = None
 
 
-def choices_of(row: Row) -> tuple[Row, Choices | None]:
-    """(the row as prompt and completion, its choices); the row itself and None where it has none. Raises DataError."""
+def choices_of(row: Row, *, raw: bool = True) -> tuple[Row, Choices | None]:
+    """(the row as prompt and completion, its choices); the row itself and None where it has none. raw: whether a prompt is rendered as
+    text, not as a message. Raises DataError."""
     field = next((name for name in CHOICES if isinstance(row.get(name), (list, dict))), None)
     if field is None:
         return row, None
@@ -60,7 +63,9 @@ def choices_of(row: Row) -> tuple[Row, Choices | None]:
             tuple(value), right)
     if not isinstance(prompt["prompt"], str) or not prompt["prompt"]:
         raise DataError("a row with choices has no 'prompt' or 'question'", remedy="add the text that stands before the choices")
-    return {**prompt, "completion": value[right], **_kept(row)}, Choices(tuple(value), right)
+    spaced = prompt["prompt"][-1].isspace() or any(text[0].isspace() for text in value)
+    separator = " " if raw and not spaced else ""
+    return {**prompt, "completion": separator + value[right], **_kept(row)}, Choices(tuple(value), right, separator)
 
 
 def _kept(row: Row) -> Row:

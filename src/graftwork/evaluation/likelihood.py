@@ -39,6 +39,8 @@ def likelihoods(model: nn.Module, tokenizer: Any, rows: Sequence[dict], names: S
     device, was_training = model.get_input_embeddings().weight.device, model.training
     model.eval()
     try:
+        if progress:
+            progress(0, len(order))
         for start in range(0, len(order), batch_size):
             chosen = order[start:start + batch_size]
             batch = collate([{key: rows[i][key] for key in ("input_ids", "labels")} for i in chosen])

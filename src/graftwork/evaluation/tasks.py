@@ -54,7 +54,7 @@ def read_tasks(path: Any, config: DataConfig | None = None, *, limit: int | None
         try:
             if isinstance(row, DataError):
                 raise row
-            row, choices = choices_of(row)
+            row, choices = choices_of(row, raw=not config.chat)
             row, tests = tests_of(row) if choices is None else (row, None)
             row, answers = _answers(row, config.columns)
             reader = fixed or chosen.get(source.file) or chosen.setdefault(source.file, detect_format(row))

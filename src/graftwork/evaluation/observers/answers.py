@@ -45,6 +45,8 @@ def write(view, prompts: list[list[int]], grafts: list[str | None], limit: int, 
         view.note(f"{len(prompts) - len(todo)} of {len(prompts)} {stage} were written before")
     chunk = len(todo) if journal.path is None else 8 * settings.batch_size
     done, say = len(prompts) - len(todo), view.say(stage)
+    if say:
+        say(done, len(prompts))
     for start in range(0, len(todo), max(chunk, 1)):
         part = todo[start:start + chunk]
         found = generate(view.model, view.tokenizer, [prompts[i] for i in part], adapters=view.names([grafts[i] for i in part]),

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...data import Renderer
 from ...errors import DataError, UsageError
-from ...serving.generate import positions
+from ...serving.generate import context_length
 from ..likelihood import likelihoods
 from ..tasks import prompt_and_answer
 
@@ -46,7 +46,7 @@ def with_answer(task, text: str):
     if task.example.messages is not None:
         *before, last = task.example.messages
         return replace(task.example, messages=(*before, {**last, "content": text}))
-    return replace(task.example, completion=text)
+    return replace(task.example, completion=task.choices.separator + text)
 
 
 def without_ending(renderer: Renderer, ids: list[int]) -> list[int]:
@@ -59,7 +59,7 @@ def without_ending(renderer: Renderer, ids: list[int]) -> list[int]:
 
 def _scored(renderer: Renderer, task, text: str, view) -> dict:
     prompt, answer = prompt_and_answer(renderer, with_answer(task, text))
-    answer, room = without_ending(renderer, answer), positions(view.model)
+    answer, room = without_ending(renderer, answer), context_length(view.model)
     if room is not None and len(prompt) + len(answer) > room:
         raise DataError(f"{task.source}: prompt and choice have {len(prompt) + len(answer)} tokens, the model's context {room}",
                         remedy="shorten the prompt")

@@ -32,6 +32,8 @@ def observe(view) -> None:
     jobs.sort(key=lambda job: -len(kept[job[0]]["input_ids"]))
     collate, device, was_training, say = dataset.collator(), next(model.parameters()).device, model.training, view.say("loss")
     model.eval()
+    if say:
+        say(0, len(jobs))
     try:
         for start in range(0, len(jobs), settings.batch_size):
             part = jobs[start:start + settings.batch_size]

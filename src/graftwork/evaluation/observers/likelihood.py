@@ -9,7 +9,7 @@ from __future__ import annotations
 from ...data import from_examples
 from ...errors import DataError
 from ...objectives.causal_lm import CausalLMObjective
-from ...serving.generate import positions
+from ...serving.generate import context_length
 from ..likelihood import likelihoods, scored_bytes, windows
 
 
@@ -29,7 +29,7 @@ def observe(view) -> None:
         if k < len(dataset) and dataset.sources(k)[0] == task.source:
             kept[i], k = dataset[k], k + 1
     sizes = {i: scored_bytes(view.tokenizer, row) for i, row in kept.items()}
-    window = min(settings.window or config.max_length, positions(view.model) or 2**31)
+    window = min(settings.window or config.max_length, context_length(view.model) or 2**31)
     parts = {i: [row] if settings.stride is None else windows(row, window, settings.stride) for i, row in kept.items()}
     jobs = [(i, row, graft, part) for i, row, graft in view.jobs() for part in parts.get(i, [])]
     method = getattr(view.objective, "method", "causal_lm")

@@ -80,6 +80,8 @@ def run_programs(sources: Sequence[str], *, workers: int = 1, progress: Callable
     """Outcomes in order; `workers` processes at a time. Options as in run_program."""
     check_allowed(options.get("allowed", False))
     found: list[Outcome] = []
+    if progress:
+        progress(0, len(sources))
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         for outcome in pool.map(lambda source: run_program(source, **options), sources):
             found.append(outcome)
