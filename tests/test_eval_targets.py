@@ -153,6 +153,8 @@ def test_perplexity_in_windows_against_direct_sums(base, tmp_path):
     assert whole == pytest.approx(-np.mean(logs(model, ids) + short), rel=1e-5)
     with pytest.raises(UsageError, match="below --window"):
         evaluate(model, tokenizer, path, metrics=["loss"], stride=12, window=12)
+    with pytest.raises(UsageError, match="how much they move"):
+        evaluate(model, tokenizer, path, metrics=["loss"], window=12)
 
 
 def _windowed(model, ids, window, stride):

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..serving.loading import _common_storage, graft_folder
-from .targets import Target, _grafts, find_target
+from .targets import Target, _grafts, _labels, find_target
 
 BASE = "base"
 
@@ -43,8 +43,6 @@ def find_targets(run: str | None, grafts: Sequence[str], *, model: str | None = 
         found.grafts[name], shown[name] = folder, name
     if base:
         shown[BASE] = None
-    from .targets import _labels
-
     labels = {name: _labels({name: folder}).get(name) for name, folder in found.grafts.items()}
     if len({tuple(each) if each else None for each in labels.values()}) > 1:
         raise UsageError(f"the grafts have different labels: {labels}", remedy="compare grafts of one task")

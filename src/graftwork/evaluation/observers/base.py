@@ -66,6 +66,9 @@ class View:
     seen: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        if self.settings.window is not None and self.settings.stride is None:
+            raise UsageError(f"windows of {self.settings.window} tokens do not say by how much they move",
+                             remedy="add --stride; to cut rows: max_length=N")
         if len(self.targets) > 1 and any(routes is None for routes in self.targets.values()):
             raise UsageError("several targets are told apart by the grafts of their rows, and one names none")
         for name, routes in self.targets.items():
