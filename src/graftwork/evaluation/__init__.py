@@ -1,10 +1,11 @@
-"""Evaluation: loss and perplexity, exact match by greedy decoding, accuracy of classifiers, with intervals."""
+"""Evaluation: metrics of likelihoods, answers, choices, labels and programs, of many grafts in one pass, with intervals."""
 
 from __future__ import annotations
 
 import importlib
 
-_HOME = {"Evaluation": "scoring", "evaluate": "scoring", "Task": "tasks", "read_tasks": "tasks", "Target": "targets",
+_HOME = {"Comparison": "scoring", "Evaluation": "scoring", "compare": "scoring", "evaluate": "scoring", "Options": "families.base",
+         "Code": "observers.base", "Task": "tasks", "read_tasks": "tasks", "Target": "targets",
          "find_target": "targets", "load_target": "targets", "bootstrap_interval": "metrics", "extract": "metrics",
          "macro_f1": "metrics", "matches": "metrics"}
 __all__ = sorted(_HOME)

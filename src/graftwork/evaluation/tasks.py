@@ -2,6 +2,7 @@
 
 The formats are those of training. In addition a row may give several accepted answers: a list in place of the answer
 (`completion`, `output`) or in one of ANSWER_LISTS. The answer that stands in the row for the loss is then the first.
+Rows with choices or with tests are read by kinds.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ..data import DataConfig, Example, Renderer, Statistics, detect_format, rea
 from ..data.example import located
 from ..data.formats import check_columns, get_format, map_columns
 from ..errors import DataError
+from .kinds import PLACEHOLDER, Choices, Tests, choices_of, tests_of
 
 #: fields of a row that may hold further accepted answers
 ANSWER_LISTS = ("refs", "references", "outputs", "answers", "targets")
@@ -22,11 +24,13 @@ _ANSWERS = {"completion": "prompt", "output": "instruction"}  # the answer of a 
 
 @dataclass(frozen=True)
 class Task:
-    """One row: the example (for the loss) and every accepted answer, its own included. Rows to classify and plain texts
-    have no answers."""
+    """One row: the example (for the loss) and every accepted answer, its own included. Rows to classify, plain texts and
+    tests without a solution have no answers."""
 
     example: Example
     answers: tuple[str, ...] = ()
+    choices: Choices | None = None
+    tests: Tests | None = None
 
     @property
     def source(self) -> str:
@@ -50,13 +54,17 @@ def read_tasks(path: Any, config: DataConfig | None = None, *, limit: int | None
         try:
             if isinstance(row, DataError):
                 raise row
+            row, choices = choices_of(row, raw=not config.chat)
+            row, tests = tests_of(row) if choices is None else (row, None)
             row, answers = _answers(row, config.columns)
             reader = fixed or chosen.get(source.file) or chosen.setdefault(source.file, detect_format(row))
             example = replace(reader.parse(row), adapter=row.get("adapter"), source=source)
             if not isinstance(example.adapter, str | None):
                 raise DataError("'adapter' must be a name", remedy="write it as a string, or null")
             own = _own_answer(example)
-            tasks.append(Task(example, tuple(dict.fromkeys([own, *answers])) if own is not None else ()))
+            if tests is not None and own == PLACEHOLDER:
+                own = None
+            tasks.append(Task(example, tuple(dict.fromkeys([own, *answers])) if own is not None else (), choices, tests))
         except DataError as error:
             if not config.skip_bad:
                 raise located(error, source) from None

@@ -41,13 +41,14 @@ class Completion:
 
 def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], *, adapters: Sequence[str | None] | None = None,
              max_new_tokens: int = 256, batch_size: int = 16, temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0,
-             seed: int = 0, stop: Sequence[str] = (), gaps: bool = False,
+             seed: int = 0, stop: Sequence[str] = (), gaps: bool = False, numbers: Sequence[int] | None = None,
              progress: Callable[[int, int], None] | None = None) -> list[Completion]:
     """Completions of the prompts, in their order.
 
     prompts: texts, lists of messages (rendered by the chat template with a generation prompt), or lists of token ids.
     adapters: the graft that answers each prompt, None for the bare base; left out, the model answers as it stands.
     temperature 0 is greedy; top_p and top_k (0: all) restrict sampling. gaps: record the top-2 gap of every step.
+    numbers: of each prompt, from which with `seed` its sampling is seeded (default: its place), so that a job may be cut in parts.
     progress(done, total) is called as prompts finish. Raises UsageError (options, unknown adapter), DataError (a prompt
     that is empty, cannot be rendered, or leaves no room in the model's context)."""
     settings = _Settings(max_new_tokens, temperature, top_p, top_k, tuple(stop), gaps, end_tokens(model, tokenizer))
@@ -58,7 +59,8 @@ def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], *, ada
     for i, prompt in enumerate(prompts):
         try:
             ids = encode_prompt(tokenizer, prompt)
-            rows.append(_row(model, ids, i, None if adapters is None else adapters[i], settings, seed))
+            number = i if numbers is None else numbers[i]
+            rows.append(_row(model, ids, number, None if adapters is None else adapters[i], settings, seed))
         except GraftworkError as error:
             raise type(error)(f"prompt {i + 1}: {error.message}", remedy=error.remedy) from None
     done, order = 0, sorted(rows, key=lambda row: (-len(row.prompt), row.index))  # the largest batch comes first
