@@ -80,7 +80,7 @@ def finish_run(folder: str | Path, recipe: Any, result: Any, *, rows: int, say: 
 
     folder = Path(folder)
     live = [graft for graft in result.grafts if graft.name not in result.failed]
-    if live and live[0].info.traits["mergeable"]:
+    if live:
         attempt("spectra", lambda: spectra.write_spectra(folder, live, dense=False))
     if rows and (recipe.data.eval is not None or recipe.data.eval_fraction):
         names = [graft.name for graft in live]

@@ -113,8 +113,9 @@ def memory_timeline(name: str, title: str, timeline: list[Any]) -> Figure:
     return Figure(name, title, draw, rows, f"{title}. Highest {sum(top[2].values()) / MIB:,.1f} MiB, in phase {top[1]}", narrow_height=3.2)
 
 
-def heat(name: str, title: str, lines: list[str], columns: list[Any], values: list[list[float | None]], xlabel: str, unit: str) -> Figure:
-    """A map: one line a site or layer, one column a step (or role); None where there is no value."""
+def heat(name: str, title: str, lines: list[str], columns: list[Any], values: list[list[float | None]], xlabel: str, unit: str,
+         labels: list[str] | None = None) -> Figure:
+    """A map: one line a site or layer, one column a step (or role); None where there is no value. labels: shorter names to draw."""
     import numpy as np
 
     grid = np.array([[np.nan if v is None else v for v in line] for line in values], dtype=float)
@@ -126,7 +127,7 @@ def heat(name: str, title: str, lines: list[str], columns: list[Any], values: li
         axes.spines[:].set_visible(False)
         room = 30 if width == WIDE else 15
         every = max(1, -(-len(lines) // 32))
-        axes.set_yticks(range(0, len(lines), every), [short(line, room) for line in lines[::every]], fontsize=7)
+        axes.set_yticks(range(0, len(lines), every), [short(line, room) for line in (labels or lines)[::every]], fontsize=7)
         ticks = thinned(list(range(len(columns))), 8 if width == WIDE else 4)[:9]
         axes.set_xticks(ticks if len(columns) > 9 else range(len(columns)),
                         [str(columns[i]) for i in (ticks if len(columns) > 9 else range(len(columns)))])

@@ -75,12 +75,12 @@ class Figure:
                  "axes.edgecolor": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "legend.frameon": False,
                  "axes.titlesize": 9, "axes.titlecolor": ink, "axes.unicode_minus": False, "grid.color": ink, "legend.fontsize": 8}
         with matplotlib.rc_context(style):
-            canvas = Canvas(figsize=(width, height), layout="constrained")
+            canvas = Canvas(figsize=(width, height), layout="constrained", facecolor="white" if salt == "export" else "none")
             self.draw(canvas, width)
+            for axes in canvas.axes:
+                axes.set_facecolor("none")
             out = io.BytesIO()
-            plain = format == "svg"
-            canvas.savefig(out, format=format, transparent=salt != "export", facecolor="white", dpi=160,
-                           metadata={"Date": None} if plain else {"Software": None})
+            canvas.savefig(out, format=format, facecolor="auto", dpi=160, metadata={"Date" if format == "svg" else "Software": None})
         return out.getvalue()
 
 

@@ -8,7 +8,7 @@ from . import drawings
 from .runs import Run
 from .scores import read_scores
 from .section import Section, missing
-from .sites import final_grid, over_steps
+from .sites import final_grid, over_steps, short_names
 from .spectra import role_of
 
 
@@ -20,7 +20,8 @@ def sites(runs: list[Run]) -> Section:
             of, end = (f" of {run.name}", f"-{number + 1}") if len(runs) > 1 else ("", "")
             slug, what_of = "-".join(what.split()), what[:1].upper() + what[1:]
             lines, columns, values, note = over_steps(steps)
-            figure = drawings.heat(f"map-{slug}{end}", f"{what_of} over the steps{of}", lines, columns, values, "step", what)
+            figure = drawings.heat(f"map-{slug}{end}", f"{what_of} over the steps{of}", lines, columns, values, "step", what,
+                                   labels=short_names(lines))
             figure.note = f"{note} {figure.note}".strip()
             section.figures.append(figure)
             grid = final_grid(steps)
@@ -48,7 +49,9 @@ def spectra(runs: list[Run]) -> Section:
         section.figures.append(figure)
     reasons: dict[str, list[Run]] = {}
     for run in [run for run in runs if run not in have]:
-        why = (run.spectra or {}).get("left_out") or "none in the run folder (graft report RUN --spectra 24 computes them)"
+        whole = run.recipe is not None and "adapter" in run.recipe and run.recipe["adapter"] is None
+        why = (run.spectra or {}).get("left_out") or ("the whole model was trained, there is no graft to decompose" if whole else
+                                                      "none in the run folder (graft report RUN --spectra 24 computes them)")
         reasons.setdefault(why, []).append(run)
     for why, lacking in reasons.items():
         section.left_out += missing(runs, [run for run in runs if run not in lacking], why)

@@ -15,8 +15,9 @@ body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding
 h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.15rem;margin-top:2.2rem;border-bottom:1px solid var(--line)}h3{font-size:1rem}
 nav a{display:inline-block;margin:0 .9rem .3rem 0}
 .scroll{overflow-x:auto;max-height:30rem}table{border-collapse:collapse;font-size:.88rem}
-th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top;overflow-wrap:normal;white-space:pre-line}
-td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}td{min-width:4rem}
+th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+th div,td div{width:max-content;max-width:18rem;white-space:pre-line}
+td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 figure{margin:1.2rem 0}figcaption{color:var(--quiet);font-size:.88rem}
 svg{display:block;width:100%;height:auto}svg text{font-family:system-ui,sans-serif!important}
 .narrow{display:none;max-width:26rem}

@@ -47,14 +47,14 @@ def write_samples(folder: Path, recipe: Any, model: Any, tokenizer: Any, grafts:
     """samples.json of a run: [{prompt, right, before, after}], with `adapter` for a fleet. grafts: names on the model; none: the model
     itself was trained, and only what it says now is there."""
     from ..data import Renderer
-    from ..evaluation.tasks import Task, prompt_and_answer
+    from ..evaluation.tasks import prompt_and_answer
     from ..files import atomic_write_text
     from ..serving.generate import generate
 
     known = set(grafts)
     rows = [(name, example) for name, example in held_out(recipe, count) if name in known or not known]
     renderer = Renderer(tokenizer, train_on="last_assistant", system=recipe.data.system, chat=recipe.data.chat)
-    parts = [prompt_and_answer(renderer, Task(example).example) for _, example in rows]
+    parts = [prompt_and_answer(renderer, example) for _, example in rows]
     longest = min(TOKENS, max(len(answer) for _, answer in parts) + 8)
 
     def answers(names: list[str | None] | None) -> list[str]:

@@ -25,6 +25,12 @@ def over_steps(steps: dict[int, dict[str, float]]) -> tuple[list[str], list[int]
     return list(layers), columns, values, f"The mean of each layer's sites ({len(names)} sites)."
 
 
+def short_names(names: list[str]) -> list[str]:
+    """`3 q_proj` for a site of layer 3, where that tells the sites apart; else the names as they are."""
+    found = [f"{match[1]} {role_of(name)}" if (match := LAYER.search(name)) else name for name in names]
+    return found if len(set(found)) == len(names) else names
+
+
 def layer_of(name: str) -> str:
     found = LAYER.search(name)
     return f"layer {found[1]}" if found else name

@@ -28,13 +28,18 @@ def write_spectra(folder: Path, grafts: Sequence[Any], *, sites: int = SITES, de
     from ..files import atomic_write_text
 
     found: dict[str, Any] = {}
+    plain = next((graft for graft in grafts if not graft.info.traits["mergeable"]), None)
+    if plain is not None:
+        why = f"'{plain.method}' changes no weight, so there are no singular values"
+        return atomic_write_text(folder / "spectra.json", json.dumps({"sites": {}, "left_out": why}))
     share = max(1, sites // max(1, len(grafts)))
     for graft in list(grafts)[:sites]:
         prefix = f"{graft.name}/" if len(grafts) > 1 else ""
         found.update({prefix + name: values for name, values in graft_spectra(graft, chosen_sites(graft, share), dense, progress)})
     document = {"sites": found, "of": sum(len(g.adapters) for g in grafts)}
     if not found:
-        document["left_out"] = "its changes are not of low rank: `graft report RUN --spectra 24` takes the time" if not dense else "no site"
+        document["left_out"] = ("its changes depend on the input" if dense else
+                                "its changes are not of low rank (graft report RUN --spectra 24 takes the time)")
     atomic_write_text(folder / "spectra.json", json.dumps(document))
 
 
@@ -54,12 +59,9 @@ def chosen_sites(graft: Any, limit: int) -> list[str]:
 
 def graft_spectra(graft: Any, names: Iterable[str], dense: bool = True,
                   progress: Callable[[int, int], None] | None = None) -> Iterable[tuple[str, dict[str, Any]]]:
-    """(site, its numbers), lazily: one change is alive at a time. Raises UsageError for a method without weight changes."""
+    """(site, its numbers), lazily: one change is alive at a time."""
     import torch
 
-    if not graft.adapters or not graft.info.traits["mergeable"]:
-        raise UsageError(f"'{graft.method}' changes no weight, so there are no singular values",
-                         remedy="leave --spectra out for this run")
     names = list(names)
     for i, name in enumerate(names):
         with torch.no_grad():
@@ -71,7 +73,8 @@ def graft_spectra(graft: Any, names: Iterable[str], dense: bool = True,
 
 
 def singular_values(graft: Any, name: str, dense: bool = True) -> Any:
-    """Of one site's change, in falling order, float64 on the CPU; None for a change that has no factors, unless dense."""
+    """Of one site's change, in falling order, float64 on the CPU; None where there is none (it depends on the input)
+    or, unless dense, it has no factors."""
     import torch
 
     adapter, base = graft.adapters[name], graft.base_of(graft.sites[name])
@@ -82,9 +85,7 @@ def singular_values(graft: Any, name: str, dense: bool = True) -> Any:
     if pair is None and not dense:
         return None
     change = pair[0].double() @ pair[1].double() if pair is not None else adapter.delta_weight(base)
-    if change is None:
-        raise UsageError(f"'{graft.method}' has no weight change: it depends on the input", remedy="leave --spectra out for this run")
-    return torch.linalg.svdvals(change.double()).cpu() * abs(graft.weight)
+    return None if change is None else torch.linalg.svdvals(change.double()).cpu() * abs(graft.weight)
 
 
 def summary(values: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "<p>nothing to show</p>"
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    head = "".join(f"<th scope=col>{escape(str(key))}</th>" for key in keys)
+    head = "".join(f"<th scope=col><div>{escape(str(key))}</div></th>" for key in keys)
     body = "".join("<tr>" + "".join(_cell(row.get(key, "")) for key in keys) + "</tr>" for row in rows)
     return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -28,4 +28,5 @@ def shown(value: Any) -> str:
 
 def _cell(value: Any) -> str:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return f'<td{" class=n" if number else ""}>{escape(shown(value))}</td>'
+    text = escape(shown(value))
+    return f"<td class=n>{text}</td>" if number else f"<td><div>{text}</div></td>"
