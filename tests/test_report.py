@@ -1,8 +1,8 @@
 """Reports: what is on the page is what lies in the run folder, and nothing that a user wrote becomes markup."""
 
 import json
+import re
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ import tiny
 from graftwork.cli.main import main
 from graftwork.errors import UsageError
 from graftwork.report import course, drawings, write_report
+from graftwork.report.build import SECTIONS, add_plan
 from graftwork.report.page import write_page
 from graftwork.report.recipes import differences, flatten
 from graftwork.report.runs import read_runs
@@ -22,6 +23,7 @@ from graftwork.report.sites import final_grid, over_steps
 from graftwork.report.spectra import chosen_sites, graft_spectra, singular_values
 from graftwork.report.tables import table
 from graftwork.selection.lisa import LISA, LISASelection
+from graftwork.serving.generate import generate
 from report_support import SITES, Page, made_run, metrics
 from training_support import completions, folder, recipe, run
 
@@ -30,7 +32,8 @@ from training_support import completions, folder, recipe, run
 def test_curves_are_the_lines_of_the_log(tmp_path):
     made_run(tmp_path / "a", steps=200)
     with open(tmp_path / "a" / "metrics.jsonl", "a") as log:
-        log.write('{"step": 201, "loss": NaN, "seconds": 3, "steps": 2}\n[1]\n{"step": 202, "lo')  # another run would be at it
+        log.write('{"step": 201, "loss": NaN, "seconds": 3, "steps": 2, "sites": {"rank": 3, "other": {"x": "y"}}}\n[1]\n')
+        log.write('{"step": 202, "lo')  # another process would be at it
     found, rows = read_runs([tmp_path / "a"])[0], metrics(200)
     for key in ("loss", "eval_loss", "lr", "tokens_per_second", "process_bytes"):
         assert found.series(key)[:len([r for r in rows if key in r])] == [(r["step"], r[key]) for r in rows if key in r]
@@ -142,7 +145,7 @@ EVIL = "<img src=x onerror=alert(1)>"
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """(page of a run whose every text is hostile beside a plain one, what the report says of itself, its figures)."""
+    """(page of a run whose every text is hostile beside a plain one, what the report says of itself)."""
     root = tmp_path_factory.mktemp("report")
     bad = made_run(root / f"_{EVIL}$x^{{$", recipe={"model": f"</pre><script>alert(2)</script>{EVIL}", "note": "--><svg onload=alert(3)>"})
     (bad / "samples.json").write_text(json.dumps([{"prompt": EVIL, EVIL: "</dd><script>alert(4)</script>", "after": "a\nb & c"}]))
@@ -152,9 +155,9 @@ def pages(tmp_path_factory):
     rows = metrics()
     rows[-2]["sites"] = {EVIL: {EVIL: 1.0, "</text></svg><script>alert(6)</script>": 2.0}}
     (bad / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plain = made_run(root / "plain", scale=2.0)
-    found = write_report([bad, plain], root / "out" / "page.html", figures=root / "figures", format="png")
-    return root / "out" / "page.html", found, root / "figures"
+    plain = made_run(root / "plain", scale=2.0, bare=True)
+    (plain / "config.yaml").write_text("model: tiny\n")
+    return root / "out" / "page.html", write_report([bad, plain], root / "out" / "page.html")
 
 
 @pytest.mark.slow
@@ -168,19 +171,18 @@ def test_nothing_that_a_user_wrote_becomes_markup(pages):
 
 
 @pytest.mark.slow
-def test_every_figure_has_words_and_numbers_and_is_a_file(pages):
-    path, found, figures = pages
+def test_every_figure_has_words_and_numbers(pages):
+    path, found = pages
     page = Page(path)
     assert page.count("figure") == len(found["figures"]) >= 14 and page.count("details") >= page.count("figure")
+    assert all(re.fullmatch("[a-z0-9-]+", each["name"]) for each in found["figures"])  # they are names of files too
     drawn = [attributes for tag, attributes in page.tags if tag == "svg"]
     assert len(drawn) == 2 * len(found["figures"]) and all(a["role"] == "img" and len(a["aria-label"]) > 20 for a in drawn)
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
-    for each in found["figures"]:
-        assert Path(each["file"]).parent == figures and Path(each["file"]).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert path.stat().st_size < 2_000_000
     assert [row["last loss"] for row in found["runs"]] == [metrics()[-2]["loss"], metrics(20, 2.0)[-2]["loss"]]
-    assert [row["option"] for row in found["recipe_differences"]] == ["model", "note"]
+    assert [row["option"] for row in found["recipe_differences"]][:2] == ["model", "adapter.method"]
     shown = [row for rows in page.tables for row in rows]
     assert ["20", "0.1021", "0.1842"] in shown  # the training losses at the last step, as the log has them
 
@@ -189,15 +191,20 @@ def test_every_figure_has_words_and_numbers_and_is_a_file(pages):
 def test_missing_parts_are_left_out_with_a_line(tmp_path, capsys):
     made_run(tmp_path / "a", bare=True)
     (tmp_path / "a" / "plan.json").write_text("{")
+    (tmp_path / "a" / "spectra.json").write_text('{"sites": {"x": {"shape": [2, 2], "values": []}}}')
+    (tmp_path / "a" / "samples.json").write_text('[1]')
     code = main(["report", str(tmp_path / "a"), "-o", str(tmp_path / "r.html"), "--figures", str(tmp_path / "f"), "--json", "--quiet"])
     assert not code
     found = json.loads(capsys.readouterr().out)
     lines = "\n".join(found["left_out"])
-    for part in ("plan.json cannot be read", "no run.json", "no plan", "no evaluation", "no samples", "config.yaml", "--spectra 24"):
+    for part in ("plan.json cannot be read", "spectra.json is not as expected (sites.x.values", "no run.json", "no plan", "no evaluation",
+                 "samples.json is not as expected (rows.0", "no samples", "config.yaml", "--spectra 24"):
         assert part in lines, part
     assert all(line.partition(": ")[2].rstrip(".") in Page(tmp_path / "r.html").text for line in found["left_out"])
     for each in found["figures"]:
         assert ET.parse(each["file"]).getroot().tag.endswith("svg")
+    png = drawings.scores("s", "S", [{"task": "t", "run": "r", "score": 0.5, "low": None, "high": None, "n": 3}]).save(tmp_path, "png")
+    assert png == tmp_path / "s.png" and png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(SystemExit) as leave:
         main(["report", str(tmp_path / "a"), "--format", "pdf", "-o", str(tmp_path / "r.html")])
     assert leave.value.code == 2 and "figure format 'pdf'" in capsys.readouterr().err
@@ -206,7 +213,7 @@ def test_missing_parts_are_left_out_with_a_line(tmp_path, capsys):
     assert leave.value.code == 2 and "no run folder" in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_long_runs_stay_small(tmp_path):
     found = [made_run(tmp_path / name, steps=6000, scale=k + 1.0) for k, name in enumerate("abc")]
     for each in found:
@@ -227,16 +234,15 @@ def test_tables_escape_and_show_numbers(tmp_path):
 
 
 # -- what training leaves -------------------------------------------------------------------------------------------------
-@pytest.mark.slow
+@pytest.mark.full
 def test_training_writes_ranks_memory_spectra_and_samples(tmp_path, capsys):
     document = recipe(folder(tmp_path), completions(tmp_path / "d.jsonl", n=24), tmp_path / "a", adapter={"method": "adalora", "r": 4},
                       selection=[{"method": "adalora", "target_r": 2, "interval": 1, "warmup": 1, "final": 2}],
                       train={"max_steps": 8, "eval_steps": 4, "logging_steps": 2}, data={"eval_fraction": 0.25})
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(document))
     main(["train", str(tmp_path / "r.yaml"), "--samples", "3", "--quiet"])
-    main(["report", str(tmp_path / "a"), "--plan", "-o", str(tmp_path / "a.html"), "--json", "--quiet"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (tmp_path / "a" / "report.html").stat().st_size > 10_000
+    add_plan(tmp_path / "a", lambda text: None)
+    assert "report.html" in capsys.readouterr().out and (tmp_path / "a" / "report.html").stat().st_size > 10_000
     one = read_runs([tmp_path / "a"])[0]
     assert [s for s, _ in one.series("steps")] == [2, 4, 6, 8] and all(v > 1e7 for _, v in one.series("process_bytes"))
     model, tokenizer = graftwork.load(str(tmp_path / "llama"))
@@ -251,13 +257,12 @@ def test_training_writes_ranks_memory_spectra_and_samples(tmp_path, capsys):
     assert len(one.samples) == 3 and one.info["measured"]["step"] >= 1
     for row in one.samples:
         with graft.disabled():
-            before = graftwork.generate(model, tokenizer, [row["prompt"]], max_new_tokens=96)[0].text.strip()
-        after = graftwork.generate(model, tokenizer, [row["prompt"]], max_new_tokens=96)[0].text.strip()
+            before = generate(model, tokenizer, [row["prompt"]], max_new_tokens=96)[0].text.strip()
+        after = generate(model, tokenizer, [row["prompt"]], max_new_tokens=96)[0].text.strip()
         assert before.startswith(row["before"]) and after.startswith(row["after"])
-    figures = {each["name"] for each in found["figures"]}
+    figures = {figure.name for make in SECTIONS for figure in make(read_runs([tmp_path / "a"])).figures}
     assert {"loss", "memory-peak", "memory-run", "memory-step", "map-rank", "map-rank-end", "spectra"} <= figures
-    (section,) = [course.memory(read_runs([tmp_path / "a"]))]
-    over = next(f for f in section.figures if f.name == "memory-run")
+    over = next(f for f in course.memory(read_runs([tmp_path / "a"])).figures if f.name == "memory-run")
     plan = json.loads((tmp_path / "a" / "plan.json").read_text())
     assert over.rows[0]["tensors at the peak, planned"] == plan["peak_bytes"] / 2**20
 

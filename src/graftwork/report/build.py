@@ -34,6 +34,9 @@ def write_report(folders: Sequence[str | Path], path: str | Path, *, figures: st
     runs = read_runs(list(folders))
     made = [make(runs) for make in SECTIONS]
     drawn = [figure for section in made for figure in section.figures]
+    for i, figure in enumerate(drawn):  # names are those of files
+        if figure.name in [each.name for each in drawn[:i]]:
+            figure.name += f"-{i}"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_page(path, title_of(runs), [(section.heading, section.body()) for section in made], contents=True)
     saved: dict[str, str] = {}

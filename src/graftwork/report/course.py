@@ -63,7 +63,7 @@ def memory(runs: list[Run]) -> Section:
         section.figures.append(drawings.memory_bars(
             "memory-peak", "Planned bytes at the peak of a step, and the measured peak", {r.name: r.plan["categories"] for r in planned},
             {r.name: r.info.get("peak_bytes") or 0 for r in planned}))
-    section.figures += [figure for run in runs for figure in _over_run(run, len(runs) > 1)]
+    section.figures += [figure for i, run in enumerate(runs) for figure in _over_run(run, i + 1 if len(runs) > 1 else None)]
     for run in planned:
         if run.plan.get("timeline"):
             name, of = (f"memory-step-{runs.index(run) + 1}", f" of {run.name}") if len(runs) > 1 else ("memory-step", "")
@@ -80,8 +80,8 @@ def _sizes(run: Run) -> dict[str, list[tuple[int, float]]]:
     return {label: [(s, v / MIB) for s, v in points] for label, key in named.items() if (points := run.series(key))}
 
 
-def _over_run(run: Run, many: bool) -> list[Figure]:
-    """Measured bytes over the steps with the plan as level lines."""
+def _over_run(run: Run, number: int | None) -> list[Figure]:
+    """Measured bytes over the steps with the plan as level lines. number: of the run among several."""
     lines, marks = _sizes(run), {}
     if not lines:
         return []
@@ -95,9 +95,8 @@ def _over_run(run: Run, many: bool) -> list[Figure]:
     measured = run.info.get("measured") or {}
     if measured.get("peak_bytes") and measured.get("step"):
         marks["tensors in the heaviest step, measured"] = [(measured["step"], measured["peak_bytes"] / MIB)]
-    where = run.name.replace("/", "-")
-    figure = drawings.curves("memory-run" if not many else f"memory-run-{where}", f"Memory over the run{' of ' + run.name if many else ''}",
-                             lines, "step", "MiB", marks=marks)
+    of, end = ("", "") if number is None else (f" of {run.name}", f"-{number}")
+    figure = drawings.curves(f"memory-run{end}", f"Memory over the run{of}", lines, "step", "MiB", marks=marks)
     figure.note = (figure.note + " The process holds interpreter and libraries too; the step that is measured exactly is larger by the "
                                  "records of that measurement.").strip()
     return [figure]

@@ -97,17 +97,17 @@ def memory_bars(name: str, title: str, planned: dict[str, dict[str, int]], measu
 
 def memory_timeline(name: str, title: str, timeline: list[Any]) -> Figure:
     """Live bytes by category over the events of the simulated steps: [(event, phase, {category: bytes})]."""
-    categories, colors = [c for c in timeline[0][2] if any(p[2][c] for p in timeline)], colors_of(timeline[0][2])
+    categories, colors = [c for c in timeline[0][2] if any(p[2].get(c) for p in timeline)], colors_of(timeline[0][2])
 
     def draw(canvas: Any, width: float) -> None:
         axes = plain_axes(canvas.subplots())
-        axes.stackplot([p[0] for p in timeline], [[p[2][c] / MIB for p in timeline] for c in categories],
+        axes.stackplot([p[0] for p in timeline], [[p[2].get(c, 0) / MIB for p in timeline] for c in categories],
                        labels=[c.replace("_", " ") for c in categories], colors=[colors[c] for c in categories])
         axes.set_xlabel("operations of the simulated steps")
         axes.set_ylabel("MiB")
         legend(canvas, axes, width)
 
-    rows = [{"operation": e, "phase": phase, **{f"{c.replace('_', ' ')} MiB": round(live[c] / MIB, 2) for c in categories}}
+    rows = [{"operation": e, "phase": phase, **{f"{c.replace('_', ' ')} MiB": round(live.get(c, 0) / MIB, 2) for c in categories}}
             for e, phase, live in thinned(timeline, TABLE)]
     top = max(timeline, key=lambda p: sum(p[2].values()))
     return Figure(name, title, draw, rows, f"{title}. Highest {sum(top[2].values()) / MIB:,.1f} MiB, in phase {top[1]}", narrow_height=3.2)

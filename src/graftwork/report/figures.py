@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
@@ -74,7 +75,8 @@ class Figure:
         style = {"svg.fonttype": "none", "svg.hashsalt": f"{self.name}/{salt}", "font.size": 9, "text.color": ink, "text.parse_math": False,
                  "axes.edgecolor": ink, "axes.labelcolor": ink, "xtick.color": ink, "ytick.color": ink, "legend.frameon": False,
                  "axes.titlesize": 9, "axes.titlecolor": ink, "axes.unicode_minus": False, "grid.color": ink, "legend.fontsize": 8}
-        with matplotlib.rc_context(style):
+        with matplotlib.rc_context(style), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a reader's own font may have it
             canvas = Canvas(figsize=(width, height), layout="constrained", facecolor="white" if salt == "export" else "none")
             self.draw(canvas, width)
             for axes in canvas.axes:

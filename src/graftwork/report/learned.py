@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 
 from . import drawings
@@ -18,7 +19,7 @@ def sites(runs: list[Run]) -> Section:
     for number, run in enumerate(have):
         for what, steps in run.maps().items():
             of, end = (f" of {run.name}", f"-{number + 1}") if len(runs) > 1 else ("", "")
-            slug, what_of = "-".join(what.split()), what[:1].upper() + what[1:]
+            slug, what_of = re.sub("[^a-z0-9]+", "-", what.lower()).strip("-")[:40], what[:1].upper() + what[1:]
             lines, columns, values, note = over_steps(steps)
             figure = drawings.heat(f"map-{slug}{end}", f"{what_of} over the steps{of}", lines, columns, values, "step", what,
                                    labels=short_names(lines))
@@ -44,7 +45,7 @@ def spectra(runs: list[Run]) -> Section:
                  "values": len(n["values"])} for site, n in found.items()]
         of, end = (f" of {run.name}", f"-{number + 1}") if len(runs) > 1 else ("", "")
         figure = drawings.spectra(f"spectra{end}", f"Singular values of the learned changes{of}", panels, rows)
-        if len(found) < run.spectra.get("of", len(found)):
+        if len(found) < (run.spectra.get("of") or 0):
             figure.note += f" {len(found)} of {run.spectra['of']} sites."
         section.figures.append(figure)
     reasons: dict[str, list[Run]] = {}

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ..errors import UsageError, nearest
+from .files import FILES
 
 #: what makes a folder a run
 PARTS = ("config.yaml", "metrics.jsonl", "run.json")
@@ -37,8 +40,10 @@ class Run:
         """{what is shown: {step: {site or layer: number}}}."""
         found: dict[str, dict[int, dict[str, float]]] = {}
         for row in self.rows:
-            for what, numbers in (row.get("sites") or {}).items():
-                found.setdefault(what, {})[row["step"]] = numbers
+            shown = row.get("sites")
+            for what, numbers in shown.items() if isinstance(shown, dict) else ():
+                if isinstance(numbers, dict) and numbers and all(map(is_number, numbers.values())):
+                    found.setdefault(what, {})[row["step"]] = numbers
         return found
 
 
@@ -73,12 +78,9 @@ def labels(paths: list[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> Run:
     run = Run(name, folder)
     run.rows = _lines(folder / "metrics.jsonl", run)
-    run.info = _json(run, "run.json", dict) or {}
-    run.plan = _json(run, "plan.json", dict)
-    if run.plan is not None and not isinstance(run.plan.get("categories"), dict):
-        run.plan, run.gaps["plan.json"] = None, "plan.json is not what `graft report --plan` writes"
-    run.spectra = _json(run, "spectra.json", dict)
-    run.samples = [row for row in _json(run, "samples.json", list) or [] if isinstance(row, dict)]
+    run.info = _json(run, "run.json") or {}
+    run.plan, run.spectra = _json(run, "plan.json"), _json(run, "spectra.json")
+    run.samples = (_json(run, "samples.json") or {"rows": []})["rows"]
     try:
         run.recipe_text = (folder / "config.yaml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -112,12 +114,17 @@ def _lines(path: Path, run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def _json(run: Run, name: str, kind: type) -> Any:
+def _json(run: Run, name: str) -> dict[str, Any] | None:
     try:
         value = json.loads((run.folder / name).read_text(encoding="utf-8"))
+        made = FILES[name](**({"rows": value} if isinstance(value, list) else value))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        run.gaps[name] = f"{name} is not as expected ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+    except (OSError, ValueError, TypeError) as error:
         run.gaps[name] = f"{name} cannot be read ({type(error).__name__})"
-        return None
-    return value if isinstance(value, kind) else None
+    else:
+        return made.model_dump()
+    return None

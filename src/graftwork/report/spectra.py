@@ -60,12 +60,9 @@ def chosen_sites(graft: Any, limit: int) -> list[str]:
 def graft_spectra(graft: Any, names: Iterable[str], dense: bool = True,
                   progress: Callable[[int, int], None] | None = None) -> Iterable[tuple[str, dict[str, Any]]]:
     """(site, its numbers), lazily: one change is alive at a time."""
-    import torch
-
     names = list(names)
     for i, name in enumerate(names):
-        with torch.no_grad():
-            values = singular_values(graft, name, dense)
+        values = singular_values(graft, name, dense)
         if progress is not None:
             progress(i + 1, len(names))
         if values is not None:
@@ -77,15 +74,17 @@ def singular_values(graft: Any, name: str, dense: bool = True) -> Any:
     or, unless dense, it has no factors."""
     import torch
 
+
     adapter, base = graft.adapters[name], graft.base_of(graft.sites[name])
-    pair = adapter.factors(base)
-    if pair is not None and 2 * pair[1].shape[0] <= min(pair[0].shape[0], pair[1].shape[1]):
-        right, left = (torch.linalg.qr(each.double()).R for each in (pair[1].T, pair[0]))
-        return torch.linalg.svdvals(left @ right.T).cpu() * abs(graft.weight)
-    if pair is None and not dense:
-        return None
-    change = pair[0].double() @ pair[1].double() if pair is not None else adapter.delta_weight(base)
-    return None if change is None else torch.linalg.svdvals(change.double()).cpu() * abs(graft.weight)
+    with torch.no_grad():
+        pair = adapter.factors(base)
+        if pair is not None and 2 * pair[1].shape[0] <= min(pair[0].shape[0], pair[1].shape[1]):
+            right, left = (torch.linalg.qr(each.double()).R for each in (pair[1].T, pair[0]))
+            return torch.linalg.svdvals(left @ right.T).cpu() * abs(graft.weight)
+        if pair is None and not dense:
+            return None
+        change = pair[0].double() @ pair[1].double() if pair is not None else adapter.delta_weight(base)
+        return None if change is None else torch.linalg.svdvals(change.double()).cpu() * abs(graft.weight)
 
 
 def summary(values: Any) -> dict[str, Any]:
