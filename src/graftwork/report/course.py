@@ -94,7 +94,7 @@ def _over_run(run: Run, number: int | None) -> list[Figure]:
             lines["process, planned with reserve"] = [(s, device["total_bytes"] / MIB) for s in ends]
     measured = run.info.get("measured") or {}
     if measured.get("peak_bytes") and measured.get("step"):
-        marks["tensors in the heaviest step, measured"] = [(measured["step"], measured["peak_bytes"] / MIB)]
+        marks["heaviest step, measured"] = [(measured["step"], measured["peak_bytes"] / MIB)]
     of, end = ("", "") if number is None else (f" of {run.name}", f"-{number}")
     figure = drawings.curves(f"memory-run{end}", f"Memory over the run{of}", lines, "step", "MiB", marks=marks)
     figure.note = (figure.note + " The process holds interpreter and libraries too; the step that is measured exactly is larger by the "

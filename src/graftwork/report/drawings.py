@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .figures import COLORS, LINES, WIDE, Figure, ink, legend, log_ticks, plain_axes, short, thinned
+from .figures import COLORS, LINES, WIDE, Figure, ink, legend, log_ticks, plain_axes, short, thinned, whole_ticks
 
 #: points of a line that are drawn, and rows of its table
 POINTS, TABLE = 1000, 60
@@ -17,6 +17,7 @@ def curves(name: str, title: str, series: dict[str, list[tuple[float, float]]], 
     """Lines {name: [(x, y)]}; marks are drawn as points only; smooth adds a running mean to long lines. Long lines are thinned."""
     marks = marks or {}
     kept = {label: thinned([p for p in points if math.isfinite(p[1])], POINTS) for label, points in {**series, **marks}.items()}
+    xs_drawn = {x for points in kept.values() for x, _ in points}
 
     def draw(canvas: Any, width: float) -> None:
         axes = plain_axes(canvas.subplots())
@@ -33,6 +34,8 @@ def curves(name: str, title: str, series: dict[str, list[tuple[float, float]]], 
                 axes.plot(xs, means, label=short(label), color=color, linewidth=1.7, linestyle=LINES[i % len(LINES)])
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
+        if all(float(x).is_integer() for x in xs_drawn):
+            whole_ticks(axes.xaxis)
         if log:
             axes.set_yscale("log")
             log_ticks(axes.yaxis)
@@ -161,6 +164,7 @@ def spectra(name: str, title: str, panels: dict[str, dict[str, list[float]]], ro
                           markersize=2.5)
             axes.set_yscale("log")
             log_ticks(axes.yaxis)
+            whole_ticks(axes.xaxis)
         canvas.supxlabel("index of the singular value", fontsize=9)
         canvas.supylabel("singular value", fontsize=9)
 

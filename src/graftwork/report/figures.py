@@ -127,6 +127,13 @@ def log_ticks(axis: Any) -> None:
     axis.set_minor_formatter(Plain(labelOnlyBase=False, minor_thresholds=(1.5, 0.4)))
 
 
+def whole_ticks(axis: Any) -> None:
+    """No halves of a step."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True))
+
+
 def thinned(items: list[Any], limit: int) -> list[Any]:
     """At most about `limit` of the items, evenly, with the last."""
     every = -(-len(items) // limit)
