@@ -25,7 +25,7 @@ from graftwork.report.tables import table
 from graftwork.selection.lisa import LISA, LISASelection
 from graftwork.serving.generate import generate
 from report_support import SITES, Page, made_run, metrics
-from training_support import completions, folder, recipe, run
+from training_support import completions, folder, interrupted, log_of, recipe, run
 
 
 # -- reading -------------------------------------------------------------------------------------------------------------
@@ -279,3 +279,45 @@ def test_selected_layers_are_those_that_were_drawn(tmp_path):
         assert {name for name, share in shares.items() if name.startswith("layer") and share} == {f"layer {i}" for i in active}
         assert shares["before the layers"] == 1.0
     assert len({tuple(s.items()) for s in maps.values()}) > 1
+
+
+CHOOSING = {
+    "badam": (None, {"order": "ascending", "interval": 1, "embeddings": False}),
+    "freeze": ({"method": "lora", "r": 4}, {"gradual": "unfreeze", "interval": 2}),
+    "lamda_freeze": ({"method": "lora", "r": 4}, {"fraction": 0.5}),
+    "sora": ({"method": "sora", "r": 4}, {"threshold": 0.02}),
+    "increlora": ({"method": "increlora", "r": 2}, {"final_r": 3, "top": 3, "interval": 1}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHOOSING)
+def test_each_selection_says_what_it_did(tmp_path, name):
+    adapter, options = CHOOSING[name]
+    done = run(recipe(folder(tmp_path), completions(tmp_path / "d.jsonl"), tmp_path / "a", adapter=adapter,
+                      selection=[{"method": name, **options}], optimizer={"method": "adamw", "lr": 1e-2}))
+    ((what, maps),) = read_runs([tmp_path / "a"])[0].maps().items()
+    assert sorted(maps) == [1, 2, 3, 4, 5, 6]
+    if name == "badam":
+        assert [[maps[s][f"layer {i}"] for i in (0, 1)] for s in maps] == [[1, 0], [0, 1]] * 3
+    elif name == "freeze":
+        assert [[maps[s][f"layer {i}"] for i in (0, 1)] for s in maps] == [[0, 1]] * 2 + [[1, 1]] * 4
+    elif name == "lamda_freeze":
+        assert [set(maps[s].values()) for s in maps] == [{1.0}, {0.75}, {0.5}, {0.0}, {0.0}, {0.0}]
+    else:
+        assert what == "rank" and maps[6] == {n: int((a.gate != 0).sum()) for n, a in done.grafts[0].adapters.items()}
+        assert len({tuple(m.values()) for m in maps.values()}) > 1
+    if name == "increlora":
+        assert sum(maps[6].values()) == 3 * len(maps[6]) > sum(maps[1].values())
+
+
+@pytest.mark.slow
+def test_a_resumed_run_writes_the_same_map(tmp_path):
+    document = recipe(folder(tmp_path), completions(tmp_path / "d.jsonl"), tmp_path / "a", selection=[{"method": "diffora", "keep": 0.5}])
+    run(document)
+    interrupted({**document, "output_dir": str(tmp_path / "b"), "train": {**document["train"], "save_steps": 4}})
+    whole, resumed = ([{k: r[k] for k in ("step", "loss", "sites")} for r in log_of(tmp_path / n)] for n in "ab")
+    assert whole == resumed
+    gates = [row["sites"]["gate"] for row in whole]
+    assert (len(gates[0]), len(gates[-1])) == (14, 2 * round(0.5 * 7))
+    assert set(gates[0].values()) == {0.5} and set(gates[-1].values()) == {1.0}

@@ -116,10 +116,10 @@ class DiffoRASelection(Selection):
             parameter.grad = None  # these rows train the gates
 
     def site_map(self, ctx: SelectionContext) -> dict[str, float]:
-        """Gates while the search lasts, then 1 for the sites that stay."""
+        """Gates while the search lasts, then 1 for the sites that stay; the others are gone."""
         if self.kept is None:
             return {name: float(gate) for name, gate in self.gates.items()}
-        return {name: float(name in self.kept) for name in (self.plain or self.kept)}
+        return dict.fromkeys(self.kept, 1.0)
 
     @torch.no_grad()
     def slopes(self, graft: Any) -> Tensor:
