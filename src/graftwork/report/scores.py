@@ -2,7 +2,7 @@
 
 `graft eval RUN --data F --output RUN/eval/TASK.jsonl` leaves one line a row, with `correct` (true, false) or `score` (a number); the
 mean's 95 % interval is drawn here by resampling rows. RUN/eval/TASK.json may hold what `graft eval --json` printed instead; its
-interval is taken as it is.
+intervals are taken as they are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from .runs import is_number
 
-#: metrics that are shown of a printed result, the first that is there
+#: of a printed result without intervals the first of these is shown
 SHOWN = ("exact_match", "accuracy", "macro_f1", "loss")
 
 
@@ -41,7 +41,7 @@ def _of_rows(text: str) -> list[tuple[str, dict[str, Any]]] | None:
     for row in map(json.loads, filter(str.strip, text.splitlines())):
         value = row.get("score", row.get("correct")) if isinstance(row, dict) else None
         if isinstance(value, (bool, int, float)):
-            by_member.setdefault(str(row.get("adapter") or ""), []).append(float(value))
+            by_member.setdefault(str(row.get("target") or row.get("adapter") or ""), []).append(float(value))
     if not by_member:
         return None
     found = []
@@ -53,10 +53,15 @@ def _of_rows(text: str) -> list[tuple[str, dict[str, Any]]] | None:
 
 
 def _of_summary(document: Any) -> list[tuple[str, dict[str, Any]]] | None:
-    metrics = document.get("metrics") if isinstance(document, dict) else None
-    name = next((m for m in SHOWN if is_number(metrics.get(m))), None) if isinstance(metrics, dict) else None
-    if name is None:
-        return None
-    bounds = metrics.get(f"{name}_interval")
-    low, high = bounds if isinstance(bounds, list) and len(bounds) == 2 and all(map(is_number, bounds)) else (None, None)
-    return [(f" ({name})", {"score": float(metrics[name]), "low": low, "high": high, "n": metrics.get("n")})]
+    targets = document.get("targets") or {"": document.get("metrics")} if isinstance(document, dict) else None
+    found = []
+    for target, metrics in targets.items() if isinstance(targets, dict) else ():
+        if not isinstance(metrics, dict):
+            continue
+        known = [name for name in metrics if is_number(metrics[name])]
+        for name in [n for n in known if f"{n}_interval" in metrics] or [n for n in SHOWN if n in known][:1]:
+            bounds = metrics.get(f"{name}_interval")
+            low, high = bounds if isinstance(bounds, list) and len(bounds) == 2 and all(map(is_number, bounds)) else (None, None)
+            found.append((f" / {target}" * bool(target) + f" ({name})",
+                          {"score": float(metrics[name]), "low": low, "high": high, "n": metrics.get("n")}))
+    return found or None
