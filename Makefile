@@ -64,6 +64,7 @@ bench: setup
 
 docs: setup
 	$(PY) docs/generate.py
+	$(PY) docs/results.py
 
 gpu-check: setup
 	$(PY) benchmarks/gpu_check.py

@@ -38,7 +38,7 @@ class Task:
     format: str = "completion"
 
 
-_TUNED = {"base": "smollm2-135m-instruct", "steps": 10, "batch": 4, "length": 96, "train": 80, "validation": 40, "test": 200}
+_TUNED = {"base": "smollm2-135m-instruct", "steps": 10, "batch": 4, "length": 96, "train": 80, "validation": 40, "test": 100}
 TASKS = {t.name: t for t in (
     Task("shakespeare", "lm/tinyshakespeare", None, steps=200, batch=8, length=128, train=10_000, validation=80, test=240, format="text"),
     Task("e2e", "e2e_nlg", **_TUNED), Task("word_problems", "math/word_problems", **_TUNED))}

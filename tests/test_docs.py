@@ -138,18 +138,29 @@ def test_python_shown_parses_and_names_what_is_public():
                         assert hasattr(graftwork, node.attr), f"{page.name}: graftwork.{node.attr}"
 
 
-@pytest.fixture(scope="module")
-def generator():
-    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+def script(name):
+    """A module of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generator():
+    return script("generate")
 
 
 @pytest.mark.parametrize("axis", AXES)
 def test_method_pages_are_what_the_registry_says(generator, axis):
     path = ROOT / "docs" / "methods" / f"{axis}.md"
     assert path.is_file() and path.read_text(encoding="utf-8") == generator.page(axis), "run `make docs` and commit the pages"
+
+
+def test_the_page_of_results_is_what_the_raw_results_say():
+    results = script("results")
+    assert (ROOT / "docs" / "results.md").read_text(encoding="utf-8") == results.page(), "run `make docs` and commit the page"
+    assert all((results.RAW / name).exists() or name.endswith("tables.md") for _, name, _, _ in results.PARTS)
 
 
 def test_every_axis_has_a_page_and_no_other_is_left():

@@ -68,6 +68,7 @@ RECIPES = {
     "lora accumulated": {"train": {"grad_accumulation": 3, "batch_size": 2}, "adapter": {"method": "lora", "dropout": 0.1}},
     "checkpointing": {"train": {"gradient_checkpointing": True}},
     "qlora": {"storage": "nf4"},
+    "distill": {"storage": "int2", "objective": "distill", "data": {"train_on": "all"}},
     "paca": {"adapter": "paca"},
     "mixlora": {"adapter": "mixlora"},
     "galore": {**FULL, "optimizer": {"method": "galore", "rank": 16, "update_proj_gap": 1}},

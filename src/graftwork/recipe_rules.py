@@ -143,6 +143,11 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
     unless(objective.traits.get("differentiable", True) or not estimator.traits["differentiates"], "objective",
            f"{objective.name} is piecewise constant and {estimator.name} differentiates: every derivative would be 0",
            "estimator: mezo, which compares values, or objective: causal_lm")
+    own = bool(objective.traits.get("teacher")) and recipe.objective.teacher is None
+    unless(not (own and recipe.storage.method == "dense" and storage.name != "dense"), "objective.teacher",
+           f"{recipe.model} holds {storage.name} codes, and the teacher is to be the dense model", "objective.teacher: the dense model")
+    unless(not (own and storage.traits.get("lossless") and not recipe.objective.ce and not recipe.adapter_from), "objective.ce",
+           "the student starts as its own teacher, so there is nothing to learn", "objective.teacher: another model, or storage: int2")
     unless(not (fused and estimator.traits.get("reads_gradients")), "estimator",
            f"a fused optimizer updates inside backward, before {estimator.name} could read the gradients", "optimizer.fused: false")
     for i, s in enumerate(selections):

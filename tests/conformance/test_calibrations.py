@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graftwork.errors import UsageError
 from graftwork.registry import lookup, make_config, methods
+from graftwork.storage._channels import restored
 from graftwork.storage._groups import GroupStorage
 from graftwork.storage._second_order import proxy_loss
 from graftwork.storage.base import make_storage
@@ -17,7 +18,7 @@ from graftwork.storage.calibration.statistics import InputStatistics
 #: output error allowed, as a multiple of that of the nearest codes on the same inputs; 1 where it is not here
 MARGIN = {"hqq": 1.15, "zeroquant_fp": 2, "repquant": 2}
 #: options that make a slow method short
-SHORT = {"adaquant": {"steps": 20}, "cbq": {"steps": 20}}
+SHORT = {"adaquant": {"steps": 20}, "cbq": {"steps": 20}, "qllm": {"steps": 20, "search": 5}}
 FORMATS = [info.name for info in methods("storage") if issubclass(info.cls, GroupStorage)]
 CALIBRATIONS = [info.name for info in methods("calibration")]
 BASIC = {"int4", "int2"}
@@ -85,8 +86,9 @@ def kept(method, kind, dtype=torch.float32):
 
 def same(left: Calibrated, right: Calibrated):
     pairs = [(left.codes, right.codes), *((left.parameters[n], right.parameters[n]) for n in {*left.parameters, *right.parameters})]
-    if left.input_scale is not None or right.input_scale is not None:
-        pairs.append((left.input_scale, right.input_scale))
+    for name in ("input_scale", "channels"):
+        if getattr(left, name) is not None or getattr(right, name) is not None:
+            pairs.append((getattr(left, name), getattr(right, name)))
     return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
 
 
@@ -103,8 +105,11 @@ def test_what_is_found(method, kind):
     given, outer = source(kind, config)
     assert found.codes.shape == given.shape and found.codes.dtype == torch.uint8 and int(found.codes.max()) < 2**quantizer.grid.bits
     assert {n: v.dtype for n, v in found.parameters.items()} == quantizer.grid.parameters
-    assert (found.input_scale is not None) == calibration.scales_input
+    assert (found.input_scale is not None) == calibration.scales_input and (found.channels is not None) == calibration.reassembles
     dense = quantizer.decode(found.codes, found.parameters)[:, :IN] * (1 if outer is None else outer.float())
+    if found.channels is not None:
+        assert found.channels.shape == (2, IN)
+        dense = restored(dense, found.channels)
     if found.input_scale is not None:
         assert found.input_scale.dtype == torch.float16 and found.input_scale.shape == (IN,)
         dense = dense / found.input_scale.float()
@@ -115,7 +120,8 @@ def test_what_is_found(method, kind):
     assert torch.equal(torch.get_rng_state(), state)
     torch.set_rng_state(before)
     plain = make_storage(weights(), kind, make_config("storage", kind, **options(kind, method)))
-    assert stored.bits_per_weight == pytest.approx(plain.bits_per_weight + (16 / OUT if calibration.scales_input else 0))
+    more = 16 * calibration.scales_input + 32 * calibration.reassembles
+    assert stored.bits_per_weight == pytest.approx(plain.bits_per_weight + more / OUT)
     hessian = statistics().hessian
     nearest, error = (proxy_loss(each.dequantize() - weights(), hessian) for each in (plain, stored))
     assert error <= (MARGIN.get(method, 1) + 1e-6) * nearest
@@ -132,9 +138,8 @@ def test_shapes_without_values(method, kind):
         return
 
     def kinds(result):
-        scale = result.input_scale
-        return [(t.shape, t.dtype) for t in (result.codes, *(result.parameters[n] for n in quantizer.grid.parameters))] + [
-            None if scale is None else (scale.shape, scale.dtype)]
+        tensors = (result.codes, *(result.parameters[n] for n in quantizer.grid.parameters), result.input_scale, result.channels)
+        return [None if t is None else (t.shape, t.dtype) for t in tensors]
 
     assert kinds(calibration.shapes(source(kind, config)[0], quantizer)) == kinds(found)
     with FakeTensorMode():

@@ -108,3 +108,47 @@ def test_every_option():
     assert kept(weight, x).leaves()["input_scale"][3] == 1 and torch.isfinite(kept(weight, x * 0).dequantize()).all()
     with pytest.raises(UsageError, match="scales the inputs itself"):
         make_config("storage", "int4", calibration={"method": "repquant", "inner": "awq"})
+
+
+@pytest.mark.slow
+def test_a_zero_for_every_channel():
+    """The codes of the inputs are those of an asymmetric step for every channel, and the function stays, in float64."""
+    weight, x, other = weights(), inputs() + 20 * torch.linspace(-2, 3, IN), inputs(9) + 20 * torch.linspace(-2, 3, IN)
+    options = {"method": "repquant", "inner": "rtn", "clip": False, "asymmetric": True}
+    config = make_config("storage", "int4", group_size=32, activations="int4", calibration=options)
+    stored = make_storage(weight, "int4", config, statistics=statistics_of(x))
+    leaves = stored.leaves()
+    ratio, middle = leaves["input_scale"].double(), leaves["input_shift"].double()
+    low, high = x.double().amin(0), x.double().amax(0)
+    torch.testing.assert_close(middle, (low + high) / 2, rtol=1e-3, atol=1e-3)
+    step = torch.maximum(high - middle, middle - low) / 7
+    exact = step / step.mean()
+    codes = ((x.double() - middle) / exact / step.mean()).round()
+    assert torch.equal(codes, ((x.double() - middle) / step).round()) and codes.abs().max() == 7
+    torch.testing.assert_close(ratio, exact, rtol=1e-3, atol=0)
+    changed = weight.double() * ratio
+    torch.testing.assert_close((x.double() - middle) / ratio @ changed.T + middle @ weight.double().T, x.double() @ weight.double().T)
+    dense = stored.dequantize().double()
+    z = (other.double() - middle) / ratio
+    scale = z.abs().amax(1, keepdim=True) / 7
+    expected = ((z / scale).round() * scale * ratio + middle) @ dense.T
+    torch.testing.assert_close(stored(other).double(), expected, rtol=1e-3, atol=1e-2 * float(expected.abs().mean()))
+    given = other.clone().requires_grad_()
+    torch.testing.assert_close(stored(given, leaves), stored(given), rtol=1e-3, atol=1e-2 * float(expected.abs().mean()))
+    upstream = torch.randn(len(other), OUT, generator=torch.Generator().manual_seed(3))
+    for y in (stored(given), stored(given, leaves)):
+        torch.testing.assert_close(torch.autograd.grad(y, given, upstream)[0], upstream @ dense.float(), rtol=1e-3, atol=1e-3)
+    plain = make_storage(weight, "int4", make_config("storage", "int4", group_size=32, activations="int4",
+                                                     calibration={**options, "asymmetric": False}), statistics=statistics_of(x))
+    wanted = other @ dense.float().T
+    assert (stored(other) - wanted).square().mean() < 0.3 * (plain(other) - other @ plain.dequantize().T).square().mean()
+    assert stored.bits_per_weight == 4 + 24 / 32 + 32 / OUT and not stored._given({"scale": leaves["scale"]}).keys() - leaves.keys()
+    x[:, 3] = 5  # a channel that does not move costs nothing
+    still = make_storage(weight, "int4", config, statistics=statistics_of(x)).leaves()
+    assert still["input_shift"][3] == 5 and still["input_scale"][3] == 1
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = make_storage(torch.empty(OUT, IN), "int4", config)
+        assert {n: p.shape for n, p in fake.named_parameters()} == {n: p.shape for n, p in stored.named_parameters()}
+        assert fake(torch.empty(3, IN)).shape == (3, OUT)

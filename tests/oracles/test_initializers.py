@@ -109,6 +109,26 @@ def test_qpissa_residual_shrinks_and_survives_saving(tmp_path):
     assert errors[0] > errors[1] > errors[2]
 
 
+@pytest.mark.parametrize("initializer", ["pissa", "corda"])
+def test_rows_of_a_fused_stored_weight_start_without_requantizing_it(initializer, tmp_path):
+    tiny.save(tiny.gpt2(), tmp_path / "base")
+    model = graftwork.load(tmp_path / "base", storage="nf4", dtype="fp32")[0]
+    stored = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = logits(model)
+    graft = graftwork.attach(model, "lora", r=4, target_modules=["q", "v"], initializer=initializer, batches=batches())
+    assert all(site.rows is not None for site in graft.sites.values())
+    torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in stored.items() if tensor.dtype == torch.uint8)
+    with torch.no_grad():
+        for p in graft.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.01)
+    trained = logits(model)
+    graft.save(tmp_path / "graft")
+    again = graftwork.load(tmp_path / "base", storage="nf4", dtype="fp32")[0]
+    graftwork.attach_saved(again, tmp_path / "graft")
+    assert torch.equal(logits(again), trained)
+
+
 def test_fast_svd_finds_the_leading_part():
     W = torch.randn(60, 40, dtype=torch.float64) @ torch.diag(torch.logspace(0, -3, 40, dtype=torch.float64))
     U, S, Vh = randomized_svd(W, 5, 4, torch.Generator().manual_seed(0))

@@ -38,7 +38,7 @@ def together(params, decay):
 def test_sgd_equals_torch(momentum, nesterov, decay):
     ours, theirs = parameters(), parameters()
     mine = optimizer("sgd", together(ours, decay), lr=0.1, momentum=momentum, nesterov=nesterov, coupled_decay=True)
-    reference = torch.optim.SGD(theirs, lr=0.1, momentum=momentum, nesterov=nesterov, weight_decay=decay)
+    reference = torch.optim.SGD(theirs, lr=0.1, momentum=momentum, nesterov=nesterov, weight_decay=decay, fused=True)
     side_by_side(mine, ours, reference.step, theirs, rtol=0, atol=0)
     assert all(("momentum_buffer" in mine.state[p]) == (momentum > 0) for p in ours)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import graftwork.storage._low_rank as low_rank
+import tiny
 from graftwork.errors import UsageError
 from graftwork.modeling.gguf_import import open_gguf
 from graftwork.registry import make_config
@@ -67,6 +68,45 @@ def test_normal_float_values_are_those_of_the_definition(bits):
     assert stored.bits_per_weight == pytest.approx((bits * 70 + 3 * 16) / 70, abs=0.2)
     assert kept(normal(8, 128), method="nf", bits=bits).bits_per_weight == bits + 16 / 64
     assert kept(normal(8, 128), method="nf", bits=bits, scale_dtype="fp32").bits_per_weight == bits + 32 / 64
+
+
+@slow
+def test_nested_scales_are_those_of_the_definition():
+    weight = normal(6, 150) * torch.tensor([1e-6, 0.02, 1, 3, 200, 0])[:, None] * (1 + 3 * (torch.arange(150) // 50))
+    stored, book = kept(weight, method="nf", group_size=50, scale_dtype="int8"), torch.tensor(NF4_VALUES).double()
+    for row, got in zip(weight.double(), stored.dequantize().double()):
+        outer = float((row.abs().max().float() / 255).bfloat16()) or 1.0
+        for group, values in zip(row.split(50), got.split(50)):
+            scale = outer * float((group.abs().max() / outer).round().clamp(1, 255))
+            expected = book[((group / scale).clamp(-1, 1)[:, None] - book).abs().argmin(1)] * scale
+            torch.testing.assert_close(values, expected, atol=1e-4 * scale, rtol=1e-4)
+    leaves = stored.leaves()
+    assert leaves["scale"].dtype == torch.uint8 and int(leaves["scale"][3].min()) < 80 and leaves["outer_scale"].shape == (6, 1)
+    wide, plain = normal(24, 256), {}
+    assert kept(wide, method="nf", bits=3, scale_dtype="int8").bits_per_weight == 3 + 8 / 64 + 16 / 256
+    for kind in ("fp32", "int8"):
+        base = {"method": "nf", "bits": 3, "scale_dtype": kind}
+        both = kept(wide, base=base, factor_dtype="fp16", r=8, iterations=8)
+        plain[kind] = error(both, wide)
+    assert plain["int8"] < 1.01 * plain["fp32"] < 0.99 * error(kept(wide, method="nf", bits=3), wide)
+    assert both.bits_per_weight == pytest.approx(3 + 8 / 64 + 16 / 256 + 16 * 8 * (24 + 256) / (24 * 256))
+    for calibration in ("gptq", "awq", "adaquant"):  # which move weights
+        config = make_config("storage", "nf", bits=3, scale_dtype="int8", calibration=calibration)
+        tuned = make_storage(wide[:, :64], "nf", config, statistics=statistics_of(inputs()))
+        close = proxy_loss(kept(wide[:, :64], method="nf", bits=3).dequantize() - wide[:, :64], statistics_of(inputs()).hessian)
+        assert proxy_loss(tuned.dequantize() - wide[:, :64], statistics_of(inputs()).hessian) < close
+
+
+@slow
+def test_no_adapter_trains_nested_scales():
+    from graftwork.adapters.attach import attach
+    from graftwork.errors import IncompatibleError
+    from graftwork.storage import apply_storage
+
+    for adapter in ("peqa", "pv_tuning"):
+        model = apply_storage(tiny.llama(), make_config("storage", "nf", scale_dtype="int8"))
+        with pytest.raises(IncompatibleError, match="none that can be trained"):
+            attach(model, adapter)
 
 
 @slow
@@ -313,3 +353,5 @@ def test_measured_errors_on_a_matrix_of_smollm2():
         found = [error(kept(weight, method="nf", bits=bits, scale_dtype="fp32"), weight)]
         found += [error(kept(weight, base=base, r=16, iterations=rounds), weight) for rounds in (1, 12)]
         assert found == pytest.approx(expected, abs=2e-4)
+        nested = error(kept(weight, base={**base, "scale_dtype": "int8"}, r=16, iterations=12), weight)
+        assert nested == pytest.approx(expected[2], rel=0.01)

@@ -40,7 +40,7 @@ def scale_of(product: Product, name: str) -> Tensor:
     """The scales (out, groups) of a site. Raises IncompatibleError where it has none."""
     stored = getattr(product, "whole", product).stored
     found = product.leaf("scale") if stored is not None and "scale" in stored.trainable_leaves else None
-    if found is None:
+    if found is None or not found.is_floating_point():  # nested scales are whole numbers
         raise IncompatibleError(f"'peqa' trains the scales of quantized weights, and the weight of '{name}' has none that can be trained",
                                 remedy="storage: int4 (load the model with it), or leave this module out")
     return found

@@ -14,9 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IncompatibleError, UsageError
-from ..modeling.protocols import Product
+from ..modeling.protocols import Product, StoredWeight
 from ..modeling.source import pristine_weight
 from ..registry import MethodConfig, MethodInfo
+
+
+def requantizable(site: Any) -> bool:
+    """Whether the residual can go into the storage: the site has a stored weight of its own, not rows or an expert of a larger one."""
+    return isinstance(site.module, StoredWeight) and site.rows is None and site.expert is None
 
 
 def quantized_like(model: nn.Module, site: Any, weight: Tensor) -> nn.Module:

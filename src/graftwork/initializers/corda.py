@@ -26,9 +26,9 @@ from pydantic import Field
 from torch import Tensor
 
 from ..errors import UsageError
-from ..modeling.protocols import StoredWeight
 from ..registry import MethodConfig, register
 from ._activations import ActivationPass, token_mask
+from .base import requantizable
 from .pissa import PiSSAInitializer
 
 
@@ -117,7 +117,7 @@ class CorDAInitializer(ActivationPass, PiSSAInitializer):
         if C is None:
             raise UsageError(f"corda saw no input of '{site.name}'", remedy="give data that reaches it, or leave it out of "
                              "adapter.target_modules")
-        stored = isinstance(site.module, StoredWeight)
+        stored = requantizable(site)
         W = (self.pristine(site) if stored else product.dense().detach()).to(C)
         U, S, Vh = torch.linalg.svd(W @ C, full_matrices=False)
         kept = slice(0, adapter.r) if self.config.mode == "ipm" else slice(S.shape[0] - adapter.r, S.shape[0])

@@ -20,8 +20,9 @@ import torch
 from pydantic import Field
 
 from ..errors import IncompatibleError
-from ..modeling.protocols import Product, StoredWeight
+from ..modeling.protocols import Product
 from ..registry import register
+from .base import requantizable
 from .pissa import PiSSA, PiSSAInitializer
 
 
@@ -49,8 +50,7 @@ class LoftQInitializer(PiSSAInitializer):
             if storage_of(site.product) is None:
                 raise IncompatibleError(f"initializer 'loftq' starts from what quantization loses, and '{site.name}' is dense",
                                         remedy="storage: nf4 (or int4), or initializer: pissa")
-            whole = isinstance(site.module, StoredWeight) and site.rows is None
-            if self.config.iterations > 1 and not whole:
+            if self.config.iterations > 1 and not requantizable(site):
                 raise IncompatibleError(f"'{site.name}' is a part of a larger module and cannot be quantized again on its own",
                                         remedy="initializer.iterations: 1, or target whole projections")
 

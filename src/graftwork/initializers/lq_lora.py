@@ -23,8 +23,8 @@ import torch
 from pydantic import Field
 
 from ..errors import IncompatibleError
-from ..modeling.protocols import StoredWeight
 from ..registry import MethodConfig, register
+from .base import requantizable
 from .loftq import storage_of
 from .pissa import PiSSAInitializer
 
@@ -54,7 +54,7 @@ class LQLoRAInitializer(PiSSAInitializer):
             if stored.method == "lowrank_plus":
                 raise IncompatibleError(f"'{site.name}' is in storage lowrank_plus, which keeps the low-rank part itself",
                                         remedy=f"storage: {stored.options.base['method']} with this initializer, or initializer: default")
-            if not isinstance(site.module, StoredWeight) or site.rows is not None:
+            if not requantizable(site):
                 raise IncompatibleError(f"'{site.name}' is a part of a larger module and cannot be quantized again on its own",
                                         remedy="target whole projections")
 

@@ -7,7 +7,8 @@ Dense storage: nothing is rewritten. The adapter subtracts its frozen start, s B
 `disabled()` still see the pristine base. That costs one more rank-r product and a frozen copy of the start.
 Quantised storage (QPiSSA): the residual is quantised instead, with `iterations` alternations
     R = W;  repeat { L = rank-r SVD of R;  Q = quant(W - L);  R = W - dequant(Q) }
-(1: quantise the residual once). The graft then owns the stored weight: no other graft may share its sites.
+(1: quantise the residual once). The graft then owns the stored weight: no other graft may share its sites. A site that is a part
+of a larger stored weight (q of a fused qkv) starts as on dense storage.
 
 Differs from the official code: the base is not overwritten (above); the fast SVD (`niter`) draws from a private generator.
 Export as LoRA: rank 2r on the pristine base, [s B | -s B0], [A ; A0].
@@ -21,10 +22,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..modeling.protocols import StoredWeight
 from ..modeling.source import pristine_weight
 from ..registry import MethodConfig, register
-from .base import Initializer, quantized_like
+from .base import Initializer, quantized_like, requantizable
 
 
 class PiSSA(MethodConfig):
@@ -45,7 +45,7 @@ class PiSSAInitializer(Initializer):
 
     @torch.no_grad()
     def build(self, site, product, adapter, statistics, generator):
-        stored = isinstance(site.module, StoredWeight) and site.expert is None
+        stored = requantizable(site)
         W = self.pristine(site) if stored else product.dense().detach().float()
         residual, edited = W, None
         for _ in range(self.config.iterations if stored else 1):
@@ -70,15 +70,15 @@ class PiSSAInitializer(Initializer):
 
     def plan_extra(self, graft):
         for name, adapter in graft.adapters.items():
-            stored = isinstance(graft.sites[name].module, StoredWeight) and graft.sites[name].expert is None
-            adapter.set_pair(torch.empty_like(adapter.lora_B), torch.empty_like(adapter.lora_A), in_storage=stored)
+            adapter.set_pair(torch.empty_like(adapter.lora_B), torch.empty_like(adapter.lora_A),
+                             in_storage=requantizable(graft.sites[name]))
 
     @classmethod
     def restore(cls, graft) -> None:
         """Quantise the residuals of a loaded graft again, from its saved pair and the pristine weights."""
         for name, adapter in graft.adapters.items():
             site = graft.sites[name]
-            if not isinstance(site.module, StoredWeight):
+            if not requantizable(site):
                 adapter.pair_in_storage = False
                 continue
             W = pristine_weight(graft.model, site)

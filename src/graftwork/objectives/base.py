@@ -62,6 +62,10 @@ class Objective:
         """Number of terms of a batch, on the host."""
         return sum(self.targets_by_row(batch))
 
+    def modules(self) -> list[nn.Module]:
+        """Models of its own that are in memory beside the one that is trained."""
+        return []
+
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Sums over a batch, without gradients: `loss` (plain, without label smoothing), `tokens` (terms), `correct`
         (terms predicted right), `rows` (rows with a term) and `rows_correct` (rows with all terms right)."""

@@ -82,7 +82,7 @@ class CausalLMObjective(Objective):
         if not self.config.masked_head:
             output = model(**{"use_cache": False, **inputs})
             loss, terms, correct = _all_positions(output.logits, index, targets, scale, smoothing)
-            return loss, terms, correct, row, _router_loss(model, output)
+            return loss, terms, correct, row, router_loss(model, output)
         rule = LogitRule.of(unwrap(model).config)
         hidden, output, answer = hidden_states(model, inputs)
         head = output_head(model)
@@ -92,7 +92,7 @@ class CausalLMObjective(Objective):
         chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, index)
         loss, terms, correct = head_loss(model, chosen, targets, scale, row, rule=rule, chunk=self.config.chunk_tokens,
                                          smoothing=smoothing, count=count)
-        return loss, terms, correct, row, _router_loss(model, output)
+        return loss, terms, correct, row, router_loss(model, output)
 
 
 def _all_positions(logits: Tensor, index: Tensor, targets: Tensor, scale: Tensor, smoothing: float):
@@ -105,7 +105,7 @@ def _all_positions(logits: Tensor, index: Tensor, targets: Tensor, scale: Tensor
     return (terms * scale).sum(), terms.detach(), correct
 
 
-def _router_loss(model: nn.Module, output: Any) -> tuple[float, Tensor] | None:
+def router_loss(model: nn.Module, output: Any) -> tuple[float, Tensor] | None:
     value = getattr(output, "aux_loss", None)
     if not isinstance(value, Tensor):
         return None

@@ -12,11 +12,13 @@ correction instead: M / (1-b1^t) / (sqrt(V / (1-b2^t)) + eps'), which equals c_t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as _functional_adamw
+from torch.optim.sgd import sgd as _functional_sgd
 
 Moments = Literal["keep", "reset", "rotate"]
 
@@ -33,26 +35,39 @@ def adamw_(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], ex
 
 def adamw_any_(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
                steps: list[Tensor], **options) -> None:
-    """`adamw_` for any mixture of dtypes: computed in float32 (float64) and rounded once, one tensor at a time.
+    """`adamw_` for any mixture of dtypes."""
+    for p, g, m, v, step in in_one_dtype(params, grads, exp_avgs, exp_avg_sqs, beside=steps):
+        adamw_(p, g, m, v, step, **options)
 
-    The kernel walks memory linearly, so tensors that are not contiguous go through contiguous copies as well.
-    """
-    easy: dict[torch.dtype, tuple[list[Tensor], ...]] = {}
-    for p, grad, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps):
-        work = p.dtype
-        if work == m.dtype == grad.dtype and p.is_contiguous() and grad.is_contiguous() and work.itemsize >= 4:
-            columns = easy.setdefault(work, ([], [], [], [], []))
-            for column, t in zip(columns, (p, grad, m, v, step)):
-                column.append(t)
+
+def sgd_any_(params: list[Tensor], grads: list[Tensor], momenta: list[Tensor] | None, steps: list[Tensor], *, lr: float,
+             momentum: float, nesterov: bool, weight_decay: float, coupled: bool) -> None:
+    """PyTorch's fused SGD for any mixture of dtypes, in place; `momenta` None: no momentum. Increments `steps`. `coupled`: decay goes
+    through the momentum, else W <- (1 - lr weight_decay) W comes first."""
+    for p, g, *m, step in in_one_dtype(params, grads, *([] if momenta is None else [momenta]), beside=steps):
+        torch._foreach_add_(step, 1)
+        if weight_decay and not coupled:
+            torch._foreach_mul_(p, 1.0 - lr * weight_decay)
+        _functional_sgd(p, g, m[0] if m else [None] * len(p), foreach=False, fused=True, momentum=momentum, lr=lr, dampening=0.0,
+                        weight_decay=weight_decay if coupled else 0.0, nesterov=nesterov, maximize=False)
+
+
+def in_one_dtype(params: list[Tensor], grads: list[Tensor], *states: list[Tensor], beside: list[Tensor]) -> Iterator[list[list[Tensor]]]:
+    """Lists for a kernel that wants contiguous tensors of one dtype: those that fit together, then the others one at a time, in
+    float32 (float64) and rounded once after the kernel. `beside` comes along as it is."""
+    fitting: dict[torch.dtype, list[tuple[Tensor, ...]]] = {}
+    for row in zip(params, grads, *states, beside):
+        (p, grad, *rest), dtypes = row[:-1], {t.dtype for t in row[:-1]}
+        if len(dtypes) == 1 and p.dtype.itemsize >= 4 and p.is_contiguous() and grad.is_contiguous():
+            fitting.setdefault(p.dtype, []).append(row)
             continue
-        work = torch.promote_types(work, torch.float32)
-        wide = [t.to(work).contiguous() for t in (p, grad, m, v)]
-        adamw_(*([t] for t in wide), [step], **options)
-        for narrow, t in zip((p, m, v), (wide[0], *wide[2:])):
+        work = torch.promote_types(p.dtype, torch.float32)
+        wide = [t.to(work).contiguous() for t in row[:-1]]
+        yield [[t] for t in [*wide, row[-1]]]
+        for narrow, t in zip((p, *rest), (wide[0], *wide[2:])):
             if narrow is not t:
                 narrow.copy_(t)
-    for columns in easy.values():
-        adamw_(*columns, **options)
+    yield from (list(map(list, zip(*rows))) for rows in fitting.values())
 
 
 class Adam:

@@ -2,8 +2,8 @@
 
     W <- (1 - lr wd) W;   B <- mu B + G;   W <- W - lr B        (nesterov: W <- W - lr (G + mu B);   mu = 0: W <- W - lr G)
 
-State mn with momentum, none without. Weights and buffers are equal bit for bit to torch.optim.SGD without decay. Departures:
-decay is decoupled as in the other optimizers here, `coupled_decay` adds wd W to G as torch does; no dampening.
+State mn with momentum, none without. Weights and buffers are equal bit for bit to `torch.optim.SGD(fused=True)`, whose kernel this
+uses. Departures: decay is decoupled as in the other optimizers here, `coupled_decay` adds wd W to G as torch does; no dampening.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..registry import register
-from .base import CommonConfig, Slots, kept_dtype
-from .plain import PlainOptimizer
+from .base import BaseOptimizer, CommonConfig, Slots, kept_dtype
+from .rules import sgd_any_
 
 
 class SGD(CommonConfig):
@@ -40,7 +40,7 @@ class SGD(CommonConfig):
                  "Learning}, author={Sutskever, Ilya and Martens, James and Dahl, George and Hinton, Geoffrey}, "
                  "booktitle={ICML}, year={2013}}",
           projects=False, fused_capable=True, reads="gradient")
-class SGDOptimizer(PlainOptimizer):
+class SGDOptimizer(BaseOptimizer):
     """SGD on tensors of any shape."""
 
     @classmethod
@@ -51,14 +51,12 @@ class SGDOptimizer(PlainOptimizer):
     def elementwise(cls, config: SGD, shape: tuple[int, ...], role: str) -> bool:
         return True
 
-    def decay(self, weight: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
-        if self.config.coupled_decay:
-            return grad.add(weight, alpha=group["weight_decay"])
-        return super().decay(weight, grad, group)
-
-    def move(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any], step: int) -> None:
-        mu = self.config.momentum
-        if mu:
-            momentum = state["momentum_buffer"].mul_(mu).add_(grad)
-            grad = grad.add(momentum, alpha=mu) if self.config.nesterov else momentum
-        weight.add_(grad, alpha=-group["lr"])
+    def update(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        states = []
+        for p in params:
+            state, clock = self.prepare(group, p)
+            clock.step += 1
+            states.append(state)
+        sgd_any_(params, [p.grad for p in params], [s["momentum_buffer"] for s in states] if self.config.momentum else None,
+                 [s["step"] for s in states], lr=group["lr"], momentum=self.config.momentum, nesterov=self.config.nesterov,
+                 weight_decay=group["weight_decay"], coupled=self.config.coupled_decay)

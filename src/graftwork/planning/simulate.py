@@ -200,6 +200,10 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
                 ledger.track(module, "adapters")
         if step.optimizer is not None:
             ledger.track(step.optimizer)
+        for other in step.objective.modules():
+            ledger.track(other, "weights")
+            own = sum(p.numel() * p.itemsize for p in other.parameters())
+            notes.append(f"weights include {own / 2**20:.2f} MiB of the teacher's, beside the model that is trained")
         model.train()
         fake, unread = [], []
         for batch, unpadded in batches:

@@ -34,13 +34,18 @@ def rounded(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return unit.round().clamp(-top, top), scale
 
 
-def straight_through(x: Tensor, kind: str, input_scale: Tensor | None) -> Tensor:
-    """x as it is rounded; the gradient is that of x. input_scale (in,): x is divided by it first."""
+def near(x: Tensor, kind: str) -> Tensor:
+    """x (..., in) fp32 or float64 as it is rounded; kind none: as it is."""
+    if kind == "none":
+        return x
+    units, scale = rounded(x, kind)
+    return units * scale
+
+
+def straight_through(x: Tensor, kind: str) -> Tensor:
+    """x as it is rounded; the gradient is that of x."""
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    inner = wide if input_scale is None else wide / input_scale.to(wide.dtype)
-    units, scale = rounded(inner, kind)
-    near = units * scale if input_scale is None else units * scale * input_scale.to(wide.dtype)
-    return x + (near - wide).to(x.dtype).detach()
+    return x + (near(wide, kind) - wide).to(x.dtype).detach()
 
 
 class RoundedProduct(torch.autograd.Function):
@@ -64,18 +69,20 @@ class RoundedProduct(torch.autograd.Function):
 def product(x: Tensor, storage: GroupStorage) -> Tensor:
     """Q(x) D(W)^T, (..., in) -> (..., out) in x's dtype, tile by tile of W."""
     kind, leaves = storage.options.activations, storage.leaves()
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if "input_scale" in leaves:
-        wide = wide / leaves["input_scale"].to(wide.dtype)
+    wide = storage.inputs(x.to(torch.promote_types(x.dtype, torch.float32)), leaves)
     units, scale = rounded(wide, kind)
     y = torch.empty(*x.shape[:-1], storage.out_features, dtype=x.dtype, device=x.device)
+    offset = storage.offset(leaves, units.dtype)
     for rows in storage._tiles():
         whole = None if kind == "fp8" else storage.integers(leaves, rows)
         if whole is None:
             part = F.linear(units, storage.values(leaves, rows).to(units.dtype))
         else:
             part = group_sums(units, *whole)
-        y[..., rows] = part * scale
+        part = part * scale
+        if offset is not None:
+            part += storage.values(leaves, rows).to(units.dtype) @ offset
+        y[..., rows] = part
     return y
 
 

@@ -4,9 +4,10 @@ W (out, in) is cut, row by row, into groups of g; the last group of a row may be
 (`fit`) and how values become codes (`encode`, `decode`); a **calibration** (storage/calibration) says which codes and numbers
 a matrix gets, given how its inputs are distributed; this file keeps the result:
 
-    codes (out, ceil(in b / 8)) bytes;   every parameter of the grid (out, ceil(in / g));   input_scale (in,) fp16 with AWQ
+    codes (out, ceil(in b / 8)) bytes;   every parameter of the grid (out, ceil(in / g));   input_scale (in,) fp16 with AWQ;
+    channels (2, in) with QLLM (_channels.py); input_shift (in,) fp16 with RepQuant, which matters only to inputs that are rounded
 
-    D(W) = decode(codes, parameters) / input_scale
+    D(W) = decode(codes, parameters) / input_scale,   D(W) = decode(codes, parameters) M with channels
 
 A format may keep one more scale, of a row or of the whole matrix (`prescale`): the grid then sees W / outer_scale. Its grid may keep
 parameters in fewer than 8 bits (`packed`), and its codes may hang on their neighbors (`joint`).
@@ -26,6 +27,7 @@ from ..errors import UsageError
 from ..modeling.protocols import has_values
 from ..registry import lookup, make_config
 from ._activations import RoundedProduct, straight_through
+from ._channels import columns, reassembled, restored
 from ._coded import CodedStorage
 from ._packing import look_up, pack, unpack
 from .base import StorageConfig, check_weight
@@ -100,6 +102,7 @@ class GroupQuantizer:
     grid: Grid
     group: int
     columns: int
+    activations: str = "none"
 
     @property
     def groups(self) -> int:
@@ -148,7 +151,7 @@ class GroupStorage(CodedStorage):
     @classmethod
     def quantizer(cls, config: GroupConfig, columns: int) -> GroupQuantizer:
         group = columns if config.group_size < 1 else min(config.group_size, columns)
-        return GroupQuantizer(cls.grid(config), group, columns)
+        return GroupQuantizer(cls.grid(config), group, columns, config.activations)
 
     @classmethod
     def prescale(cls, weight: Tensor, config: GroupConfig) -> Tensor | None:
@@ -192,12 +195,13 @@ class GroupStorage(CodedStorage):
         else:
             found = calibration.shapes(source, quantizer)
         return cls.from_codes(found.codes, found.parameters, config, shape=tuple(weight.shape), input_scale=found.input_scale,
-                              outer_scale=outer, bias=bias, dtype=dtype or weight.dtype)
+                              channels=found.channels, input_shift=found.input_shift, outer_scale=outer, bias=bias,
+                              dtype=dtype or weight.dtype)
 
     @classmethod
     def from_codes(cls, codes: Tensor, parameters: dict[str, Tensor], config: GroupConfig, *, shape: tuple[int, int] | None = None,
-                   input_scale: Tensor | None = None, outer_scale: Tensor | None = None, bias: Tensor | None = None,
-                   dtype: torch.dtype) -> GroupStorage:
+                   input_scale: Tensor | None = None, channels: Tensor | None = None, input_shift: Tensor | None = None,
+                   outer_scale: Tensor | None = None, bias: Tensor | None = None, dtype: torch.dtype) -> GroupStorage:
         """Codes (out, in) uint8, with the padding that a format declares, and the grid's parameters {name: (out, groups)}, found
         elsewhere. shape: of W (default: of the codes). dtype: the compute dtype."""
         grid = cls.grid(config)
@@ -209,6 +213,8 @@ class GroupStorage(CodedStorage):
             leaves["outer_scale"] = outer_scale
         if input_scale is not None:
             leaves["input_scale"] = input_scale
+        more = {"channels": channels, "input_shift": input_shift}
+        leaves |= {name: value for name, value in more.items() if value is not None}
         return cls(*(shape or codes.shape), config, leaves, bias, dtype)
 
     def with_leaves(self, leaves, *, exact=True):
@@ -220,6 +226,11 @@ class GroupStorage(CodedStorage):
         cls = getattr(type(self), "plain_class", type(self))
         return cls(self.out_features, self.in_features, options, kept, self.bias, self.compute_dtype)
 
+    def recoded(self, weight, leaves, moved):
+        if (channels := self._given(leaves).get("channels")) is not None:  # a code moves where a weight that it stands for does
+            weight, moved = columns(weight, channels), columns(moved.float(), channels) > 0
+        return super().recoded(weight, leaves, moved)
+
     def nearest_codes(self, weight, leaves):
         quantizer, parameters = self._read(leaves, slice(0, self.out_features))
         if "input_scale" in leaves:
@@ -230,10 +241,24 @@ class GroupStorage(CodedStorage):
 
     def decode(self, leaves, rows):
         dense = self.values(leaves, rows)
+        if "channels" in leaves:
+            dense = restored(dense, leaves["channels"])
         return dense if "input_scale" not in leaves else dense / leaves["input_scale"].float()
 
+    def inputs(self, x: Tensor, leaves: dict[str, Tensor]) -> Tensor:
+        """x (..., in) as the codes get it, but for `offset`: what `values` is multiplied by."""
+        return self._placed(x - leaves["input_shift"].to(x.dtype) if "input_shift" in leaves else x, leaves)
+
+    def offset(self, leaves: dict[str, Tensor], dtype: torch.dtype) -> Tensor | None:
+        """What `inputs` took off every input, (in,) as the codes would get it; None for nothing."""
+        return self._placed(leaves["input_shift"].to(dtype), leaves) if "input_shift" in leaves else None
+
+    def _placed(self, x, leaves):
+        x = x if "input_scale" not in leaves else x / leaves["input_scale"].to(x.dtype)
+        return reassembled(x, leaves["channels"]) if "channels" in leaves else x
+
     def values(self, leaves: dict[str, Tensor], rows: slice) -> Tensor:
-        """Rows of W but for input_scale, (n, in) fp32."""
+        """Rows of W but for input_scale and channels, (n, in) fp32."""
         dense = self._grid_values(leaves, rows)
         if "outer_scale" in leaves:
             outer = leaves["outer_scale"].float()
@@ -251,8 +276,10 @@ class GroupStorage(CodedStorage):
             return super().product(x, leaves)
         if leaves is None:
             return RoundedProduct.apply(x, self)
-        near = straight_through(x, self.options.activations, self._given(leaves).get("input_scale"))
-        return F.linear(near, self.dequantize(leaves).to(x.dtype))
+        leaves = self._given(leaves)
+        near, offset = straight_through(self.inputs(x, leaves), self.options.activations), self.offset(leaves, x.dtype)
+        dense = self.values(leaves, slice(0, self.out_features)).to(self.compute_dtype).to(x.dtype)
+        return F.linear(near if offset is None else near + offset, dense)
 
     def _parameter(self, name: str, value: Tensor, rows: slice) -> Tensor:
         """The rows of a leaf that belong to rows of W."""

@@ -18,10 +18,10 @@ Factors are rounded before Q is fitted to what they leave. r is cut at min(out, 
 Bits a weight: those of the base, + f r (out + in) / (out in), f = 16 (32, 8) bits, + 32 r / (out in) of fp16 scales with 8-bit
 factors, + 16 / out with svdquant.
 
-Departures. LQ-LoRA: keeps the best iterate, where its code returns the one after; groups along a row with 16-bit scales, without the
-nested 8-bit scales. SVDQuant: sqrt(S) in both factors instead of S in L1; no L2 shared by weights of one input; activations are
-not quantised by this format. INT2.1 trains its correction by distillation, which no storage can do: that is a recipe of a LoRA
-on `int2` with a distillation objective.
+Departures. LQ-LoRA: keeps the best iterate, where its code returns the one after; groups along a row; its nested 8-bit scales are
+`base: {method: nf, scale_dtype: int8}`. SVDQuant: sqrt(S) in both factors instead of S in L1; no L2 shared by weights of one input;
+activations are not quantised by this format. INT2.1 trains its correction by distillation, for which no storage has the gradients: that
+is a LoRA on `int2` with objective `distill`.
 Factors of sides above 1,536 come from a randomised range (seeded).
 """
 

@@ -26,6 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ..errors import UsageError
 from ..modeling.protocols import has_values
 from ..registry import lookup, register
 from ._coded import CodedStorage
@@ -102,6 +103,9 @@ class MixLLMStorage(CodedStorage):
         check_weight(weight, "mixllm storage")
         out, columns = weight.shape
         calibration, real = calibration_of(config.calibration), has_values(weight)
+        if calibration.reassembles:
+            raise UsageError(f"storage 'mixllm' keeps no other order of channels, which calibration '{calibration.method}' finds",
+                             remedy="calibration: gptq, or storage: int4")
         if real:
             given = getattr(statistics, "wide_rows", None)
             wide = local_rows(weight.float(), config, statistics) if given is None else given.to(weight.device)

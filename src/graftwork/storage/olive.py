@@ -133,4 +133,5 @@ class OliVeStorage(GroupStorage):
     @classmethod
     def quantizer(cls, config, columns):
         columns += columns % 2
-        return GroupQuantizer(cls.grid(config), columns if config.group_size < 1 else min(config.group_size, columns), columns)
+        return GroupQuantizer(cls.grid(config), columns if config.group_size < 1 else min(config.group_size, columns), columns,
+                              config.activations)

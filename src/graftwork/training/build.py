@@ -17,6 +17,7 @@ from ..adapters.attach import attach
 from ..adapters.graft import Graft
 from ..errors import GraftworkError, IncompatibleError, TrainingError, UsageError
 from ..modeling.arithmetic import widen
+from ..modeling.protocols import has_values
 from ..recipe import Recipe
 from ..registry import MethodConfig, lookup
 from ..storage.base import load_stored, train_weights
@@ -193,6 +194,17 @@ def check_groups(recipe: Recipe, grafts: Sequence[Graft]) -> None:
                                     remedy="estimator: backprop, or equal rates (lora: loraplus_lr_ratio: 1)")
 
 
+def build_teacher(recipe: Recipe, model: nn.Module) -> nn.Module:
+    """The frozen model that the objective learns from, as its files have it, in the precision and on the device of the student."""
+    here = next(model.parameters())
+    teacher, tokenizer = load_stored(recipe.objective.teacher or recipe.model, None, dtype=DTYPES[recipe.train.precision],
+                                     fake=not has_values(here), trust_remote_code=recipe.trust_remote_code)
+    if tokenizer is not None:
+        teacher.graft_tokenizer = tokenizer
+    widen(teacher)
+    return teacher.to(here.device) if has_values(here) else teacher
+
+
 def build_step(recipe: Recipe, model: nn.Module, grafts: Sequence[Graft], total_steps: int) -> TrainStep:
     """Objective, estimator, selections and optimizer of a recipe as one step."""
     parameters = trained_parameters(model, grafts)
@@ -200,6 +212,8 @@ def build_step(recipe: Recipe, model: nn.Module, grafts: Sequence[Graft], total_
         raise TrainingError("nothing to train: every parameter is frozen",
                             remedy="add an adapter, or adapter: null for full tuning")
     objective = lookup("objective", recipe.objective.method).cls(recipe.objective)
+    if lookup("objective", recipe.objective.method).traits.get("teacher"):
+        objective.teach(build_teacher(recipe, model), model)
     estimator = lookup("estimator", recipe.estimator.method).cls(recipe.estimator)
     selections = [lookup("selection", s.method).cls(s) for s in recipe.selection]
     if not estimator.gradients or estimator.moves_some:

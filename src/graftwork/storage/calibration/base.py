@@ -23,11 +23,15 @@ PIECE = 1 << 22
 
 @dataclass
 class Calibrated:
-    """codes (out, in) uint8; parameters {name: (out, groups)} of the grid; input_scale (in,) fp16: D(W) is divided by it."""
+    """codes (out, in) uint8; parameters {name: (out, groups)} of the grid; input_scale (in,) fp16: D(W) is divided by it; channels
+    (2, in): of storage/_channels.py, the codes are of the reassembled weight; input_shift (in,) fp16: taken off inputs before they are
+    rounded, and D(W) times it added to the outputs."""
 
     codes: Tensor
     parameters: dict[str, Tensor]
     input_scale: Tensor | None = None
+    channels: Tensor | None = None
+    input_shift: Tensor | None = None
 
 
 class Calibration:
@@ -37,9 +41,15 @@ class Calibration:
     needs: ClassVar[frozenset[str]] = frozenset()
     scales_input: ClassVar[bool] = False
     """Whether the result has an `input_scale`."""
+    reassembles: ClassVar[bool] = False
+    """Whether the result has `channels`."""
     windowed: ClassVar[bool] = False
     """Whether it can train the weights of several blocks on their common output: it then has `student`, `distances`, `weights` and the
     options `window` and `steps`; see windows.py. Its `calibrate` returns `statistics.found` where a window found the codes."""
+    student_needs: ClassVar[frozenset[str]] = frozenset()
+    """Statistics of what dense blocks give a map that `student` reads."""
+    said_beside: ClassVar[bool] = False
+    """Whether what a window trains is only turned into codes at its end, so that the run should note what that costs."""
 
     def __init__(self, config: MethodConfig):
         self.config = config

@@ -40,6 +40,7 @@ from pydantic import Field, field_validator
 from ...errors import UsageError
 from ...registry import MethodConfig, register
 from .base import Calibrated, Calibration
+from .windows import checked_window
 
 ZETA, GAMMA = 1.1, -0.1
 #: parts of the steps without the penalty, and before h is rounded
@@ -57,12 +58,7 @@ class CBQ(MethodConfig):
     truncate: bool = False
     """Cut the outliers of the weight first."""
 
-    @field_validator("window")
-    @classmethod
-    def _overlaps(cls, value):
-        if not 0 <= value[1] < value[0]:
-            raise ValueError(f"window {list(value)}: the overlap is 0 or more, and less than the blocks; [2, 1]")
-        return value
+    _window = field_validator("window")(checked_window)
 
 
 @register("calibration", "cbq", config=CBQ, title="CBQ", paper="2312.07950",
@@ -83,7 +79,7 @@ class CBQCalibration(Calibration):
         divergence = F.kl_div(output.log_softmax(-1), target.log_softmax(-1), reduction="none", log_target=True)
         return torch.stack([(output - target).square().sum(-1).mean(), divergence.sum(-1).mean()])
 
-    def student(self, source, quantizer):
+    def student(self, source, quantizer, statistics=None):
         _even(quantizer.grid)
         return Rounding(source.float(), quantizer, self.config)
 

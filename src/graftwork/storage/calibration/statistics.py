@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 #: what may be asked for
-NAMES = frozenset({"hessian", "mean_abs", "max_abs", "samples"})
+NAMES = frozenset({"hessian", "mean_abs", "max_abs", "low", "high", "samples"})
 
 
 class InputStatistics:
     """Of inputs x (tokens, in). Only what `needs` names is kept, the rest is None.
 
-    hessian (in, in) fp32: mean of x x^T (the usual factor 2 is left out); mean_abs, max_abs (in,) fp32; samples (at most
-    `keep`, in) fp32: rows spread evenly over what came; count: tokens seen. Of the matrix, not of its inputs: wide_rows (out,) bool and
-    choice (1,) int64, what `Storage.prepare` of mixllm and mixed found; fisher (out, in), the sum of squared gradients of the loss by the
-    weight, where someone who has gradients set it; never collected here; found, the codes that a window of blocks gave it
-    (windows.py)."""
+    hessian (in, in) fp32: mean of x x^T (the usual factor 2 is left out); mean_abs, max_abs, low, high (in,) fp32: of |x| the mean and the
+    largest, of x the least and the largest; samples (at most `keep`, in) fp32: rows spread evenly over what came; count: tokens seen. Of
+    the matrix, not of its inputs: wide_rows (out,) bool and choice (1,) int64, what `Storage.prepare` of mixllm and mixed found; fisher
+    (out, in), the sum of squared gradients of the loss by the weight, where someone who has gradients set it; never collected here; found,
+    the codes that a window of blocks gave it (windows.py)."""
 
     wide_rows: Tensor | None = None
     choice: Tensor | None = None
@@ -31,6 +31,8 @@ class InputStatistics:
         self._outer = torch.zeros(features, features, device=device) if "hessian" in needs else None
         self._abs = torch.zeros(features, dtype=torch.float64, device=device) if "mean_abs" in needs else None
         self._max = torch.zeros(features, device=device) if "max_abs" in needs else None
+        self._ends = {name: torch.full((features,), end, device=device) for name, end in (("low", torch.inf), ("high", -torch.inf))
+                      if name in needs}
         self._rows, self._every = [], 1
         self.fisher: Tensor | None = None
 
@@ -46,6 +48,9 @@ class InputStatistics:
             self._abs += rows.abs().sum(0, dtype=torch.float64)
         if self._max is not None and len(rows):
             self._max = torch.maximum(self._max, rows.abs().amax(0))
+        for name, value in self._ends.items():
+            if len(rows):
+                self._ends[name] = torch.minimum(value, rows.amin(0)) if name == "low" else torch.maximum(value, rows.amax(0))
         if "samples" in self.needs:
             # every n-th token; n doubles when there are twice as many as are kept
             self._rows.append(rows[-self.count % self._every:: self._every].clone())
@@ -64,6 +69,14 @@ class InputStatistics:
     @property
     def max_abs(self) -> Tensor | None:
         return self._max if self.count else None
+
+    @property
+    def low(self) -> Tensor | None:
+        return self._ends.get("low") if self.count else None
+
+    @property
+    def high(self) -> Tensor | None:
+        return self._ends.get("high") if self.count else None
 
     @property
     def samples(self) -> Tensor | None:

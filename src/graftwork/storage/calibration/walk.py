@@ -129,6 +129,8 @@ def walk(model: nn.Module, config: StorageConfig, batches: Any = None, *, on_sit
             except _CannotWalk as error:
                 said.append(f"maps outside the blocks have no statistics ({error})")
         put(outside, all_of_them or {})
+    if windows is not None and (text := windows.note()) is not None:
+        said.append(text)
     if missed:
         shown = ", ".join(missed[:3]) + ", ..." * (len(missed) > 3)
         said.append(f"rounded to the nearest, since no calibration data reached them: {len(missed)} maps ({shown})")

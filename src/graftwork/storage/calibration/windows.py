@@ -14,12 +14,13 @@ the hard codes end no better than they began is put back. Padding does not count
 In memory: one window dense, its students with their gradients, and two hidden states a batch. Inputs are rounded where the
 format rounds them (`activations:`), but for fused experts, whose students see them as they are.
 
-A calibration gives: student(what the grid sees of a weight, quantizer), an object with
+A calibration gives: student(what the grid sees of a weight, quantizer, statistics of `student_needs`), an object with
 
     groups      parameter groups of Adam, each with `lr`
     dense(t)    (rows, columns), differentiable; t from 0 to 1 is the part of the steps that is done, and 1 stands for the codes themselves
     penalty(t)  a number, the sum over `size` entries
     found()     -> Calibrated
+    channels    (2, in), only where its columns are of reassembled inputs (storage/_channels.py)
 
 distances(output, target), both (tokens, features) fp32 -> (k,); weights (k,); and `window` and `steps` of its config.
 """
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from ...modeling.protocols import is_conv1d
 from ...registry import lookup
 from .._activations import straight_through
+from .._channels import reassembled, restored
 from ..base import Place, StorageConfig, check_weight, places
 
 if TYPE_CHECKING:
@@ -51,6 +53,7 @@ class Windows:
         self.model, self.run, self.dense, self.names, self.load = model, run, dense, names, load
         self.config, self.calibration, self.cls = config, calibration, lookup("storage", config.method).cls
         self.students: dict[str, _Site] = {}
+        self.errors: list[Tensor] = []  # of each window: before, with what was trained, with its codes
         self.ahead = 0  # blocks that the dense forwards are through
 
     def found(self, index: int) -> dict[str, dict[str, Any]]:
@@ -72,8 +75,8 @@ class Windows:
     def _train(self, first: int, last: int) -> None:
         for index in range(self.ahead, last + 1):
             self.load(index)
-            self.dense.keep(index)
             self._meet(index)
+            self.dense.keep(index)
         self.ahead = max(self.ahead, last + 1)
         sites = [site for name, site in self.students.items() if any(name.startswith(f"{each}.") for each in self.names[first: last + 1])]
         if not sites:
@@ -97,22 +100,38 @@ class Windows:
                     group["lr"] = group["full"] * (1 + math.cos(math.pi * t)) / 2
                 optimizer.step()
         after = self._distances(first, last, sites, targets)
+        if self.calibration.said_beside:
+            soft = self._distances(first, last, sites, targets, 1 - 0.5 / steps)
+            self.errors.append(torch.stack([before, soft, after])[:, 0])
         if not (weights * after / unit).sum() < (weights * before / unit).sum():
             for p, value in zip(trained, begun):
                 p.data.copy_(value)
 
+    def note(self) -> str | None:
+        """What the trained changes lost when they became codes."""
+        if not self.errors:
+            return None
+        before, trained, kept = (float(each) for each in torch.stack(self.errors).mean(0))
+        return (f"mean squared error of the windows' outputs: {before:.4g} before the correction, {trained:.4g} with it beside the codes, "
+                f"{kept:.4g} with it rounded into them (calibration.correction=inside trains the last)")
+
     def _meet(self, index: int) -> None:
-        for place in places(self.model, self.config, self.names[index]):
+        from .walk import statistics_of
+
+        found, needs = places(self.model, self.config, self.names[index]), self.calibration.student_needs
+        known = statistics_of(found, needs, lambda watch: self.dense.alone(index, watch)) if needs else ((place, None) for place in found)
+        for place, statistics in known:
             weight = place.product.dense().detach()
             check_weight(weight, place.name)
             source, outer = self.cls.source(weight, self.config)
             quantizer = self.cls.quantizer(self.config, weight.shape[1])
-            self.students[place.name] = _Site(place, self.calibration.student(source, quantizer), outer, weight.dtype)
+            student = self.calibration.student(source, quantizer, statistics)
+            self.students[place.name] = _Site(place, student, outer, weight.dtype, getattr(self.config, "activations", "none"))
 
     @torch.no_grad()
-    def _distances(self, first: int, last: int, sites: list[_Site], targets: list[Any]) -> Tensor:
+    def _distances(self, first: int, last: int, sites: list[_Site], targets: list[Any], t: float = 1.0) -> Tensor:
         """The mean over batches, with hard codes."""
-        with self._swapped(sites, 1.0):
+        with self._swapped(sites, t):
             return torch.stack([self._parts(self.run.through(first, last, number), target, number).cpu()
                                 for number, target in enumerate(targets)]).mean(0)
 
@@ -129,11 +148,11 @@ class Windows:
     def _swapped(self, sites: list[_Site], t: float) -> Iterator[None]:
         """The weights of the students in the place of the dense ones, and inputs rounded as they will be."""
         made: dict[tuple[nn.Module, str], list[Tensor]] = {}
-        handles, kind = [], getattr(self.config, "activations", "none")
+        handles = []
         for site in sites:
             made.setdefault((site.place.module, site.place.attribute or "weight"), []).append(site.dense(t))
-            if site.place.expert is None and kind != "none":
-                handles.append(site.place.module.register_forward_pre_hook(_rounding(kind), with_kwargs=True))
+            if site.rounds:
+                handles.append(site.place.module.register_forward_pre_hook(site.round, with_kwargs=True))
         kept = {key: key[0]._parameters[key[1]] for key in made}
         try:
             for (module, name), weights in made.items():
@@ -150,18 +169,26 @@ class Windows:
 class _Site:
     """One map, its student and the scale beside the grid."""
 
-    def __init__(self, place: Place, student: Any, outer: Tensor | None, dtype: torch.dtype):
-        self.place, self.student, self.outer, self.dtype = place, student, outer, dtype
+    def __init__(self, place: Place, student: Any, outer: Tensor | None, dtype: torch.dtype, kind: str):
+        self.place, self.student, self.outer, self.dtype, self.kind = place, student, outer, dtype, kind
+        self.rounds = place.expert is None and kind != "none"
+        self.channels: Tensor | None = getattr(student, "channels", None)
 
     def dense(self, t: float) -> Tensor:
         dense = self.student.dense(t)[:, : self.place.product.in_features]
+        if self.channels is not None and not self.rounds:
+            dense = restored(dense, self.channels)
         return (dense if self.outer is None else dense * self.outer.float()).to(self.dtype)
 
+    def round(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The map's inputs as they will be."""
+        x = args[0] if args else kwargs["input"]
+        x = straight_through(x if self.channels is None else reassembled(x, self.channels), self.kind)
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
 
-def _rounding(kind: str) -> Callable:
-    def hook(module, args, kwargs):
-        if args:
-            return (straight_through(args[0], kind, None), *args[1:]), kwargs
-        return args, {**kwargs, "input": straight_through(kwargs["input"], kind, None)}
 
-    return hook
+def checked_window(value: tuple[int, int]) -> tuple[int, int]:
+    """The option `window`. Raises ValueError where windows would not move on."""
+    if not 0 <= value[1] < value[0]:
+        raise ValueError(f"window {list(value)}: the overlap is 0 or more, and less than the blocks; [2, 1]")
+    return value

@@ -1,0 +1,103 @@
+"""Writes docs/results.md from the raw results under benchmarks/results/: every table with the command that made it. Run: make docs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RAW = HERE.parent / "benchmarks" / "results"
+MIB = 2**20
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table; the first column to the left, the others to the right."""
+    head = list(head)
+    return "\n".join(["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1),
+                      *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def written(raw: Path) -> str:
+    """Tables that the benchmark wrote itself; their headings go below those of this page."""
+    return re.sub(r"^#+ ", "### ", raw.read_text(encoding="utf-8").strip(), flags=re.MULTILINE)
+
+
+def plan_accuracy(raw: Path) -> str:
+    found = json.loads(raw.read_text())
+    return markdown(("recipe", "planned, MiB", "measured, MiB", "difference"),
+                    [(r["recipe"], f"{r['planned'] / MIB:.2f}", f"{r['measured'] / MIB:.2f}", f"{100 * r['difference']:+.2f} %")
+                     for r in found["rows"]])
+
+
+def lora_training(raw: Path) -> str:
+    found = json.loads(raw.read_text())
+    return markdown(("positions without a label", "program", "tokens/s", "peak, MiB"),
+                    [(f"{100 * r['masked']:.0f} %", r["contender"], f"{r['tokens_per_second']:.0f}", f"{r['peak_bytes'] / MIB:.0f}")
+                     for r in found["rows"]])
+
+
+def optim_step(raw: Path) -> str:
+    rows = []
+    for place, makers in json.loads(raw.read_text())["results"].items():
+        first = next(iter(makers.values()))
+        rows += [(place, name, f"{1e3 * r['median']:.2f}", f"{r['median'] / first['median']:.2f}",
+                  f"{r['state_bytes'] / max(first['state_bytes'], 1):.2f}") for name, r in makers.items()]
+    return markdown(("method / shapes", "implementation", "ms a step", "time, x the first", "state, x the first"), rows)
+
+
+def packed_product(raw: Path) -> str:
+    rows = []
+    for dtype, shapes in json.loads(raw.read_text())["results"].items():
+        for shape, products in shapes.items():
+            for product, batches in products.items():
+                names = dict.fromkeys(name for found in batches.values() for name in found)
+                rows += [(product, name, dtype, shape, *(f"{found[name]['ratio']:.2f}" if name in found else ""
+                                                         for found in batches.values())) for name in names]
+    return markdown(("peer's product", "ours", "dtype", "shape", "batch 1", "batch 8", "batch 128"), rows) + (
+        "\n\nTime of the peer over ours: above 1 when ours is faster.")
+
+
+def serving_load(raw: Path) -> str:
+    found = json.loads(raw.read_text())
+    return markdown(("figure", "value"), [(k, v if not isinstance(v, dict) else ", ".join(f"{a}: {b}" for a, b in v.items()))
+                                          for k, v in found.items()])
+
+
+#: (title, raw file, command, what makes the text of it)
+PARTS: list[tuple[str, str, str, Callable[[Path], str]]] = [
+    ("Memory: plan against measurement", "plan_accuracy.json", "python benchmarks/plan_accuracy.py --device cpu", plan_accuracy),
+    ("Adapters and initializers: quality on four tasks", "adapters/tables.md", "python benchmarks/adapters.py", written),
+    ("Optimizers, estimators and selections: loss against memory", "optimizers/tables.md", "python benchmarks/optimizers.py", written),
+    ("Optimizers beside the official packages: time and state", "optim_step.json", "OMP_NUM_THREADS=1 python benchmarks/optim_step.py",
+     optim_step),
+    ("Quantized weights: perplexity against bits", "storage/tables.md", "python benchmarks/storage.py", written),
+    ("Fine-tuning on quantized weights at equal memory", "storage_tuning/tables.md", "python benchmarks/storage_tuning.py", written),
+    ("Products with packed weights", "packed_product.json", "python benchmarks/packed_product.py", packed_product),
+    ("LoRA training beside PEFT, Trainer and TRL", "lora_training-fp32.json", "python benchmarks/lora_training.py --precision fp32",
+     lora_training),
+    ("A server under 500 clients", "serving_load.json", "python benchmarks/serving_load.py", serving_load),
+]
+#: pages with results of their own
+PAGES = {"claims-results.md": "published claims and their verdicts", "optimizer-claims.md": "memory claims of optimizers at 7B and 70B",
+         "plan-tables.md": "plans for LLaMA-2-7B and 70B", "serving-benchmarks.md": "serving beside the bare base and PEFT",
+         "serving-kernels.md": "kernels of batched adapters"}
+
+
+def page() -> str:
+    """The Markdown of all parts whose raw results are committed."""
+    lines = ["# Results", "", "Generated by `make docs` from the raw results in `benchmarks/results/`; do not edit. Every table has the "
+             "command that made it; those on real data need `GRAFTWORK_DATA`. All were taken on two cores of a CPU without bf16 "
+             "instructions; **nothing here was run on a GPU**.", "",
+             "Pages of their own: " + ", ".join(f"[{text}]({name})" for name, text in PAGES.items() if (HERE / name).exists()) + "."]
+    for title, name, command, make in PARTS:
+        raw = RAW / name
+        if raw.exists():
+            lines += ["", f"## {title}", "", "```bash", command, "```", "", f"Raw: `benchmarks/results/{name}`.", "", make(raw)]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    (HERE / "results.md").write_text(page(), encoding="utf-8")
