@@ -16,6 +16,7 @@ def run(
     resume: bool = typer.Option(False, "--resume", help="Continue from the newest checkpoint in output_dir."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Start anew in a non-empty output_dir."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check the recipe and the data, do not train."),
+    samples: int = typer.Option(4, "--samples", min=0, help="Held-out rows that the report shows before and after; 0: none."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON line at the end."),
     quiet: bool = typer.Option(False, "--quiet", help="No progress."),
 ) -> None:
@@ -34,7 +35,7 @@ def run(
 
         return check(loaded, as_json=as_json)
     result = train_recipe(loaded, resume=resume, overwrite=overwrite, quiet=quiet)
-    report = write_report(loaded.output_dir)
+    report = write_report(loaded, result, samples, quiet=quiet)
     if as_json:
         print(json.dumps(result.to_json()))
     else:
@@ -43,13 +44,15 @@ def run(
             print(f"report: {report}")
 
 
-def write_report(folder: str) -> Path | None:
+def write_report(recipe, result, samples: int, *, quiet: bool) -> Path | None:
     """report.html of a run, where the report extra is installed."""
     import sys
 
     try:
-        from ..report import write_run_report
+        from ..report import finish_run, write_run_report
+
+        finish_run(recipe.output_dir, recipe, result, rows=samples, say=lambda text: None if quiet else print(text, file=sys.stderr))
+        return write_run_report(recipe.output_dir)
     except ImportError as missing:
         print(f"note: no report.html ({missing.name} is not installed: pip install 'graftwork[report]')", file=sys.stderr)
         return None
-    return write_run_report(folder)

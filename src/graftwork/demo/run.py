@@ -325,19 +325,20 @@ class Demo:
 
     def report(self, rows: list[dict[str, Any]]) -> Path | None:
         try:
-            from ..report import figures, write_page
-            from ..report.page import read_metrics, table
+            from ..report import drawings, write_page
+            from ..report.runs import read_runs
+            from ..report.tables import table
 
-            losses = {o.task.name: [(r["step"], r["loss"]) for r in read_metrics(self.folder / "runs" / o.task.name) if "loss" in r]
-                      for o in self.outcomes.values()}
-            memory = figures.memory_bars({o.task.name: o.plan.categories for o in self.outcomes.values()},
-                                         {o.task.name: o.measured for o in self.outcomes.values()})
+            runs = read_runs([self.folder / "runs" / name for name in self.outcomes])
+            losses = drawings.curves("loss", "Training loss", {run.name: run.series("loss") for run in runs}, "step", "loss (nats)")
+            memory = drawings.memory_bars("memory", "Planned bytes at the peak of a step, and the measured peak",
+                                          {o.task.name: o.plan.categories for o in self.outcomes.values()},
+                                          {o.task.name: o.measured for o in self.outcomes.values()})
             first = next(iter(self.outcomes.values()))
             samples = [{"task": o.task.name, **s} for o in self.outcomes.values() for s in o.samples[:4]]
             return write_page(self.folder / "report.html", "Graftwork demo: four methods on one NF4 base", [
-                ("Results", table(rows)), ("Loss", figures.curves(losses, "step", "loss (nats)")),
-                ("Memory: planned by category, and measured", memory),
-                (f"Memory over a step of '{first.task.name}' (simulated)", figures.memory_timeline(first.plan.timeline)),
+                ("Results", table(rows)), ("Loss", losses.html()), ("Memory", memory.html() + drawings.memory_timeline(
+                    "ledger", f"The planned ledger over two steps of '{first.task.name}'", first.plan.timeline).html()),
                 ("Samples before and after", table(samples)),
                 ("Stages", table([{"stage": t, "seconds": round(s, 1)} for t, s in self.stages]))])
         except ImportError as missing:

@@ -107,6 +107,22 @@ class RssWatch:
             self.peak = self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def window_peaks() -> dict[str, int]:
+    """{process_bytes, device_bytes}: the highest bytes since the last call, of the process and of CUDA tensors; then both start
+    anew. Where the system does not reset a process's high-water mark, the present size stands for it."""
+    found = {}
+    if torch.cuda.is_available():
+        found["device_bytes"] = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    peak, now = _status("VmHWM"), _status("VmRSS")
+    try:
+        with open("/proc/self/clear_refs", "w", encoding="ascii") as handle:
+            handle.write("5")
+    except OSError:
+        peak = now
+    return found if peak is None else {"process_bytes": peak, **found}
+
+
 def _live_cpu_storages() -> dict[int, torch.UntypedStorage]:
     """Distinct CPU storages, by data pointer, of every tensor that Python's collector knows, and of their `.grad`."""
     found: dict[int, torch.UntypedStorage] = {}

@@ -1,5 +1,6 @@
-"""Reports: one self-contained HTML page for a run or for the demo; figures are inline SVG, nothing is fetched."""
+"""Reports: one self-contained HTML page for a run, for many, or for the demo; figures are inline SVG, nothing is fetched."""
 
-from .page import write_page, write_run_report
+from .build import finish_run, write_report, write_run_report
+from .page import write_page
 
-__all__ = ["write_page", "write_run_report"]
+__all__ = ["finish_run", "write_page", "write_report", "write_run_report"]

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import UsageError
 from ..modeling.protocols import has_values
 from ..registry import MethodConfig, register
-from .base import Selection, SelectionContext
+from .base import Selection, SelectionContext, live_ranks
 
 
 class AdaLoRABudget(MethodConfig):
@@ -51,6 +51,7 @@ class AdaLoRABudget(MethodConfig):
 class AdaLoRASelection(Selection):
     adapters = ("adalora",)
     reads_gradients = True
+    shows = "rank"
 
     def __init__(self, config: AdaLoRABudget | None = None):
         super().__init__(config or AdaLoRABudget())
@@ -107,6 +108,9 @@ class AdaLoRASelection(Selection):
         keep[scores.sort(descending=True, stable=True).indices[:budget]] = True
         for adapter, kept in zip(adapters.values(), keep.split([a.gate.shape[0] for a in adapters.values()])):
             adapter.gate.masked_fill_(~kept.to(adapter.gate.device), 0.0)
+
+    def site_map(self, ctx: SelectionContext) -> dict[str, float]:
+        return live_ranks(ctx)
 
     def scores(self, site: str) -> Tensor:
         """Score of each rank of a site, (r,)."""

@@ -20,7 +20,7 @@ from typing import Literal
 from pydantic import Field
 
 from ..registry import MethodConfig, register
-from .base import Selection, SelectionContext, parts_of_model, train_only
+from .base import SHARE, Selection, SelectionContext, parts_of_model, train_only
 
 
 class BAdam(MethodConfig):
@@ -37,6 +37,7 @@ class BAdam(MethodConfig):
                  "Models}, author={Luo, Qijun and Yu, Hengxu and Li, Xiao}, booktitle={NeurIPS}, year={2024}}")
 class BAdamSelection(Selection):
     full_tuning_only = True
+    shows = SHARE
 
     def __init__(self, config: BAdam | None = None):
         super().__init__(config or BAdam())

@@ -42,6 +42,7 @@ class Selection:
     full_tuning_only: ClassVar[bool] = False  # chooses among the model's own weights, not a graft's
     events_only: ClassVar[bool] = True  # works as a TrainerCallback in a foreign trainer
     adapters: ClassVar[tuple[str, ...]] = ()  # the adapter methods it acts on, one graft at a time; empty: any, or none
+    shows: ClassVar[str | None] = None  # what `site_map` gives, for reports; None: nothing
 
     def __init__(self, config: MethodConfig):
         self.config = config
@@ -70,6 +71,11 @@ class Selection:
     def after_backward(self, ctx: SelectionContext) -> None: ...
 
     def after_step(self, ctx: SelectionContext) -> None: ...
+
+    def site_map(self, ctx: SelectionContext) -> dict[str, float]:
+        """One number a site or layer as it is after a step (`shows` says of what); unless overridden the share of each layer's
+        trained values that a step moves."""
+        return {} if self.shows is None else trained_shares(ctx)
 
     def structure(self) -> dict[str, Any]:
         """JSON description of structural changes made so far."""
@@ -162,3 +168,27 @@ def parts_of_model(ctx: SelectionContext) -> tuple[set[int], list[set[int]], set
         if id(parameter) not in inside:
             (after if passed else before).add(id(parameter))
     return before, layers, after
+
+
+#: what `trained_shares` gives
+SHARE = "share of the layer that trains"
+
+
+def trained_shares(ctx: SelectionContext) -> dict[str, float]:
+    """{layer: share of the run's parameters in it that are not frozen now}; layers without any are left out."""
+    if not block_list(ctx.model):
+        return {}
+    before, layers, after = parts_of_model(ctx)
+    groups = {"before the layers": before, **{f"layer {i}": ids for i, ids in enumerate(layers)}, "after the layers": after}
+    sizes = {id(p): (p.numel(), p.numel() * p.requires_grad) for _, p in ctx.parameters}
+    found = {}
+    for name, ids in groups.items():
+        whole, moving = (sum(sizes[key][i] for key in ids if key in sizes) for i in (0, 1))
+        if whole:
+            found[name] = moving / whole
+    return found
+
+
+def live_ranks(ctx: SelectionContext) -> dict[str, float]:
+    """{site: gates that are not zero} of a gated adapter."""
+    return {name: int(adapter.gate.detach().count_nonzero()) for name, adapter in ctx.graft.adapters.items()}

@@ -57,6 +57,7 @@ class DiffoRA(MethodConfig):
                  "year={2025}}")
 class DiffoRASelection(Selection):
     reads_gradients = True
+    shows = "gate"
     adapters = ("lora",)
 
     def __init__(self, config: DiffoRA | None = None):
@@ -113,6 +114,12 @@ class DiffoRASelection(Selection):
         self.logits = self.logits - self.config.lr * step / step.square().mean().sqrt().clamp_min(tiny)
         for _, parameter in ctx.parameters:
             parameter.grad = None  # these rows train the gates
+
+    def site_map(self, ctx: SelectionContext) -> dict[str, float]:
+        """Gates while the search lasts, then 1 for the sites that stay; the others are gone."""
+        if self.kept is None:
+            return {name: float(gate) for name, gate in self.gates.items()}
+        return dict.fromkeys(self.kept, 1.0)
 
     @torch.no_grad()
     def slopes(self, graft: Any) -> Tensor:

@@ -27,7 +27,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ..errors import UsageError
 from ..registry import MethodConfig, register
-from .base import Selection, SelectionContext, parts_of_model, train_only
+from .base import SHARE, Selection, SelectionContext, parts_of_model, train_only
 
 #: the stop of what trains to the end
 NEVER = 1 << 62
@@ -75,6 +75,8 @@ def in_steps(time: float, total: int) -> int:
           bibtex="@inproceedings{howard2018ulmfit, title={Universal Language Model Fine-tuning for Text Classification}, "
                  "author={Howard, Jeremy and Ruder, Sebastian}, booktitle={ACL}, year={2018}}")
 class FreezeSelection(Selection):
+    shows = SHARE
+
     def __init__(self, config: Freeze | None = None):
         super().__init__(config or Freeze())
         self._spans: dict[int, tuple[int, int]] = {}  # id of a parameter -> (first step, step after the last)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..modeling.protocols import has_values
 from ..registry import MethodConfig, register
-from .base import Selection, SelectionContext, drop_state
+from .base import Selection, SelectionContext, drop_state, live_ranks
 
 
 class IncreLoRAGrowth(MethodConfig):
@@ -51,6 +51,7 @@ class IncreLoRAGrowth(MethodConfig):
 class IncreLoRASelection(Selection):
     adapters = ("increlora",)
     reads_gradients = True
+    shows = "rank"
 
     def __init__(self, config: IncreLoRAGrowth | None = None):
         super().__init__(config or IncreLoRAGrowth())
@@ -95,6 +96,9 @@ class IncreLoRASelection(Selection):
         names = list(ctx.graft.adapters)
         if self._grow(ctx, [names[i] for i in sorted(range(len(names)), key=lambda i: (-scores[i], i))]):
             self._note(ctx)
+
+    def site_map(self, ctx: SelectionContext) -> dict[str, float]:
+        return live_ranks(ctx)
 
     def _grow(self, ctx: SelectionContext, order: list[str], close: bool = True) -> bool:
         """Let the first `top` sites of the order that can grow do so; True when something changed."""

@@ -41,6 +41,8 @@ class LaMDAFreeze(MethodConfig):
                  "Adaptation}, author={Azizi, Seyedarmin and Kundu, Souvik and Pedram, Massoud}, booktitle={Findings of EMNLP}, "
                  "year={2024}}")
 class LaMDAFreezeSelection(Selection):
+    shows = "share of the columns that train"
+
     def __init__(self, config: LaMDAFreeze | None = None):
         super().__init__(config or LaMDAFreeze())
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
@@ -73,6 +75,15 @@ class LaMDAFreezeSelection(Selection):
             for factor, kept in self._kept:
                 factor[:, : kept.shape[1]] = kept
         self._kept = []
+
+    def site_map(self, ctx: SelectionContext) -> dict[str, float]:
+        """Of each output factor, by the name of its site."""
+        found = {}
+        for name, parameter in ctx.parameters:
+            site, _, last = name.rpartition(".")
+            if last in FACTORS and parameter.dim() == 2:
+                found[site] = 1.0 - self.frozen_columns(parameter.shape[1], ctx.step, ctx.total_steps) / parameter.shape[1]
+        return found
 
     def _freeze_whole(self, ctx: SelectionContext) -> None:
         for factor in output_factors(ctx):

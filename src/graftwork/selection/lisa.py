@@ -18,7 +18,7 @@ from pydantic import Field
 
 from ..errors import UsageError
 from ..registry import MethodConfig, register
-from .base import Selection, SelectionContext, decoder_blocks, train_only
+from .base import SHARE, Selection, SelectionContext, decoder_blocks, train_only
 
 
 class LISA(MethodConfig):
@@ -36,6 +36,7 @@ class LISA(MethodConfig):
                  "Han, Chi and Zhang, Tong}, booktitle={NeurIPS}, year={2024}}")
 class LISASelection(Selection):
     full_tuning_only = True
+    shows = SHARE
 
     def __init__(self, config: LISA | None = None):
         super().__init__(config or LISA())

@@ -31,7 +31,7 @@ from ..errors import UsageError
 from ..modeling.protocols import has_values
 from ..modeling.sites import linear_modules
 from ..registry import MethodConfig, register
-from .base import Selection, SelectionContext, decoder_blocks, parts_of_model, train_only
+from .base import SHARE, Selection, SelectionContext, decoder_blocks, parts_of_model, train_only
 from .lisa import draw
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
@@ -64,6 +64,7 @@ class OwLore(MethodConfig):
                  "year={2024}}")
 class OwLoreSelection(Selection):
     full_tuning_only = True
+    shows = SHARE
 
     def __init__(self, config: OwLore | None = None, scores: Sequence[float] | None = None):
         """scores: D_l of each layer where they are known already (`outlier_shares`): no data is looked at then."""

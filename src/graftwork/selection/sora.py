@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..registry import MethodConfig, register
-from .base import Selection, SelectionContext
+from .base import Selection, SelectionContext, live_ranks
 
 
 class SoRASchedule(MethodConfig):
@@ -55,6 +55,7 @@ class SoRASchedule(MethodConfig):
                  "booktitle={EMNLP}, year={2023}}")
 class SoRASelection(Selection):
     adapters = ("sora",)
+    shows = "rank"
 
     def begin(self, ctx: SelectionContext) -> None:
         self.check_graft(ctx)
@@ -71,6 +72,9 @@ class SoRASelection(Selection):
         if c.spacing == "log":
             return c.threshold * (c.final_threshold / c.threshold) ** share
         return c.threshold + (c.final_threshold - c.threshold) * share
+
+    def site_map(self, ctx: SelectionContext) -> dict[str, float]:
+        return live_ranks(ctx)
 
     @torch.no_grad()
     def after_step(self, ctx: SelectionContext) -> None:

@@ -55,7 +55,7 @@ class PeakOfStep(TrainerCallback):
     """Measures the memory peak of one step, the heaviest of the run, from allocator events."""
 
     def __init__(self, meter: Any, at: int = 1):
-        self.meter, self.at, self.result, self._running = meter, at, None, None
+        self.meter, self.at, self.result, self.step, self._running = meter, at, None, None, None
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.result is None and self._running is None and state.global_step >= min(self.at, state.max_steps - 1):
@@ -65,7 +65,7 @@ class PeakOfStep(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self._running is not None:
             self.close()
-            self.result = self._last.peak
+            self.result, self.step = self._last.peak, state.global_step
 
     def close(self) -> None:
         """Ends a measurement that a failing step left running (there is one profiler per process)."""

@@ -109,9 +109,9 @@ def recipe_differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def _clear(folder: Path) -> None:
-    for name in ("graft", "diverged", "model", "checkpoints", "tensorboard"):
+    for name in ("graft", "diverged", "model", "checkpoints", "tensorboard", "eval"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.jsonl", "report.html", "config.yaml", "run.json"):
+    for name in ("metrics.jsonl", "report.html", "config.yaml", "run.json", "plan.json", "spectra.json", "samples.json"):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -178,7 +178,7 @@ class _Run:
         result = RunResult(done, loss, measured, round(time.monotonic() - start, 3), str(target), metrics, self.failed,
                            self.model, self.tokenizer, self.grafts)
         atomic_write_text(self.folder / "run.json", json.dumps(
-            {**result.to_json(), "measured": peak.result.to_dict() if measured else None}, indent=1))
+            {**result.to_json(), "measured": {**peak.result.to_dict(), "step": peak.step} if measured else None}, indent=1))
         return result
 
     # -- data and parts ---------------------------------------------------------------------------------------------------

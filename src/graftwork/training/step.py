@@ -91,6 +91,11 @@ class TrainStep:
         for selection in self.selections:
             selection.after_step(ctx)
 
+    def site_maps(self, step: int) -> dict[str, dict[str, float]]:
+        """{what a selection shows: {site or layer: number}} after a step; empty without such a selection."""
+        ctx = self.context(step)
+        return {s.shows: found for s in self.selections if s.shows is not None and (found := s.site_map(ctx))}
+
     def run(self, batches: Sequence[dict[str, Any]], step: int, lr: float | None = None) -> StepResult:
         """A whole step, for callers without a Trainer (the planner, tests)."""
         result = self.compute(batches, step, lr)

@@ -25,8 +25,10 @@ from .batches import identity
 from .schedule import GroupSchedule, NoOptimizer
 from .step import TrainStep
 
-#: keys of a metrics line that depend on the clock
-TIME_FIELDS = ("seconds", "tokens_per_second")
+#: keys of a metrics line that depend on the clock and on the process
+TIME_FIELDS = ("seconds", "tokens_per_second", "process_bytes", "device_bytes")
+#: times in a run at which what selections show of the sites is written down
+MAPS = 64
 
 
 class TrainerMixin:
@@ -123,6 +125,10 @@ class GraftTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     # -- loop -------------------------------------------------------------------------------------------------------
+    def train(self, *args, **kwargs):
+        self._memory()  # what loading the model took is no step's
+        return super().train(*args, **kwargs)
+
     def get_train_dataloader(self):
         return torch.utils.data.DataLoader(self.train_dataset, batch_size=1, shuffle=False, collate_fn=identity)
 
@@ -197,8 +203,16 @@ class GraftTrainer(Trainer):
         window, self.window = self.window, []
         tokens, seconds = sum(w["tokens"] for w in window), sum(w["seconds"] for w in window)
         row = {"step": step, "loss": sum(w["loss"] for w in window) / len(window), "lr": learning_rate}
-        self.record({**row, **window[-1]["metrics"], "tokens": tokens,
-                     "seconds": round(seconds, 4), "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)})
+        stride = -(-self.state.max_steps // MAPS)  # a function of the step: a resumed run writes the same lines
+        maps = self.run.site_maps(step - 1) if step // stride > (step - len(window)) // stride else {}
+        self.record({**row, **window[-1]["metrics"], "tokens": tokens, "seconds": round(seconds, 4), "steps": len(window),
+                     "tokens_per_second": round(tokens / max(seconds, 1e-9), 1), **self._memory(), **({"sites": maps} if maps else {})})
+
+    def _memory(self) -> dict[str, int]:
+        """Highest bytes since the last line: of the process, and of tensors on the device."""
+        from ..planning.measure import window_peaks
+
+        return window_peaks()
 
     def record(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl (and TensorBoard)."""
@@ -217,7 +231,7 @@ class GraftTrainer(Trainer):
         self.model.eval()
         metrics = {f"eval_{k}": v for k, v in self.evaluate_with().items()}
         step = self.state.global_step
-        self.record({"step": step, **metrics})
+        self.record({"step": step, **metrics, **self._memory()})
         if not math.isfinite(metrics["eval_loss"]):
             raise self._not_finite(f"the eval loss became {metrics['eval_loss']} at step {step}")
         better = self.best["loss"] is None or metrics["eval_loss"] < self.best["loss"]
