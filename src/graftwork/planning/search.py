@@ -14,6 +14,7 @@ candidate is passed over and counted.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -103,6 +104,7 @@ class _Search:
         self.kind = lookup("objective", recipe.objective.method).traits["task"]
         self.refused: list[str] = []
         self.rows: list[Row] = []
+        self.compared: list[tuple[Row, float]] = []  # plans with what was guessed
         low, high = (expected_device_bytes(n, device)["total_bytes"] for n in (0, 2**40))
         self.beside, self.share = low, (high - low) / 2**40  # device bytes of tensor bytes
 
@@ -117,13 +119,14 @@ class _Search:
         pool, looked = self.screened(space, screen)
         fitting = [each for each in pool if self.budget is None or each.total <= SLACK * self.budget]
         self.say(f"{looked:,} candidates, {len(fitting):,} of the Pareto set of the guesses are near the budget")
-        left = fitting or sorted(pool, key=lambda g: g.total)[:3]
         keys = [order([w, *self.wishes]) for w in dict.fromkeys([*self.wishes, *WISHES])] + [lambda g: g.total, lambda g: g.seconds]
-        tried = 0
-        for guess in pick(left, keys, lambda g: (str(g.candidate.arm.adapter), str(g.candidate.storage)), 4 * plans):
-            tried += self.look(guess, tried, plans)
-            if tried == plans:
+        picked = pick(fitting or pool, keys, lambda g: (str(g.candidate.arm.adapter), str(g.candidate.storage)), 4 * plans)
+        tried, plans = 0, plans if fitting else min(plans, 3)
+        for guess in [*picked, *sorted(pool, key=lambda g: g.total)]:  # where nothing fits, the smallest are looked at last
+            if tried == plans or (guess not in picked and self.fits_some()):
                 break
+            if (not fitting or self.corrected(guess)) and not any(row.candidate is guess.candidate for row in self.rows):
+                tried += self.look(guess, tried, plans)
         return self.result(looked, shapes)
 
     def anchor(self, space: Space) -> Candidate:
@@ -168,6 +171,14 @@ class _Search:
         return _Guessed(candidate, guess, self.beside + self.share * guess.peak,
                         lambda: quality(candidate, self.evidence, self.kind, screen.bits(candidate.storage)))
 
+    def fits_some(self) -> bool:
+        return any(self.budget is None or row.total <= self.budget for row in self.rows)
+
+    def corrected(self, guess: _Guessed) -> bool:
+        """Whether a guess is near the budget still, by how far the guesses at like schedules were off until now."""
+        off = [row.total / total for row, total in self.compared if row.candidate.checkpointing == guess.candidate.checkpointing]
+        return self.budget is None or not off or guess.total * statistics.median(off) <= SLACK * self.budget
+
     def look(self, guess: _Guessed, done: int, plans: int) -> int:
         """Plan a candidate; 1 if it was planned, 0 if it was refused."""
         document = self.planning_document(guess.candidate)
@@ -185,6 +196,7 @@ class _Search:
         row = Row(guess.candidate, made, self.roofline.seconds(made["work"]), guess.quality)
         row.document = self.document(guess.candidate)
         self.rows.append(row)
+        self.compared.append((row, guess.total))
         fits = "" if self.budget is None else ", fits" if row.total <= self.budget else ", does not fit"
         self.say(f"[{done + 1}/{plans}] {describe(guess.candidate)}: {format_bytes(row.total)}{fits}")
         return 1
