@@ -10,12 +10,15 @@ from functools import cache
 import pytest
 import torch
 import yaml
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import tiny
 from graftwork import registry
+from graftwork.adapters.attach import attach
+from graftwork.artifact import graft_tensors
 from graftwork.cli.main import main
-from graftwork.errors import UsageError
-from graftwork.planning import pareto, roofline, search
+from graftwork.errors import GraftworkError, UsageError
+from graftwork.planning import pareto, roofline, search, simulate
 from graftwork.planning.evidence import FAILED, Evidence, gap_of, packaged
 from graftwork.planning.judging import reasons
 from graftwork.planning.ledger import Ledger
@@ -24,6 +27,7 @@ from graftwork.planning.roofline import Roofline
 from graftwork.planning.simulate import plan
 from graftwork.planning.work import Work
 from graftwork.recipe import load_recipe
+from graftwork.training.build import build_model
 
 FLAT = Roofline("flat", {"float32": 1e9, "bfloat16": 2e9}, 1e9, 0.0, True, "made up")
 
@@ -76,6 +80,29 @@ def test_flops_of_lora_grow_with_its_rank_by_the_hand_count(folder):
     values = tiny.LAYERS * sum(i + o for i, o in sites)
     assert few.saved_bytes == 4 * 2 * values and few.trained == 2 * values
     assert sum(flops * n for _, flops, _, n in few.work) == few.flops and "work" not in few.to_json()
+
+
+@pytest.mark.slow
+def test_bytes_of_every_artifact_are_planned(folder):
+    models, checked = {}, []
+    for info in registry.methods("adapter"):
+        kept = "dense" if info.traits["owns_leaf"] is None else "int4"
+        recipe = load_recipe({"model": str(folder), "storage": kept, "adapter": info.name, "initializer": None, "data": "x.jsonl",
+                              "train": {"precision": "fp32"}}, check=False)
+        if kept not in models:
+            models[kept] = build_model(recipe)[0]
+        try:
+            graft = attach(models[kept], recipe.adapter, name="real")
+        except GraftworkError:  # asks for another storage
+            continue
+        stored = sum(t.numel() * t.itemsize for t in graft_tensors(graft).values())
+        graft.detach()
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = build_model(recipe, fake=True)[0]
+            planned = simulate._saved_bytes(fake, [attach(fake, recipe.adapter, name="fake")])
+        assert planned == stored, info.name
+        checked.append(info.name)
+    assert len(checked) >= 30 and {"binary_lora", "sora", "prefix", "lora"} <= set(checked)
 
 
 def test_seconds_are_the_roofline_of_each_operation():
@@ -213,7 +240,7 @@ def found_for(folder, wishes, budget, plans=40):
 
 def test_budgets_are_respected_and_rows_beat_each_other_nowhere(large):
     everything = found_for(large, ("quality",), 10**10)
-    for budget in (10**10, 1000 * MIB, 680 * MIB):
+    for budget in (10**10, 900 * MIB, 680 * MIB):
         found = found_for(large, ("quality",), budget)
         assert found.rows and all(row.total <= budget and row.reason for row in found.rows)
         assert budget == 10**10 or any(row.total > budget for row in everything.rows)
@@ -223,7 +250,7 @@ def test_budgets_are_respected_and_rows_beat_each_other_nowhere(large):
             train = load_recipe(row.document).train
             assert train.batch_size * train.grad_accumulation == 4 and row.document["data"]["max_length"] == 32
     nothing = found_for(large, ("quality",), 540 * MIB)
-    assert not nothing.rows and 0 < len(nothing.planned) <= 3
+    assert not nothing.rows and nothing.planned
     assert nothing.smallest.total == min(row.total for row in nothing.planned) > 540 * MIB
 
 

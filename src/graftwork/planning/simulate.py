@@ -238,6 +238,7 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
     return ledger, work, ledger.events - before, sum(p.numel() for _, p in step.parameters), saved
 
 
+@torch.no_grad()
 def _saved_bytes(model: Any, grafts: list[Any]) -> int:
     """Bytes of the tensors of the artifacts; without a graft of the dense model (weights that train as codes are saved dense)."""
     if grafts:
