@@ -220,6 +220,7 @@ def test_a_few_pieces_of_noise_stand_for_all(folder, precision, monkeypatch):
     count = len(drawn)
     every = planned(doc)
     assert few.peak_bytes == every.peak_bytes and few.categories == every.categories and len(drawn) - count > count
+    assert few.work == every.work  # the one between counts for all between
 
 
 def test_lisa_s_optimizer_bytes_after_a_switch_equal_the_formula(folder):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,14 +36,17 @@ SEALED = ("schema_version", "method", "config", "seed", "weight", "initializer",
 _COPY = "the artifact was changed after it was saved; restore it from a copy"
 
 
-def graft_tensors(graft: Graft) -> dict[str, Tensor]:
-    """{key: tensor} of everything the graft stores, on the CPU."""
-    tensors = {}
+def stored_tensors(graft: Graft) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of everything the graft stores."""
     for key, module in graft.named_modules():
         state = module.artifact_state() if hasattr(module, "artifact_state") else dict(module.state_dict())
         for name, tensor in state.items():
-            tensors[f"{key}.{name}"] = tensor.detach().cpu().contiguous()
-    return tensors
+            yield f"{key}.{name}", tensor
+
+
+def graft_tensors(graft: Graft) -> dict[str, Tensor]:
+    """{key: tensor} of everything the graft stores, on the CPU."""
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in stored_tensors(graft)}
 
 
 def describe(graft: Graft, provenance: dict[str, Any] | None = None) -> dict[str, Any]:

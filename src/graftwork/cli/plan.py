@@ -6,20 +6,33 @@ from pathlib import Path
 
 import typer
 
-EPILOG = "Examples: graft plan recipe.yaml --budget 16GiB | graft plan recipe.yaml adapter.r=64 train.batch_size=4 --device cuda --json"
+EPILOG = ("Examples: graft plan recipe.yaml --budget 16GiB | graft plan recipe.yaml adapter.r=64 train.batch_size=4 --device cuda\n\n"
+          "What to use: graft plan recipe.yaml --advise --budget auto --for quality --for speed -o recipes\n\n"
+          "From a model alone: graft plan --advise --model llama-2-70b.json --length 2048 --gpu a100-80gb --for quality,file-size\n\n"
+          "Among some methods: graft plan recipe.yaml --advise --budget 8GiB --among adapter=lora,paca,full --among storage=dense,nf4")
 
 
 def run(
-    recipe: Path = typer.Argument(..., help="Recipe (YAML)."),
+    recipe: str = typer.Argument(None, help="Recipe (YAML); with --advise --model: none."),
     overrides: list[str] = typer.Argument(None, help="Overrides by dotted path: train.batch_size=4"),
     budget: str = typer.Option(None, "--budget", help="16GiB, 24GB, ... or auto: what this machine has. Exit 1 if it does not fit."),
     device: str = typer.Option(None, "--device", help="cuda or cpu (default: what this machine has)."),
     no_data: bool = typer.Option(False, "--no-data", help="Rows of max_length instead of the heaviest batch of the data."),
     no_search: bool = typer.Option(False, "--no-search", help="Do not look for the nearest fit."),
+    advise: bool = typer.Option(False, "--advise", help="Search storage, adapter, optimizer and schedule for what is worth using."),
+    wishes: list[str] = typer.Option(None, "--for", help="With --advise: quality, speed, file-size, mergeable, servable; the first counts "
+                                                         "most (default: quality)."),
+    among: list[str] = typer.Option(None, "--among", help="With --advise: AXIS=NAME,NAME restricts the search; adapter=full: full tuning."),
+    plans: int = typer.Option(8, "--plans", min=1, help="With --advise: recipes planned at most."),
+    gpu: str = typer.Option(None, "--gpu", help="With --advise: a card by its published peaks: l4, a100-80gb, ..."),
+    model: str = typer.Option(None, "--model", help="With --advise, instead of a recipe: name, folder, config.json or Hub id."),
+    length: int = typer.Option(1024, "--length", min=2, help="With --model: tokens of a row."),
+    output: Path = typer.Option(None, "-o", "--output", help="With --advise: folder to write the recipes to."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
     quiet: bool = typer.Option(False, "--quiet", help="No progress."),
 ) -> None:
-    """Plan a recipe's memory from its own step on fake tensors; nothing is downloaded and no weight is read."""
+    """Plan a recipe's memory from its own step on fake tensors, or with --advise find the recipes that are worth running; nothing is
+    downloaded and no weight is read."""
     import json
     import sys
 
@@ -33,6 +46,21 @@ def run(
 
     if device not in (None, "cuda", "cpu"):
         raise UsageError(f"there is no device '{device}'{nearest(device, ('cuda', 'cpu'))}", remedy="--device cuda or --device cpu")
+    if model is not None and recipe is not None and "=" in recipe:  # the first override, not a recipe
+        recipe, overrides = None, [recipe, *(overrides or [])]
+    if advise:
+        from ._advise import run as search
+
+        found = search(recipe, overrides, model, length, budget, device, gpu, wishes, among, plans, output, not no_data, say)
+        print(json.dumps(found[0].to_json() | {"written": found[1]}) if as_json else found[2])
+        if not found[0].rows:
+            raise typer.Exit(1)
+        return
+    only = {"--for": wishes, "--among": among, "--gpu": gpu, "--model": model, "-o": output}
+    if any(only.values()):
+        raise UsageError(f"{', '.join(k for k, v in only.items() if v)} is for a search", remedy="add --advise")
+    if recipe is None:
+        raise UsageError("no recipe is named", remedy="graft plan RECIPE, or graft plan --advise --model NAME --length TOKENS")
     limit = None if budget is None else machine_budget(device) if budget == "auto" else parse_bytes(budget)
     notes: list[str] = []
     loaded = load_recipe(recipe, overrides, notes=notes)

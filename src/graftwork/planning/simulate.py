@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..artifact import stored_tensors
 from ..errors import GraftworkError
 from ..modeling import arithmetic
 from ..recipe import Recipe, load_recipe
@@ -33,13 +34,15 @@ from ..training.batches import FleetBatches, StepBatches, heaviest_step, total_s
 from ..training.build import build_grafts, build_model, build_step, reads_data
 from .ledger import Ledger
 from .measure import expected_device_bytes
+from .work import Work
 
 
 @dataclass
 class Plan:
     """peak_bytes and categories at the peak (tensor bytes); device: expected use with its basis; trained: parameters;
     batch: (rows, tokens, trained tokens) of the simulated micro-batch; flops of one step; steps: of the run, None where neither
-    data nor max_steps tell; seconds_per_step: (low, high) on this machine, None for a device that it does not have."""
+    data nor max_steps tell; seconds_per_step: (low, high) on this machine, None for a device that it does not have; saved_bytes: of
+    the tensors that the run saves at its end (a graft's, or the model's); work: [dtype, flops, bytes, count] of a step's operations."""
 
     peak_bytes: int
     categories: dict[str, int]
@@ -54,6 +57,8 @@ class Plan:
     fits: bool | None = None
     budget: int | None = None
     simulated_in: float = 0.0
+    saved_bytes: int = 0
+    work: list[list[Any]] = field(default_factory=list, repr=False)
 
     @property
     def hours(self) -> tuple[float, float] | None:
@@ -63,7 +68,7 @@ class Plan:
         return self.seconds_per_step[0] * self.steps / 3600, self.seconds_per_step[1] * self.steps / 3600
 
     def to_json(self) -> dict[str, Any]:
-        return {**{k: v for k, v in self.__dict__.items() if k != "timeline"}, "hours": self.hours}
+        return {**{k: v for k, v in self.__dict__.items() if k not in ("timeline", "work")}, "hours": self.hours}
 
 
 def plan(recipe: Recipe | str | Path | dict[str, Any], *, overrides: list[str] | None = None, budget: int | None = None,
@@ -82,13 +87,13 @@ def plan(recipe: Recipe | str | Path | dict[str, Any], *, overrides: list[str] |
     timed = estimate_time and device == here
     chosen = [(batch, has_no_padding(batch)) for batch in (batches if recipe.is_fleet else telling(batches))]
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, products_of(device):
-        ledger, flops, operations, trained = _simulate(recipe, mode, chosen, steps or 1, names, labels, notes)
+        ledger, work, operations, trained, saved = _simulate(recipe, mode, chosen, steps or 1, names, labels, notes)
     share = sum(map(_padded, batches)) / sum(_padded(batch) for batch, _ in chosen)
-    flops, operations = round(flops * share), round(operations * len(batches) / len(chosen))
+    flops, operations = round(work.flops * share), round(operations * len(batches) / len(chosen))
     expected = expected_device_bytes(ledger.peak_bytes, device, pools=ledger.peak_pools, blocks=ledger.peak_blocks)
     made = Plan(ledger.peak_bytes, ledger.peak_categories, expected, trained, _shape(batches), flops, steps,
                 step_seconds(flops, operations, recipe.train.precision) if timed else None, notes, ledger.timeline,
-                simulated_in=round(time.monotonic() - start, 3))
+                simulated_in=round(time.monotonic() - start, 3), saved_bytes=saved, work=work.step(share))
     if budget is not None:
         made.budget, made.fits = budget, expected["total_bytes"] <= budget
     return made
@@ -125,10 +130,10 @@ def _unpacked(yes: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _few_pieces() -> Iterator[None]:
+def _few_pieces(work: Work) -> Iterator[None]:
     """MeZO draws and adds its noise, and optimizers update large tensors, in pieces of 2^20 values: 70,000 of them for 70B. All need
     the memory of the second one (which begins while the first one's buffers are alive), so a large tensor moves by its first,
-    second and last piece here."""
+    second and last piece here, and the work of the second counts for all between."""
     from ..estimators import mezo
     from ..optim import base, pieces
 
@@ -140,12 +145,18 @@ def _few_pieces() -> Iterator[None]:
             yield from kept(p)
             return
         flat = p.detach().view(-1)
-        for start in (0, size, (p.numel() - 1) // size * size):
+        for start in counted(range(0, p.numel(), size)):
             yield flat[start:start + size]
 
-    def few_spans(size: int) -> list[slice]:
-        every = range(0, size, pieces.PIECE)
-        return [slice(start, min(start + pieces.PIECE, size)) for start in sorted({*every[:2], every[-1]})]
+    def few_spans(size: int) -> Iterator[slice]:
+        for start in counted(range(0, size, pieces.PIECE)):
+            yield slice(start, min(start + pieces.PIECE, size))
+
+    def counted(every: range) -> Iterator[int]:
+        for i, start in enumerate(sorted({*every[:2], every[-1]})):
+            work.times = max(1, len(every) - 2) if i == 1 else 1
+            yield start
+        work.times = 1
 
     mezo._pieces, base.spans = few, few_spans
     try:
@@ -182,7 +193,8 @@ def _mark_new_heads(recipe: Recipe, model: Any) -> None:
 
 def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str, Any], bool]], steps: int,
               names: list[str], labels: int | None, notes: list[str]):
-    """(ledger, flops and operations of the second step, trained parameters). batches: (batch, whether it has no padding)."""
+    """(ledger, work and operations of the second step, trained parameters, bytes of what is saved at the end). batches: (batch,
+    whether it has no padding)."""
     from ..objectives import base as objectives
 
     model, _ = build_model(recipe, num_labels=labels, fake=True)
@@ -192,8 +204,9 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
     _mark_new_heads(recipe, model)
     ledger = Ledger(logits_width=getattr(model.config.get_text_config(), "vocab_size", None))
     grafts = _grafts(recipe, model, names, notes)
-    step = build_step(recipe, model, grafts, steps)
-    with ledger, _few_pieces(), _unpacked(not any("position_ids" in batch for batch, _ in batches)):
+    step, saved = build_step(recipe, model, grafts, steps), _saved_bytes(model, grafts)
+    work = Work(lambda: ledger._stepping > 0)
+    with ledger, _few_pieces(work), _unpacked(not any("position_ids" in batch for batch, _ in batches)):
         ledger.track(model, "weights")
         for graft in grafts:
             for _, module in graft.named_modules():
@@ -222,12 +235,20 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
             ledger.track(step.estimator.state_dict(), "optimizer_state")
             ledger.refresh()
             before = ledger.events
-            counter = _Flops()
-            ledger.on_operation = counter
+            ledger.on_operation = work
             step.run(fake, first + 1)
         finally:
             objectives.logits_scope = scope
-    return ledger, counter.total, ledger.events - before, sum(p.numel() for _, p in step.parameters)
+    return ledger, work, ledger.events - before, sum(p.numel() for _, p in step.parameters), saved
+
+
+@torch.no_grad()
+def _saved_bytes(model: Any, grafts: list[Any]) -> int:
+    """Bytes of the tensors of the artifacts; without a graft of the dense model (weights that train as codes are saved dense)."""
+    if grafts:
+        return sum(t.numel() * t.itemsize for graft in grafts for _, t in stored_tensors(graft))
+    dense = [p for p in model.parameters() if p.dtype != torch.uint8]
+    return sum(p.numel() * p.itemsize for p in dense)
 
 
 def _state_alone(step: Any) -> bool:
@@ -251,18 +272,10 @@ def _shape(batches: list[dict[str, Any]]) -> dict[str, Any]:
             "trained_tokens": heaviest.get("n_targets")}
 
 
-class _Flops:
-    """Adds up the flops of matrix products and attention, by PyTorch's own formulas."""
-
-    def __init__(self):
-        from torch.utils.flop_counter import flop_registry
-
-        self.formulas, self.total = flop_registry, 0
-
-    def __call__(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
-        formula = self.formulas.get(func._overloadpacket) if isinstance(func, torch._ops.OpOverload) else None
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=out)
+def heaviest_shape(recipe: Recipe) -> tuple[int, int]:
+    """(rows, tokens) of the heaviest micro-batch of a recipe's data. Raises GraftworkError where the data cannot be read."""
+    made = _shape(_from_data(recipe)[0])
+    return made["rows"], made["tokens"]
 
 
 def has_no_padding(batch: dict[str, Any]) -> bool:
