@@ -13,9 +13,9 @@ That products by codes equal products by `dequantize` is what tests/test_storage
 two on the first window, and the largest difference of a token's log-likelihood is kept and stands below the table. No row rounds its
 inputs, where the two would differ.
 
-The model's file was once coded in 4 bits with groups of 32, so no format here uses 4 bits at that size. Every cell is a file under
-results/storage/; a cell that is there is not run again, and rows that matter most come first. Two processes (--share 1/2, 2/2), one thread
-each: COSTS. --quick: dense, int4 and int2 by rtn and gptq, a sixteenth of the text, 10 items a task, written nowhere.
+The model's file was once coded in 4 bits with groups of 32, so no row here uses 4 bits in groups of 32 or fewer (gguf q4_k and q5_k and
+spqr at 4 bits are left out). Every cell is a file under results/storage/; a cell that is there is not run again, and rows that matter most
+come first. COSTS --quick: dense, int4 and int2 by rtn and gptq, a sixteenth of the text, 10 items a task, written nowhere.
 """
 
 from __future__ import annotations

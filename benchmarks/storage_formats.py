@@ -6,10 +6,19 @@ from typing import Any
 
 CALIBRATIONS: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": {}, "awq": {}, "hqq": {}, "adaquant": {}}
 QUICK = ("dense", "int4, rtn", "int4, gptq", "int2, rtn", "int2, gptq")
+#: variants that come last
+LATER = ("bitmod3, rtn", "bitmod4, gptq", "codebook4", "fp4, awq", "mixllm4", "nf3, groups", "nf2, groups", "codebook3, weighted",
+         "codebook2, weighted", "int3, gptq, act order", "int2, gptq, act order", "lowrank_plus4, lq_lora", "fp8, e5m2", "int3, cbq",
+         "fp4, zeroquant_fp m1")
 
 
 def configurations() -> dict[str, dict[str, Any]]:
-    """Integers by every calibration; the formats of floats; those of code books and of outliers; low rank beside; files; the rest."""
+    """Integers by every calibration; a row or more of every other format; then the variants."""
+    found = _all()
+    return {label: found[label] for label in [*(label for label in found if label not in LATER), *LATER]}
+
+
+def _all() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"dense": {"method": "dense"}, "int8": {"method": "int8"}}
     for label, own in CALIBRATIONS.items():
         extra = {"zero_point": "float"} if label == "hqq" else {}
@@ -24,7 +33,8 @@ def configurations() -> dict[str, dict[str, Any]]:
         for calibration in ("rtn", "gptq"):
             found[f"bitmod{bits}, {calibration}"] = {"method": "bitmod", "bits": bits, "group_size": 64, "calibration": calibration}
     for bits in (4, 3, 2):
-        found[f"spqr{bits}"] = {"method": "spqr", "bits": bits}
+        if bits < 4:  # its groups are of 16
+            found[f"spqr{bits}"] = {"method": "spqr", "bits": bits}
         found[f"codebook{bits}"] = {"method": "codebook", "bits": bits}
     for bits in (3, 2):
         found[f"codebook{bits}, weighted"] = {"method": "codebook", "bits": bits, "weighted": True}
@@ -38,7 +48,7 @@ def configurations() -> dict[str, dict[str, Any]]:
         found[f"nf{base}, groups"] = {"method": "nf", "bits": base}
     for wide in (4, 3):
         found[f"mixllm{wide}"] = {"method": "mixllm", "bits": wide}
-    for kind in ("q8_0", "q4_k", "q3_k", "q2_k"):
+    for kind in ("q8_0", "q6_k", "q3_k", "q2_k"):
         found[f"gguf {kind}"] = {"method": "gguf", "type": kind}
     found["mixed, 3 bits"] = {"method": "mixed", "bits": 3.0}
     found["olive"] = {"method": "olive"}
