@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-CALIBRATIONS: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": {}, "awq": {}, "hqq": {}, "adaquant": {}}
+#: adaquant takes 100 steps by default, half an hour of a core each
+CALIBRATIONS: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": {}, "awq": {}, "hqq": {}, "adaquant": {"steps": 30}}
 QUICK = ("dense", "int4, rtn", "int4, gptq", "int2, rtn", "int2, gptq")
-#: variants that come last
-LATER = ("bitmod3, rtn", "bitmod4, gptq", "codebook4", "fp4, awq", "mixllm4", "nf3, groups", "nf2, groups", "codebook3, weighted",
-         "codebook2, weighted", "int3, gptq, act order", "int2, gptq, act order", "lowrank_plus4, lq_lora", "fp8, e5m2", "int3, cbq",
-         "fp4, zeroquant_fp m1")
+#: what a fit of a code book takes by default is most of an hour for jlcm (100 steps over the nearest 7 codes), ten minutes for edkm
+FITS: dict[str, dict[str, Any]] = {"edkm": {"iterations": 25}, "jlcm": {"iterations": 10, "reach": 1}}
+#: variants that come last, in this order
+LATER = ("lowrank_plus2, lq_lora", "vptq, 2 + 2 bits", "codebook2, edkm", "int4, adaquant", "lowrank_plus2, lorc", "codebook2, jlcm",
+         "bitmod3, rtn", "bitmod4, gptq", "codebook4", "fp4, awq", "mixllm4", "nf3, groups", "nf2, groups", "codebook3, weighted",
+         "codebook2, weighted", "int3, gptq, act order", "int2, gptq, act order", "lowrank_plus4, lq_lora", "fp8, e5m2",
+         "fp4, zeroquant_fp m1", "int2, cbq")
 
 
 def configurations() -> dict[str, dict[str, Any]]:
@@ -38,8 +42,8 @@ def _all() -> dict[str, dict[str, Any]]:
         found[f"codebook{bits}"] = {"method": "codebook", "bits": bits}
     for bits in (3, 2):
         found[f"codebook{bits}, weighted"] = {"method": "codebook", "bits": bits, "weighted": True}
-        for fit in ("edkm", "jlcm"):
-            found[f"codebook{bits}, {fit}"] = {"method": "codebook", "bits": bits, "fit": fit}
+        for fit, own in FITS.items():
+            found[f"codebook{bits}, {fit}"] = {"method": "codebook", "bits": bits, "fit": fit, **own}
     found["vptq, 2 bits"] = {"method": "vptq"}
     found["vptq, 2 + 2 bits"] = {"method": "vptq", "residual_bits": 8}
     for base in (3, 2):
@@ -57,6 +61,5 @@ def _all() -> dict[str, dict[str, Any]]:
     found["lowrank_plus4, lq_lora"] = {"method": "lowrank_plus", "base": {"method": "int4"}, "init": "lq_lora"}
     found["fp8, e5m2"] = {"method": "fp8", "format": "e5m2"}
     found["fp4, zeroquant_fp m1"] = {"method": "fp4", "calibration": {"method": "zeroquant_fp", "constraint": "m1"}}
-    for bits in (3, 2):
-        found[f"int{bits}, cbq"] = {"method": f"int{bits}", "calibration": {"method": "cbq", "steps": 40, "window": [1, 0]}}
+    found["int2, cbq"] = {"method": "int2", "calibration": {"method": "cbq", "steps": 40, "window": [1, 0]}}
     return found
