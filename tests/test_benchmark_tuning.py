@@ -50,6 +50,20 @@ def test_sizes_meet_a_peak(bench):
 
 
 @pytest.mark.full
+def test_matrix_resumes_and_stops_by_the_clock(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "planned", lambda sections, rate: {"peak_bytes": 1000})
+    labels = [TARGET, "peqa, int3"]
+    storage_tuning.run(bench, labels, tmp_path, 0.0, 1, rates=2, steps=1)  # over before it begins
+    assert "stopped in lora, nf4" in capsys.readouterr().err and not storage_tuning.read(tmp_path)
+    storage_tuning.run(bench, labels, tmp_path, math.inf, 2, rates=2, steps=1)
+    found = storage_tuning.read(tmp_path)
+    assert list(found) == labels and [len(entry["finals"]) for entry in found.values()] == [2, 2]
+    assert "peqa, int3, not tuned" in storage_tuning.table(found)
+    monkeypatch.setattr(bench, "run", None)  # every cell is there
+    storage_tuning.run(bench, labels, tmp_path, math.inf, 2, rates=2, steps=1)
+
+
+@pytest.mark.full
 def test_table_has_a_row_before_each(tmp_path):
     for label, test in ((TARGET, 2.0), (BASELINE, 2.5)):
         place = tmp_path / storage_tuning.slug(label)
