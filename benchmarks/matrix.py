@@ -1,7 +1,8 @@
-"""What the comparisons of methods share: cells kept as files, the search for a learning rate, paired intervals, verdicts."""
+"""What the comparisons of methods share: options, cells kept as files, the search for a learning rate, paired intervals, verdicts."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def parser_of(doc: str | None, minutes: float = 150) -> argparse.ArgumentParser:
+    """The options that every matrix has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--share", default="1/1", help="i/n: every n-th row of the table from the i-th, for n processes")
+    parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--table", action="store_true", help="the table of the cells that exist, run nothing")
+    return parser
+
+
+def shared(labels: list[str], share: str) -> list[str]:
+    """Those of one process."""
+    part, parts = map(int, share.split("/"))
+    return labels[part - 1::parts]
+
+
+def slug(label: str) -> str:
+    """A label as the name of its folder."""
+    return label.replace(", ", "-").replace(" + ", "+").replace(" ", "_")
 
 
 def cell(path: Path, make, *arguments, rate: float | None = None) -> Any:

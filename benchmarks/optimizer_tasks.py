@@ -6,6 +6,7 @@ import gzip
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,10 @@ class Bench:
         kind = {"dtype": sections.get("train", {}).get("precision", "fp32"), "storage": sections.get("storage")}
         return graftwork.load(self.scratch(seed) if self.task.base is None else self.base, **kind)[0]
 
-    def run(self, sections: dict[str, Any], rate: float, seed: int, steps: int | None = None) -> dict[str, Any]:
-        """Train one cell; the losses (nats a token) of each validation and test row. A run that ends with an error has none."""
+    def run(self, sections: dict[str, Any], rate: float, seed: int, steps: int | None = None,
+            splits: Sequence[str] = ("validation", "test")) -> dict[str, Any]:
+        """Train one cell; the mean loss (nats a token) on these splits, and that of each test row. A run that ends with an error has
+        none."""
         start = time.perf_counter()
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             recipe = {**self.recipe(sections, rate, seed, steps), "output_dir": f"{place}/run"}
@@ -124,15 +127,15 @@ class Bench:
                 result = train_recipe(recipe, quiet=True, model=model, tokenizer=self.tokenizer)
                 trained = time.perf_counter() - start
                 found = {split: row_losses(model, self.tokenizer, self.path(split), self.task.format, self.task.length)
-                         for split in ("validation", "test")}
+                         for split in splits}
             except Interrupted:
                 raise
             except graftwork.GraftworkError as error:
-                return {"rate": rate, "validation": None, "test": None, "error": error.message, "sections": sections}
+                return {"rate": rate, **dict.fromkeys(splits), "error": error.message, "sections": sections}
             finally:
                 for graft in list(state_of(model).grafts.values()):
                     graft.detach()
-        return {"rate": rate, **{k: statistics.mean(v) for k, v in found.items()}, "rows": found["test"],
+        return {"rate": rate, **{k: statistics.mean(v) for k, v in found.items()}, "rows": found.get("test"),
                 "peak_bytes": result.peak_bytes, "train_loss": result.loss, "sections": sections,
                 "seconds": {"train": trained, "score": time.perf_counter() - start - trained}}
 

@@ -20,7 +20,6 @@ others, one rate and seed, 20 steps, written nowhere. The table and the plot (lo
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import platform
@@ -32,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matrix import best_rate, candidates, cell, interval, order, verdict
+from figures import scatter
+from matrix import best_rate, candidates, cell, interval, order, parser_of, shared, slug, verdict
 from optimizer_tasks import HIDDEN, TASKS, Bench
 
 import graftwork
@@ -99,10 +99,6 @@ def rates_of(method: str, scratch: bool, count: int) -> tuple[list[float], list[
     middle = RATES.get(method, ADAM)[0 if scratch else 1]
     return ([float(f"{middle * STEP ** k:.3g}") for k in (-1, 0, 1)], [float(f"{middle * STEP ** -k:.3g}") for k in range(2, 2 + count)],
             [float(f"{middle * STEP ** k:.3g}") for k in range(2, 2 + count)])
-
-
-def slug(method: str) -> str:
-    return method.replace(", ", "-").replace(" ", "_")
 
 
 def run_task(bench: Bench, methods: dict[str, dict[str, Any]], out: Path, end: float, quick: bool, beyond: int) -> None:
@@ -174,37 +170,19 @@ def table(task: str, found: dict[str, dict[str, Any]]) -> str:
 
 def plot(task: str, found: dict[str, dict[str, Any]], path: Path) -> None:
     """Loss against the bytes of optimizer state and against the peak."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(13, 6), sharey=True)
     trained = {m: e for m, e in found.items() if math.isfinite(mean_loss(e))}
-    for axis, label, of in ((axes[0], "optimizer state, bytes", lambda e: max(e["plan"]["state_bytes"], 1)),
-                            (axes[1], "peak of a step, bytes (measured)", lambda e: e["finals"][0]["peak_bytes"])):
-        for method, entry in trained.items():
-            axis.plot(of(entry), mean_loss(entry), "o", color="tab:red" if method == BASELINE else "tab:blue")
-            axis.annotate(method, (of(entry), mean_loss(entry)), fontsize=7, xytext=(4, 2), textcoords="offset points")
-        axis.set_xscale("symlog" if label.startswith("optimizer") else "log")
-        axis.set_xlabel(label)
-    axes[0].set_ylabel(f"test loss of {task}, nats a token")
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    state = {m: (max(e["plan"]["state_bytes"], 1), mean_loss(e)) for m, e in trained.items()}
+    peak = {m: (e["finals"][0]["peak_bytes"], mean_loss(e)) for m, e in trained.items()}
+    scatter(path, [("optimizer state, bytes", "symlog", state), ("peak of a step, bytes (measured)", "log", peak)],
+            f"test loss of {task}, nats a token", marked=[BASELINE], size=(13, 6))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
+    parser = parser_of(__doc__)
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--share", default="1/1", help="i/n: every n-th method from the i-th")
     parser.add_argument("--beyond", type=int, default=1, help="rates tried beyond the three, where the best of them is at an edge")
-    parser.add_argument("--minutes", type=float, default=150)
-    parser.add_argument("--table", action="store_true", help="the tables of the cells that exist, run nothing")
     arguments = parser.parse_args()
-    part, parts = map(int, arguments.share.split("/"))
     end, quick, texts = time.monotonic() + 60 * arguments.minutes, arguments.quick, []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results" if quick else OUT
@@ -212,7 +190,7 @@ def main() -> int:
             methods = sections_of(HIDDEN[task])
             wanted = arguments.methods or (QUICK if quick else list(methods) if TASKS[task].base is None else TUNED)
             if not arguments.table:
-                mine = {method: methods[method] for method in wanted[part - 1::parts]}
+                mine = {method: methods[method] for method in shared(wanted, arguments.share)}
                 run_task(Bench(TASKS[task], Path(folder)), mine, out, end, quick, arguments.beyond)
             found = read(out, task, list(methods), 1 if quick else 3)
             texts.append(table(task, found))
