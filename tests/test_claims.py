@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +17,13 @@ from graftwork.claims.cells import Cells
 from graftwork.claims.claim import Claim, Fields, claims, find, read
 from graftwork.claims.expressions import judge
 from graftwork.claims.kinds import kind_of, kinds
+from graftwork.claims.kinds.base import merged
 from graftwork.claims.run import run_claim
 from graftwork.claims.samples import Samples, compare
 from graftwork.claims.table import page, results
+from graftwork.claims.training import Cell
 from graftwork.errors import DataError, UsageError
+from graftwork.recipe import load_recipe
 
 BASIC = {"system": "X", "statement": "smaller", "source": "arXiv 0000.00000", "setting": "tiny", "refuted_by": "larger", "minutes": 1}
 
@@ -60,7 +64,7 @@ def test_intervals_and_ties():
     assert np.allclose((low, high), expected)
     rows = np.random.default_rng(1).normal(0, 1, (1, 400))
     low, high = Samples(rows).interval()  # of one seed: an ordinary bootstrap over rows, as scipy's
-    other = stats.bootstrap((rows[0],), np.mean, method="percentile", random_state=0).confidence_interval
+    other = stats.bootstrap((rows[0],), np.mean, method="percentile", n_resamples=2000, random_state=0).confidence_interval
     assert abs(low - other.low) < 0.02 and abs(high - other.high) < 0.02
     same, better = Samples([[1.0, 2, 3], [2, 3, 4]]), Samples([[0.8, 1.8, 2.7], [1.9, 2.8, 3.8]])
     assert not compare(same, "<", same)[0] and compare(same, "<=", same)[0] and compare(better, "<", same)[0]
@@ -88,6 +92,24 @@ def test_every_claim_is_whole():
     assert len(kinds()) == 8
     firsts = [c.first for c in claims().values() if c.first]
     assert set(firsts) <= set(range(1, 16))
+
+
+@pytest.mark.full
+def test_every_arm_is_a_recipe():
+    """Names, options and the rules of combination; where an arm's learning rate goes."""
+    models = {"scratch": "config:gpt2", "tiny": "config:gpt2"}
+    for claim in claims().values():
+        for name, arm in claim.arms.items():
+            sections = merged(claim.common, {k: v for k, v in arm.items() if k not in ("rates", "largest")})
+            base = claim.check.get("base", "smollm2-135m-instruct")
+            tasks = claim.check.get("tasks")
+            document = {"model": models.get(base, base), "train": {"precision": "fp32"}, "data": {"train": "rows.jsonl", "format": "text"}}
+            if tasks:
+                assert len(arm.get("rates", [1, 2, 3])) == 3, f"{claim.name}, {name}: both sides try three rates"
+                cell = Cell(tasks[0], base, sections, 1e-3, 0, {"train": "rows.jsonl"}, "test", 1, 1, 8, 0, "cosine", 48, 1, None)
+                document = {**cell.recipe(Path("models"), "run", model=document["model"]), "output_dir": None}
+            recipe = load_recipe(merged(document, {} if tasks else sections))
+            assert not tasks or (recipe.optimizer or recipe.estimator).lr == 1e-3
 
 
 def test_files_of_ones_own_and_their_errors(tmp_path, config):
@@ -154,6 +176,7 @@ def test_memory_of_real_steps_and_an_adapter_that_keeps_more_than_it_says(tmp_pa
 
 
 # -- counts and identities ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_counts_and_an_adapter_with_a_dense_change(config, tmp_path, monkeypatch):
     # hidden 64, feed-forward 96, 4 heads on 2: a block's seven maps
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)]
@@ -177,6 +200,7 @@ def test_counts_and_an_adapter_with_a_dense_change(config, tmp_path, monkeypatch
     assert verdict(claim, tmp_path / "broken") == "does not hold here"
 
 
+@pytest.mark.slow
 def test_stacking_is_exact_and_a_sum_without_weights_is_not(tmp_path, monkeypatch):
     claim = find("flora_stacking")
     result = run_claim(claim, tmp_path / "good")

@@ -35,12 +35,13 @@ from ..errors import UsageError, nearest
 from .expressions import names_in
 
 ROWS = Path(__file__).parent / "rows"
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Fields(BaseModel):
     """The content of a file; see the module docstring."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
     system: str
     statement: str
     number: str | None = None
@@ -61,12 +62,14 @@ class Fields(BaseModel):
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim with its name and group, from its file. measure: of a Python file."""
+    """A claim with its name and group, from its file. measure: of a Python file, whose text is `code`: cells are measured again when it
+    has changed."""
 
     name: str
     group: str
     fields: Fields
     measure: Callable[[int, bool], dict[str, dict[str, Any]]] | None = None
+    code: str | None = None
 
     def __getattr__(self, key: str) -> Any:
         return getattr(self.fields, key)
@@ -81,9 +84,9 @@ def read(path: Path, group: str | None = None) -> Claim:
     try:
         if path.suffix == ".py":
             module = _module(path)
-            document, measure = dict(module.CLAIM), module.measure
+            document, measure, code = dict(module.CLAIM), module.measure, path.read_text(encoding="utf-8")
         else:
-            document, measure = yaml.safe_load(path.read_text(encoding="utf-8")), None
+            document, measure, code = yaml.load(path.read_text(encoding="utf-8"), _LOADER), None, None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
         raise UsageError(f"{path} is no claim: {str(error).splitlines()[0]}",
                          remedy="see docs/claims.md for what a claim file holds") from None
@@ -94,7 +97,7 @@ def read(path: Path, group: str | None = None) -> Claim:
     except ValidationError as error:
         raise UsageError("\n".join(f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()),
                          remedy=f"fields: {', '.join(Fields.model_fields)}") from None
-    claim = Claim(path.stem, group or path.parent.name, fields, measure)
+    claim = Claim(path.stem, group or path.parent.name, fields, measure, code)
     _check(claim, path)
     return claim
 
