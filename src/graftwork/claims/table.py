@@ -31,8 +31,10 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def number(value: float, text: str) -> str:
+def number(value: float | None, text: str) -> str:
     """A figure as people write it. text: the side of the bar, which tells bytes from counts."""
+    if value is None:
+        return "no number"
     figures = [word.rpartition(".")[2] for word in text.replace("(", " ").replace(")", " ").split() if "." in word]
     if "GiB" in text or "GB" in text.split() or (figures and all(f in _BYTES or f.isdigit() for f in figures) and "/" not in text):
         for size, unit in _UNITS:
@@ -50,7 +52,8 @@ def evidence_line(each: dict[str, Any], figures: dict[str, Any] | None = None) -
     sides = f"{number(each['left'], each['text'])} against {number(each['right'], each['text'])}"
     own = [f"{arm}.{name} {number(_value(figures[arm][name]), f'{arm}.{name}')}"
            for arm, name in dict.fromkeys(_NAME.findall(each["text"])) if name in (figures or {}).get(arm, {})]
-    interval = f", difference [{each['interval'][0]:+.4g}, {each['interval'][1]:+.4g}]" if each["interval"] else ""
+    low, high = each["interval"] or (None, None)
+    interval = f", difference [{low:+.4g}, {high:+.4g}]" if low is not None and high is not None else ""
     plain = re.fullmatch(r"[\w.]+ [<>=]+ [\w.]+", each["text"])
     return f"`{each['text']}` {'met' if each['met'] else 'not met'}: " + (
         sides if plain or not own else f"{', '.join(own)} ({sides})") + interval

@@ -17,7 +17,7 @@ from .tasks import splits, task_of, write_split
 #: {"rate", "mean", "rows", "trained", "file", "curve", "seconds"} and "error" where the run ended with one (then no rows)
 Trained = dict[str, Any]
 #: dense bases that adapters share, by reference: loading costs more than a short run
-_SHARED: dict[tuple[str, str], tuple[Any, Any]] = {}
+_SHARED: dict[tuple[str, str, str], tuple[Any, Any]] = {}
 
 
 def data_files(folder: Path, task: str, length: int, train: int, validation: int, test: int) -> dict[str, str]:
@@ -103,13 +103,15 @@ class Cell:
         from .. import load
 
         task = task_of(self.task)
-        if recipe.get("adapter", "lora") is None or recipe.get("storage", "dense") != "dense" or self.base == "scratch":
+        train = recipe["train"]
+        if (recipe.get("adapter", "lora") is None or recipe.get("storage", "dense") != "dense" or self.base == "scratch"
+                or train.get("gradient_checkpointing")):
             return None, None
-        key = (recipe["model"], self.task if task.classes else "causal_lm")
+        key = (recipe["model"], self.task if task.classes else "causal_lm", train["precision"])
         if key not in _SHARED:
             _SHARED.clear()
             kind = {"task": "classification", "num_labels": len(task.classes)} if task.classes else {}
-            _SHARED[key] = load(recipe["model"], dtype=recipe["train"]["precision"], **kind)
+            _SHARED[key] = load(recipe["model"], dtype=train["precision"], **kind)
         return _SHARED[key]
 
     def _scores(self, model: Any, tokenizer: Any) -> list[float]:
