@@ -150,14 +150,16 @@ def test_memory_at_true_scale_and_an_optimizer_with_a_hidden_state(config, tmp_p
     assert verdict(claim, tmp_path / "broken") == "does not hold here"
 
 
-@pytest.mark.slow
-def test_the_largest_that_fits(config, tmp_path):
-    arms = {"base": {"largest": {"of": "data.max_length", "within": "700 MiB", "step": 8}}}
-    claim = made("memory_true_scale", "base.device <= 700 * MiB and base.largest >= 8", arms, common={"model": config, "adapter": "lora"})
-    found = run_claim(claim, tmp_path)["figures"]["base"]
-    next_one = run_claim(made("memory_true_scale", "base.device > 700 * MiB", {"base": {}}, common={
-        "model": config, "adapter": "lora", "data": {"max_length": found["largest"] + 8}}), tmp_path)
-    assert next_one["verdict"] == "holds"
+@pytest.mark.parametrize("curve, plans", [(lambda v: 10e9 + 3e6 * v, 4), (lambda v: 10e9 + 1e6 * v + 50 * v * v, 24),
+                                          (lambda v: 7e10 + 3e10 * (v > 1000), 18), (lambda v: 9e10, 1)])
+def test_the_largest_that_fits(curve, plans, tmp_path, monkeypatch):
+    """By a line, a parabola, a cliff and what never fits, in place of plans."""
+    seen = []
+    monkeypatch.setattr("graftwork.claims.kinds.memory_true_scale.simulate", lambda recipe: (
+        seen.append(recipe["data"]["max_length"]) or {"device": curve(recipe["data"]["max_length"])}))
+    arms = {"base": {"largest": {"of": "data.max_length", "within": "80 GB", "step": 8}}}
+    found = run_claim(made("memory_true_scale", "base.largest >= 0", arms), tmp_path)["figures"]["base"]["largest"]
+    assert found == next((v for v in range(80_000, 0, -8) if curve(v) <= 80e9), 0) and len(seen) <= plans
 
 
 @pytest.mark.slow
@@ -298,9 +300,12 @@ def test_verdicts_and_the_table(tmp_path):
             ("c", {}, 1.5, "does not hold here"), ("d", {"headline": "no phone"}, 0.5, "not checkable here (no phone)")):
         claim = Claim(name, "tests", made("exactness", "own.error <= 1", {}, **more).fields, numbers(value))
         assert verdict(claim, tmp_path) == expected
+    missed = Claim("f", "tests", made("exactness", "own.error <= 1", {}, refuted="own.error > 2").fields, numbers(1.5))
+    assert verdict(missed, tmp_path) == "does not hold here"
     absent = Claim("e", "tests", Fields(**BASIC, kind="absent", headline="no cluster"))
     assert verdict(absent, tmp_path) == "not checkable here (no cluster)"
     text = page(results(tmp_path), "graft claims table")
     assert "2 x `not checkable here`" in text and "portable part: holds" in text and "`own.error <= 1` met: 0.5 against 1" in text
+    assert text.count("missed, not refuted (larger)") == 1
     with pytest.raises(UsageError, match="no results"):
         results(tmp_path / "nothing")

@@ -11,7 +11,7 @@ A claim is one file in rows/GROUP/: NAME.yaml, or NAME.py where the check is spe
     check       options of the kind
     holds       the bar, an expression over the arms' figures (expressions.py)
     holds_here  a lower bar: met without `holds`, the claim holds at this scale only
-    refuted_by  what would refute it, in words
+    refuted_by  what would refute it, in words; refuted: the same as an expression, so that a missed bar can be told from that
     minutes     cost of the full check on two cores
     headline    why the published number itself cannot be checked here; `holds` then judges the portable part. Without kind `absent` has
                 no portable part at all
@@ -54,6 +54,7 @@ class Fields(BaseModel):
     check: dict[str, Any] = {}
     holds: str | None = None
     holds_here: str | None = None
+    refuted: str | None = None
     refuted_by: str
     minutes: float = Field(gt=0)
     headline: str | None = None
@@ -120,7 +121,7 @@ def _check(claim: Claim, path: Path) -> None:
     if claim.holds is None or (claim.measure is None and not claim.arms):
         raise UsageError(f"{path}: a claim needs `holds` and arms (or, as a .py file, measure)")
     if claim.arms:
-        for bar in filter(None, (claim.holds, claim.holds_here)):
+        for bar in filter(None, (claim.holds, claim.holds_here, claim.refuted)):
             strange = names_in(bar) - set(claim.arms)
             if strange:
                 raise UsageError(f"{path}: '{bar}' speaks of {', '.join(sorted(strange))}{nearest(min(strange), claim.arms)}",

@@ -64,8 +64,10 @@ def _value(figure: Any) -> float:
 
 
 def verdict_of(made: dict[str, Any]) -> str:
+    """The verdict with what belongs to it: of a portable part, of a quick run, of a bar that was missed but not refuted."""
     portable = f"; portable part: {made['portable']}" if made.get("portable") else ""
-    return made["verdict"] + portable + (" (quick)" if made["quick"] else "")
+    missed = f"; missed, not refuted ({made['refuted_by']})" if made.get("refuted") is False else ""
+    return made["verdict"] + portable + missed + (" (quick)" if made["quick"] else "")
 
 
 def describe(made: dict[str, Any]) -> str:
