@@ -70,7 +70,8 @@ def test_intervals_and_ties():
     assert not compare(same, "<", same)[0] and compare(same, "<=", same)[0] and compare(better, "<", same)[0]
     assert compare(better, "<", 0.99 * same)[0] and not compare(same, "<=", better)[0]
     assert not compare(Samples([[float("nan"), 1.0]]), "<=", Samples([[2.0, 3.0]]))[0]
-    assert Samples([[1.0], [3.0]]).to_json() == {"mean": 2.0, "interval": Samples([[1.0], [3.0]]).interval(), "by_seed": [1, 3], "rows": 1}
+    two = Samples([[1.0], [3.0]])
+    assert two.to_json() == {"mean": 2.0, "interval": list(two.interval()), "by_seed": [1, 3], "rows": 1}
 
 
 def test_cells_are_kept_until_what_they_are_made_from_changes(tmp_path):
@@ -309,3 +310,33 @@ def test_verdicts_and_the_table(tmp_path):
     assert text.count("missed, not refuted (larger)") == 1
     with pytest.raises(UsageError, match="no results"):
         results(tmp_path / "nothing")
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path, config, capsys, monkeypatch):
+    from graftwork.cli import main as cli
+
+    def graft(*words, code=0):
+        try:
+            cli.main(["claims", *map(str, words)])
+        except SystemExit as error:
+            assert error.code == code
+        else:
+            assert code == 0
+        return capsys.readouterr()
+
+    listed = json.loads(graft("list", "--json", "--kind", "parameter_count").out)
+    assert len(listed) == sum(c.kind == "parameter_count" for c in claims().values())
+    assert "rank 1024" in graft("show", "galore_state").out and "fake tensors" in graft("show", "galore_state").out
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps({**BASIC, "kind": "parameter_count", "baseline": "a", "holds": "a.trained == 256", "arms": {
+        "a": {"model": config, "adapter": {"method": "lora", "r": 1, "target_modules": ["q_proj"]}}}}))
+    ran = graft("run", path, "-o", tmp_path / "out")
+    assert "mine: holds" in ran.out and "1/1 mine" in ran.err
+    assert "| `mine` |" in graft("table", "-o", tmp_path / "out").out
+    monkeypatch.delenv("GRAFTWORK_DATA", raising=False)
+    both = graft("run", "nola_e2e", path, "-o", tmp_path / "out", "--quick", "--json", code=1)  # one cannot run, the other does
+    assert "nola_e2e was not checked: " in both.err and [m["claim"] for m in json.loads(both.out)] == ["mine"]
+    for words, hint in ((["lits"], "list"), (["run"], "which claims"), (["run", "galore_stat"], "galore_state"), (["show"], "show what"),
+                        (["list", "--kind", "memory"], "memory_small"), (["run", "--all", "--quick", "--full"], "exclude")):
+        assert hint in graft(*words, code=2).err

@@ -42,7 +42,7 @@ class Samples:
         if rows == 1:
             from scipy.stats import t
 
-            half = t.ppf(0.975, seeds - 1) * float(self.values.std(ddof=1)) / math.sqrt(seeds)
+            half = float(t.ppf(0.975, seeds - 1)) * float(self.values.std(ddof=1)) / math.sqrt(seeds)
             return self.point - half, self.point + half
         generator, center = np.random.default_rng(0), getattr(np, self.center)
         drawn = [center(self.values[generator.integers(0, seeds, seeds)][:, generator.integers(0, rows, rows)]) for _ in range(DRAWS)]
