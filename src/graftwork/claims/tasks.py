@@ -23,7 +23,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Task:
-    """classes: names of the labels of a score head, in its order; None for a causal model."""
+    """classes: names of the labels of a score head, in its (alphabetical) order; None for a causal model."""
 
     folder: str
     format: str
@@ -49,7 +49,7 @@ def _labels(names: tuple[str, ...], *columns: str) -> Callable[[dict[str, Any]],
 
 
 _TREC = ("ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM")
-_YES, _PAIR = ("no", "yes"), ("sentence1", "sentence2")
+_YES, _ENTAILS, _PAIR = ("no", "yes"), ("entailment", "not_entailment"), ("sentence1", "sentence2")
 TASKS: dict[str, Task] = {
     "e2e": Task("e2e_nlg", "completion", lambda r: {"prompt": f"{r['mr']}\n", "completion": r["ref"] if "ref" in r else r["refs"][0]}),
     "gsm8k": Task("math/gsm8k", "completion", _answer),
@@ -63,7 +63,7 @@ TASKS: dict[str, Task] = {
     "sst2": Task("glue/sst2", "classification", _labels(_YES, "sentence"), _YES),
     "cola": Task("glue/cola", "classification", _labels(_YES, "sentence"), _YES),
     "mrpc": Task("glue/mrpc", "classification", _labels(_YES, *_PAIR), _YES),
-    "rte": Task("glue/rte", "classification", _labels(_YES, *_PAIR), _YES),
+    "rte": Task("glue/rte", "classification", _labels(_ENTAILS, *_PAIR), _ENTAILS),
     "trec": Task("text_classification/trec", "classification", lambda r: {"text": r["question"], "label": r["coarse"]}, _TREC),
 }
 

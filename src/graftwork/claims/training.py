@@ -71,10 +71,10 @@ class Cell:
     def run(self, models: Path) -> Trained:
         import time
 
-        from ..errors import GraftworkError
+        from ..errors import TrainingError
         from ..files import folder_bytes
         from ..modeling.state import state_of
-        from ..training.run import Interrupted, train_recipe
+        from ..training.run import train_recipe
 
         models.mkdir(parents=True, exist_ok=True)
         start = time.monotonic()
@@ -88,9 +88,7 @@ class Cell:
                 return {"rate": self.rate, "mean": statistics.mean(scores), "rows": scores, "trained": trained,
                         "file": folder_bytes(made.graft), "curve": _curve(Path(place) / "run"),
                         "seconds": round(time.monotonic() - start, 2)}
-            except Interrupted:
-                raise
-            except GraftworkError as error:
+            except TrainingError as error:  # it diverged; anything else is a fault of the claim or the data, and no result
                 return {"rate": self.rate, "mean": None, "rows": None, "trained": 0, "file": 0, "curve": [], "error": error.message,
                         "seconds": round(time.monotonic() - start, 2)}
             finally:
