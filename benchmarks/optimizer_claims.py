@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 
+from graftwork.modeling.references import CONFIGS
 from graftwork.planning.measure import GIB
 from graftwork.planning.simulate import plan
 from graftwork.recipe import load_recipe
 
 HERE = Path(__file__).parent
 OUT, PAGE = HERE / "results" / "optimizer_claims.json", HERE.parent / "docs" / "optimizer-claims.md"
-MODELS = {"7b": ("LLaMA-2-7B", "llama-2-7b.json"), "70b": ("LLaMA-2-70B", "llama-2-70b.json")}
+MODELS = {"7b": ("LLaMA-2-7B", "config:llama-2-7b"), "70b": ("LLaMA-2-70B", "config:llama-2-70b")}
 BF16 = {"state_dtype": "bfloat16"}
 RANK = {"rank": 1024, "update_proj_gap": 500}
 UNCLIPPED = {"train": {"max_grad_norm": 0}}
@@ -58,7 +59,7 @@ ROWS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 def recipe(model: str, name: str) -> dict[str, Any]:
     sections = dict(ROWS[name][2])
-    return {"model": str(HERE / "configs" / MODELS[model][1]), "adapter": None, **sections,
+    return {"model": MODELS[model][1], "adapter": None, **sections,
             "train": {"batch_size": 1, "max_steps": 100, **sections.get("train", {})},
             "data": {"train": "from-the-shape.jsonl", "max_length": ROWS[name][1]}}
 
@@ -67,7 +68,6 @@ def planned(model: str, name: str) -> dict[str, Any]:
     document = recipe(model, name)
     start = time.process_time()
     made = plan(load_recipe(document), use_data=False, device="cuda", estimate_time=False)
-    document["model"] = MODELS[model][1]
     return {"model": model, "row": name, "tokens": ROWS[name][1], "trained": made.trained, "peak_bytes": made.peak_bytes,
             "categories": made.categories, "cuda_bytes": made.device["total_bytes"], "basis": made.device["basis"], "notes": made.notes,
             "cpu_seconds": round(time.process_time() - start, 1), "recipe": document}
@@ -119,7 +119,7 @@ def like_sgd(rows: dict[str, Any]) -> tuple[str, bool]:
 
 def _unprojected(row: dict[str, Any]) -> int:
     """Parameters that a projecting optimizer leaves to Adam: embedding, head and norms."""
-    config = json.loads((HERE / "configs" / MODELS[row["model"]][1]).read_text())
+    config = json.loads((CONFIGS / f"{MODELS[row['model']][1].removeprefix('config:')}.json").read_text())
     h = config["hidden_size"]
     return 2 * config["vocab_size"] * h + (2 * config["num_hidden_layers"] + 1) * h
 

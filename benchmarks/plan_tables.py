@@ -4,7 +4,7 @@
 
 One micro-batch of 1 x 2048 tokens, all trained, bf16 (learned tensors of adapters in fp32; full tuning: bf16 weights, fp32
 state). Each row is the recipe's own step, run twice on fake tensors (graftwork.planning.simulate). The shapes are in
-benchmarks/configs/, each with its source. Rows are added to benchmarks/results/plan_tables.json one by one, and the whole
+src/graftwork/modeling/configs/, each with its source. Rows are added to benchmarks/results/plan_tables.json one by one, and the whole
 table is written to docs/plan-tables.md; a row that is there already is replaced. Not measured on a GPU.
 """
 
@@ -24,7 +24,7 @@ from graftwork.recipe import load_recipe
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 OUT, PAGE = HERE / "results" / "plan_tables.json", ROOT / "docs" / "plan-tables.md"
-MODELS = {"7b": ("LLaMA-2-7B", "llama-2-7b.json"), "70b": ("LLaMA-2-70B", "llama-2-70b.json")}
+MODELS = {"7b": ("LLaMA-2-7B", "config:llama-2-7b"), "70b": ("LLaMA-2-70B", "config:llama-2-70b")}
 LORA = {"method": "lora", "r": 16, "target_modules": "all-linear"}
 FULL = {"adapter": None}
 EXACT = "exact"
@@ -47,7 +47,7 @@ def recipe(model: str, method: str, checkpointing: bool) -> dict:
     """The recipe of one row."""
     sections = dict(METHODS[method][1])
     train = {"batch_size": 1, "max_steps": 100, "gradient_checkpointing": checkpointing, **sections.pop("train", {})}
-    return {"model": str(HERE / "configs" / MODELS[model][1]), **sections, "train": train,
+    return {"model": MODELS[model][1], **sections, "train": train,
             "data": {"train": "from-the-shape.jsonl", "max_length": 2048}}
 
 
@@ -58,7 +58,6 @@ def row(model: str, method: str, checkpointing: bool) -> dict:
     made = plan(load_recipe(document), use_data=False, device="cuda", estimate_time=False)
     took = {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - cpu, 1)}
     bound = [note for note in made.notes if note.startswith("upper bound")]
-    document["model"] = MODELS[model][1]
     return {"model": model, "method": method, "checkpointing": checkpointing, "figure": "upper bound" if bound else METHODS[method][2],
             "peak_bytes": made.peak_bytes, "categories": made.categories, "cuda": made.device, "trained": made.trained,
             "flops_per_step": made.flops, "notes": made.notes, **took, "recipe": document}
@@ -102,7 +101,7 @@ def page(result: dict) -> str:
     for model in dict.fromkeys(each["model"] for each in rows):
         lines += [*table(rows, model), ""]
     lines += ["## One row by hand", "", "```bash",
-              "graft plan examples/recipes/qlora.yaml model=benchmarks/configs/llama-2-70b.json train.batch_size=1 \\",
+              "graft plan examples/recipes/qlora.yaml model=config:llama-2-70b train.batch_size=1 \\",
               "    data.max_length=2048 --no-data --device cuda", "```", ""]
     return "\n".join(lines)
 

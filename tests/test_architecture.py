@@ -12,7 +12,7 @@ LAYERS = [
     {"storage", "adapters", "initializers", "optim", "estimators", "selection", "objectives"},
     {"recipe", "recipe_rules", "artifact", "data"},
     {"training", "serving", "interchange", "compression"}, {"planning", "evaluation", "api"},
-    {"report", "demo"}, {"cli"},
+    {"claims", "report", "demo"}, {"cli"},
 ]
 LEVEL = {name: i for i, names in enumerate(LAYERS) for name in names}
 

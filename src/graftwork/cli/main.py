@@ -24,7 +24,7 @@ from ..errors import GraftworkError
 
 #: order in which --help lists the verbs
 ORDER = ("demo", "init", "methods", "validate", "plan", "train", "sweep", "eval", "report", "generate", "chat", "quantize", "merge",
-         "convert", "serve", "doctor")
+         "convert", "serve", "claims", "doctor")
 
 #: packages whose warnings concern their own developers
 NEIGHBOURS = ("torch", "transformers", "accelerate", "datasets", "bitsandbytes", "peft", "huggingface_hub", "multiprocess", "google")

