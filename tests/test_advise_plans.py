@@ -20,8 +20,8 @@ from test_plan import measured, planned
 DRAWS = 36
 #: of every run; the rest is for `make test-all`
 EVERY = 3
-#: (least, most) of planned / measured - 1 where it is not 2 %. increlora: an upper bound, ranks grow at the largest sites here. prefix: 136 kB
-#: of 6.6 MB were measured beyond the plan on int_wide at this size; where they come from is not known yet
+#: (least, most) of planned / measured - 1 where it is not 2 %. increlora: an upper bound, ranks grow at the largest sites here.
+#: prefix: 136 kB of 6.6 MB were measured beyond the plan (on int_wide, at this size); where they come from is not known yet
 BOUNDS = {"increlora": (0.0, 0.03), "prefix": (-0.025, 0.02)}
 
 
