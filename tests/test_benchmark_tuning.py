@@ -38,20 +38,29 @@ def test_every_row_trains(bench, label):
     assert "error" not in made and math.isfinite(before["test"]) and made["rows"] != before["rows"]
 
 
-@pytest.mark.full
-def test_sizes_meet_a_peak(bench):
-    bench.planned, kept = lambda sections, rate: {"peak_bytes": 1000 + 10 * sections["adapter"]["r"]}, bench.planned
-    try:
-        assert bench.size(TARGET, None)["peak_bytes"] == 1240
-        found = bench.size("lora, int2", 1100)
-        assert found["size"] in (8, 10, 12) and abs(found["off"]) <= storage_tuning.NEAR
-    finally:
-        bench.planned = kept
+def test_sizes_meet_a_peak(monkeypatch):
+    """Against a search through all sizes."""
+    bench, asked = storage_tuning.Bench.__new__(storage_tuning.Bench), []
+
+    def planned(sections, rate):
+        r, g = sections["adapter"].get("r"), sections["storage"]["group_size"] if "group_size" in sections["storage"] else None
+        trained = 1000 * r if r else 10**6 // g
+        asked.append(trained)
+        return {"peak_bytes": 500_000 + 13 * trained, "trained": trained}
+
+    monkeypatch.setattr(bench, "planned", planned, raising=False)
+    assert bench.size(TARGET, None) == {"size": 24, "off": 0.0, "peak_bytes": 812_000, "trained": 24_000}
+    for label in ("lora, int2", "qa_lora, int3", "peqa, int3"):
+        for target in (600_000, 812_000, 1_000_000):
+            asked.clear()
+            found = bench.size(label, target)
+            every = {size: planned(bench.sections(label, size), 0)["peak_bytes"] / target - 1 for size in PATHS[label].sizes}
+            assert abs(found["off"]) <= max(storage_tuning.NEAR, min(map(abs, every.values()))) and found["off"] == every[found["size"]]
 
 
 @pytest.mark.full
 def test_matrix_resumes_and_stops_by_the_clock(bench, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "planned", lambda sections, rate: {"peak_bytes": 1000})
+    monkeypatch.setattr(bench, "planned", lambda sections, rate: {"peak_bytes": 1000, "trained": 10})
     labels = [TARGET, "peqa, int3"]
     storage_tuning.run(bench, labels, tmp_path, 0.0, 1, rates=2, steps=1)  # over before it begins
     assert "stopped in lora, nf4" in capsys.readouterr().err and not storage_tuning.read(tmp_path)
