@@ -20,7 +20,7 @@ def measure(seed: int, quick: bool) -> dict:
     return mixed(seed, [("lora", {"r": ranks[k % 6], "target_modules": "all-linear"}) for k in range(12)])
 
 
-def mixed(seed: int, kinds: list) -> dict:
+def mixed(seed: int, kinds: list, rows: int = 24) -> dict:
     """Largest relative differences of a batch's logits: to those of the own adapter, and (least over the rows) to the next one's."""
     import torch
 
@@ -32,8 +32,8 @@ def mixed(seed: int, kinds: list) -> dict:
     own = serving.twin(model)
     for k, (method, options) in enumerate(kinds):
         serving.fill(graftwork.attach(own, method, name=f"a{k}", seed=seed + k, **options), 100 * seed + k, 0.1)
-    names = [None if i % 12 == 11 else f"a{i % len(kinds)}" for i in range(24)]
-    ids = serving.prompts(model, [5 + i % 9 for i in range(24)], seed)
+    names = [None if i % 12 == 11 else f"a{i % len(kinds)}" for i in range(rows)]
+    ids = serving.prompts(model, [5 + i % 9 for i in range(rows)], seed)
     heard: dict[str, list] = {}
     choose = engines.choose
 

