@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +17,13 @@ from graftwork.claims.cells import Cells
 from graftwork.claims.claim import Claim, Fields, claims, find, read
 from graftwork.claims.expressions import judge
 from graftwork.claims.kinds import kind_of, kinds
+from graftwork.claims.kinds.base import merged
 from graftwork.claims.run import run_claim
 from graftwork.claims.samples import Samples, compare
 from graftwork.claims.table import page, results
+from graftwork.claims.training import Cell
 from graftwork.errors import DataError, UsageError
+from graftwork.recipe import load_recipe
 
 BASIC = {"system": "X", "statement": "smaller", "source": "arXiv 0000.00000", "setting": "tiny", "refuted_by": "larger", "minutes": 1}
 
@@ -60,7 +64,7 @@ def test_intervals_and_ties():
     assert np.allclose((low, high), expected)
     rows = np.random.default_rng(1).normal(0, 1, (1, 400))
     low, high = Samples(rows).interval()  # of one seed: an ordinary bootstrap over rows, as scipy's
-    other = stats.bootstrap((rows[0],), np.mean, method="percentile", random_state=0).confidence_interval
+    other = stats.bootstrap((rows[0],), np.mean, method="percentile", n_resamples=2000, random_state=0).confidence_interval
     assert abs(low - other.low) < 0.02 and abs(high - other.high) < 0.02
     same, better = Samples([[1.0, 2, 3], [2, 3, 4]]), Samples([[0.8, 1.8, 2.7], [1.9, 2.8, 3.8]])
     assert not compare(same, "<", same)[0] and compare(same, "<=", same)[0] and compare(better, "<", same)[0]
@@ -88,6 +92,24 @@ def test_every_claim_is_whole():
     assert len(kinds()) == 8
     firsts = [c.first for c in claims().values() if c.first]
     assert set(firsts) <= set(range(1, 16))
+
+
+@pytest.mark.full
+def test_every_arm_is_a_recipe():
+    """Names, options and the rules of combination; where an arm's learning rate goes."""
+    models = {"scratch": "config:gpt2", "tiny": "config:gpt2"}
+    for claim in claims().values():
+        for name, arm in claim.arms.items():
+            sections = merged(claim.common, {k: v for k, v in arm.items() if k not in ("rates", "largest")})
+            base = claim.check.get("base", "smollm2-135m-instruct")
+            tasks = claim.check.get("tasks")
+            document = {"model": models.get(base, base), "train": {"precision": "fp32"}, "data": {"train": "rows.jsonl", "format": "text"}}
+            if tasks:
+                assert len(arm.get("rates", [1, 2, 3])) == 3, f"{claim.name}, {name}: both sides try three rates"
+                cell = Cell(tasks[0], base, sections, 1e-3, 0, {"train": "rows.jsonl"}, "test", 1, 1, 8, 0, "cosine", 48, 1, None)
+                document = {**cell.recipe(Path("models"), "run", model=document["model"]), "output_dir": None}
+            recipe = load_recipe(merged(document, {} if tasks else sections))
+            assert not tasks or (recipe.optimizer or recipe.estimator).lr == 1e-3
 
 
 def test_files_of_ones_own_and_their_errors(tmp_path, config):
@@ -128,14 +150,16 @@ def test_memory_at_true_scale_and_an_optimizer_with_a_hidden_state(config, tmp_p
     assert verdict(claim, tmp_path / "broken") == "does not hold here"
 
 
-@pytest.mark.slow
-def test_the_largest_that_fits(config, tmp_path):
-    arms = {"base": {"largest": {"of": "data.max_length", "within": "700 MiB", "step": 8}}}
-    claim = made("memory_true_scale", "base.device <= 700 * MiB and base.largest >= 8", arms, common={"model": config, "adapter": "lora"})
-    found = run_claim(claim, tmp_path)["figures"]["base"]
-    next_one = run_claim(made("memory_true_scale", "base.device > 700 * MiB", {"base": {}}, common={
-        "model": config, "adapter": "lora", "data": {"max_length": found["largest"] + 8}}), tmp_path)
-    assert next_one["verdict"] == "holds"
+@pytest.mark.parametrize("curve, plans", [(lambda v: 10e9 + 3e6 * v, 4), (lambda v: 10e9 + 1e6 * v + 50 * v * v, 24),
+                                          (lambda v: 7e10 + 3e10 * (v > 1000), 18), (lambda v: 9e10, 1)])
+def test_the_largest_that_fits(curve, plans, tmp_path, monkeypatch):
+    """By a line, a parabola, a cliff and what never fits, in place of plans."""
+    seen = []
+    monkeypatch.setattr("graftwork.claims.kinds.memory_true_scale.simulate", lambda recipe: (
+        seen.append(recipe["data"]["max_length"]) or {"device": curve(recipe["data"]["max_length"])}))
+    arms = {"base": {"largest": {"of": "data.max_length", "within": "80 GB", "step": 8}}}
+    found = run_claim(made("memory_true_scale", "base.largest >= 0", arms), tmp_path)["figures"]["base"]["largest"]
+    assert found == next((v for v in range(80_000, 0, -8) if curve(v) <= 80e9), 0) and len(seen) <= plans
 
 
 @pytest.mark.slow
@@ -154,6 +178,7 @@ def test_memory_of_real_steps_and_an_adapter_that_keeps_more_than_it_says(tmp_pa
 
 
 # -- counts and identities ----------------------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_counts_and_an_adapter_with_a_dense_change(config, tmp_path, monkeypatch):
     # hidden 64, feed-forward 96, 4 heads on 2: a block's seven maps
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (96, 64), (96, 64), (64, 96)]
@@ -177,6 +202,7 @@ def test_counts_and_an_adapter_with_a_dense_change(config, tmp_path, monkeypatch
     assert verdict(claim, tmp_path / "broken") == "does not hold here"
 
 
+@pytest.mark.slow
 def test_stacking_is_exact_and_a_sum_without_weights_is_not(tmp_path, monkeypatch):
     claim = find("flora_stacking")
     result = run_claim(claim, tmp_path / "good")
@@ -274,9 +300,12 @@ def test_verdicts_and_the_table(tmp_path):
             ("c", {}, 1.5, "does not hold here"), ("d", {"headline": "no phone"}, 0.5, "not checkable here (no phone)")):
         claim = Claim(name, "tests", made("exactness", "own.error <= 1", {}, **more).fields, numbers(value))
         assert verdict(claim, tmp_path) == expected
+    missed = Claim("f", "tests", made("exactness", "own.error <= 1", {}, refuted="own.error > 2").fields, numbers(1.5))
+    assert verdict(missed, tmp_path) == "does not hold here"
     absent = Claim("e", "tests", Fields(**BASIC, kind="absent", headline="no cluster"))
     assert verdict(absent, tmp_path) == "not checkable here (no cluster)"
     text = page(results(tmp_path), "graft claims table")
     assert "2 x `not checkable here`" in text and "portable part: holds" in text and "`own.error <= 1` met: 0.5 against 1" in text
+    assert text.count("missed, not refuted (larger)") == 1
     with pytest.raises(UsageError, match="no results"):
         results(tmp_path / "nothing")

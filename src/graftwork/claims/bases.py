@@ -43,14 +43,17 @@ def base_folder(name: str, folder: Path, seed: int, *, width: int = WIDTH, block
     """What a recipe names as its model: a packaged name as it is, else the folder of the small model, made where it is not there yet."""
     if name not in ("scratch", "tiny"):
         return name
+    from ..modeling.gguf_import import quiet_transformers
+
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / (f"scratch-{width}x{blocks}-seed{seed}" if name == "scratch" else f"tiny-{width}x{blocks}-{steps}")
     with FileLock(folder / f".{place.name}.lock", what=f"the model in {place}"):
         if not (place / "config.json").exists():
             start = place if name == "scratch" else folder / f"start-{width}x{blocks}"
             tokenizer = characters()
-            tokenizer.save_pretrained(start)
-            small_llama(len(tokenizer), seed if name == "scratch" else 0, width, blocks).save_pretrained(start)
+            with quiet_transformers():
+                tokenizer.save_pretrained(start)
+                small_llama(len(tokenizer), seed if name == "scratch" else 0, width, blocks).save_pretrained(start)
             if name == "tiny":
                 _train(start, place, folder, steps)
     return str(place)

@@ -11,7 +11,7 @@ A claim is one file in rows/GROUP/: NAME.yaml, or NAME.py where the check is spe
     check       options of the kind
     holds       the bar, an expression over the arms' figures (expressions.py)
     holds_here  a lower bar: met without `holds`, the claim holds at this scale only
-    refuted_by  what would refute it, in words
+    refuted_by  what would refute it, in words; refuted: the same as an expression, so that a missed bar can be told from that
     minutes     cost of the full check on two cores
     headline    why the published number itself cannot be checked here; `holds` then judges the portable part. Without kind `absent` has
                 no portable part at all
@@ -35,12 +35,13 @@ from ..errors import UsageError, nearest
 from .expressions import names_in
 
 ROWS = Path(__file__).parent / "rows"
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Fields(BaseModel):
     """The content of a file; see the module docstring."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
     system: str
     statement: str
     number: str | None = None
@@ -53,6 +54,7 @@ class Fields(BaseModel):
     check: dict[str, Any] = {}
     holds: str | None = None
     holds_here: str | None = None
+    refuted: str | None = None
     refuted_by: str
     minutes: float = Field(gt=0)
     headline: str | None = None
@@ -61,12 +63,14 @@ class Fields(BaseModel):
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim with its name and group, from its file. measure: of a Python file."""
+    """A claim with its name and group, from its file. measure: of a Python file, whose text is `code`: cells are measured again when it
+    has changed."""
 
     name: str
     group: str
     fields: Fields
     measure: Callable[[int, bool], dict[str, dict[str, Any]]] | None = None
+    code: str | None = None
 
     def __getattr__(self, key: str) -> Any:
         return getattr(self.fields, key)
@@ -81,9 +85,9 @@ def read(path: Path, group: str | None = None) -> Claim:
     try:
         if path.suffix == ".py":
             module = _module(path)
-            document, measure = dict(module.CLAIM), module.measure
+            document, measure, code = dict(module.CLAIM), module.measure, path.read_text(encoding="utf-8")
         else:
-            document, measure = yaml.safe_load(path.read_text(encoding="utf-8")), None
+            document, measure, code = yaml.load(path.read_text(encoding="utf-8"), _LOADER), None, None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError) as error:
         raise UsageError(f"{path} is no claim: {str(error).splitlines()[0]}",
                          remedy="see docs/claims.md for what a claim file holds") from None
@@ -94,7 +98,7 @@ def read(path: Path, group: str | None = None) -> Claim:
     except ValidationError as error:
         raise UsageError("\n".join(f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()),
                          remedy=f"fields: {', '.join(Fields.model_fields)}") from None
-    claim = Claim(path.stem, group or path.parent.name, fields, measure)
+    claim = Claim(path.stem, group or path.parent.name, fields, measure, code)
     _check(claim, path)
     return claim
 
@@ -117,7 +121,7 @@ def _check(claim: Claim, path: Path) -> None:
     if claim.holds is None or (claim.measure is None and not claim.arms):
         raise UsageError(f"{path}: a claim needs `holds` and arms (or, as a .py file, measure)")
     if claim.arms:
-        for bar in filter(None, (claim.holds, claim.holds_here)):
+        for bar in filter(None, (claim.holds, claim.holds_here, claim.refuted)):
             strange = names_in(bar) - set(claim.arms)
             if strange:
                 raise UsageError(f"{path}: '{bar}' speaks of {', '.join(sorted(strange))}{nearest(min(strange), claim.arms)}",

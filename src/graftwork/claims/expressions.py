@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import UsageError, nearest
-from .samples import Samples, compare
+from .samples import Samples, compare, finite
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 _ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -32,7 +32,8 @@ class Evidence:
     met: bool
 
     def to_json(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        return {"text": self.text, "left": finite(self.left), "right": finite(self.right),
+                "interval": self.interval and [finite(v) for v in self.interval], "met": self.met}
 
 
 def parse(text: str) -> ast.expr:

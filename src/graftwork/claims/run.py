@@ -39,7 +39,8 @@ def run_claim(claim: Claim, folder: Path, *, quick: bool = False, tell: Callable
         "claim": claim.name, "group": claim.group, "system": claim.system, "statement": claim.statement, "number": claim.number,
         "source": claim.source, "kind": claim.kind, "setting": claim.setting, "baseline": claim.baseline,
         "verdict": absent(claim.headline) if portable else verdict, **({"portable": portable} if portable else {}), "quick": reduced,
-        "holds": claim.holds, "evidence": [e.to_json() for e in evidence], "refuted_by": claim.refuted_by, "figures": shown,
+        "holds": claim.holds, "evidence": [e.to_json() for e in evidence], "refuted_by": claim.refuted_by,
+        "refuted": refuted(claim, sets) if NOT in (verdict, portable) else None, "figures": shown,
         "seeds": max([len(sets)] + [v.seeds for v in samples(sets)]) if sets else 0, "n": max((v.rows for v in samples(sets)), default=1),
         "first": claim.first, "command": f"graft claims run {claim.name} {'--quick' if quick else '--full'}", **_machine(),
         "seconds": round(time.monotonic() - start, 1)}
@@ -56,6 +57,11 @@ def decide(claim: Claim, sets: list[Figures], full_scale: bool) -> tuple[str, li
         lower, more = _met(claim.holds_here, sets)
         return HERE if lower else NOT, [*evidence, *more]
     return NOT, evidence
+
+
+def refuted(claim: Claim, sets: list[Figures]) -> bool | None:
+    """Of a claim that does not hold: whether what would refute it came, or its bar was only missed. None where it has no such bar."""
+    return None if claim.refuted is None else any(judge(claim.refuted, figures)[0] for figures in sets)
 
 
 def _met(bar: str, sets: list[Figures]) -> tuple[bool, list[Evidence]]:

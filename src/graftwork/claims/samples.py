@@ -76,7 +76,14 @@ class Samples:
 
     def to_json(self) -> dict[str, Any]:
         by_seed = getattr(np, self.center)(self.values, axis=1)
-        return {self.center: self.point, "interval": self.interval(), "by_seed": [float(v) for v in by_seed], "rows": self.rows}
+        interval = self.interval()
+        return {self.center: finite(self.point), "interval": interval and [finite(v) for v in interval],
+                "by_seed": [finite(float(v)) for v in by_seed], "rows": self.rows}
+
+
+def finite(value: float) -> float | None:
+    """None, which JSON has, for what is no number."""
+    return value if math.isfinite(value) else None
 
 
 def compare(left: Any, sign: str, right: Any) -> tuple[bool, tuple[float, float] | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def number(value: float, text: str) -> str:
+def number(value: float | None, text: str) -> str:
     """A figure as people write it. text: the side of the bar, which tells bytes from counts."""
+    if value is None:
+        return "no number"
     figures = [word.rpartition(".")[2] for word in text.replace("(", " ").replace(")", " ").split() if "." in word]
     if "GiB" in text or "GB" in text.split() or (figures and all(f in _BYTES or f.isdigit() for f in figures) and "/" not in text):
         for size, unit in _UNITS:
@@ -41,16 +44,30 @@ def number(value: float, text: str) -> str:
     return f"{value:,.0f}" if value == int(value) and abs(value) >= 1000 else f"{value:.4g}"
 
 
-def evidence_line(each: dict[str, Any]) -> str:
-    """`paca.peak <= 0.9 * lora.peak: 20.1 GiB against 22.4 GiB`."""
+_NAME = re.compile(r"\b([A-Za-z_]\w*)\.([A-Za-z_]\w*)")
+
+
+def evidence_line(each: dict[str, Any], figures: dict[str, Any] | None = None) -> str:
+    """`paca.peak <= 0.9 * lora.peak` met: paca.peak 19.60 GiB, lora.peak 22.40 GiB (19.60 GiB against 20.16 GiB)."""
     sides = f"{number(each['left'], each['text'])} against {number(each['right'], each['text'])}"
-    interval = f", difference [{each['interval'][0]:+.4g}, {each['interval'][1]:+.4g}]" if each["interval"] else ""
-    return f"`{each['text']}` {'met' if each['met'] else 'not met'}: {sides}{interval}"
+    own = [f"{arm}.{name} {number(_value(figures[arm][name]), f'{arm}.{name}')}"
+           for arm, name in dict.fromkeys(_NAME.findall(each["text"])) if name in (figures or {}).get(arm, {})]
+    low, high = each["interval"] or (None, None)
+    interval = f", difference [{low:+.4g}, {high:+.4g}]" if low is not None and high is not None else ""
+    plain = re.fullmatch(r"[\w.]+ [<>=]+ [\w.]+", each["text"])
+    return f"`{each['text']}` {'met' if each['met'] else 'not met'}: " + (
+        sides if plain or not own else f"{', '.join(own)} ({sides})") + interval
+
+
+def _value(figure: Any) -> float:
+    return figure.get("mean", figure.get("median")) if isinstance(figure, dict) else figure
 
 
 def verdict_of(made: dict[str, Any]) -> str:
+    """The verdict with what belongs to it: of a portable part, of a quick run, of a bar that was missed but not refuted."""
     portable = f"; portable part: {made['portable']}" if made.get("portable") else ""
-    return made["verdict"] + portable + (" (quick)" if made["quick"] else "")
+    missed = f"; missed, not refuted ({made['refuted_by']})" if made.get("refuted") is False else ""
+    return made["verdict"] + portable + missed + (" (quick)" if made["quick"] else "")
 
 
 def describe(made: dict[str, Any]) -> str:
@@ -58,7 +75,7 @@ def describe(made: dict[str, Any]) -> str:
     lines = [f"{made['claim']}: {verdict_of(made)}", f"  {made['system']}: {made['statement']} ({made['source']})",
              f"  here: {made['setting']}"]
     if made["evidence"]:
-        lines += [f"  {evidence_line(e)}" for e in made["evidence"]]
+        lines += [f"  {evidence_line(e, made['figures'])}" for e in made["evidence"]]
         lines.append(f"  baseline {made['baseline'] or 'in the same function'}; {_spread(made)}; {made['seconds']} s")
     return "\n".join(lines)
 
@@ -74,7 +91,8 @@ def page(found: list[dict[str, Any]], command: str) -> str:
     for made in found:
         word = made["verdict"].split(" (")[0]
         counts[word] = counts.get(word, 0) + 1
-    lines = [f"Written by `{command}` from {len(found)} results: "
+    lines = ["# Claims, checked", "", "What the verdicts mean, and how a claim is added: [claims.md](claims.md).", "",
+             f"Written by `{command}` from {len(found)} results: "
              + ", ".join(f"{n} x `{word}`" for word, n in sorted(counts.items(), key=lambda item: -item[1])) + ".", ""]
     for kind in dict.fromkeys(_TITLES):
         own = [made for made in found if made["kind"] == kind]
@@ -86,7 +104,7 @@ def page(found: list[dict[str, Any]], command: str) -> str:
 
 
 def _row(made: dict[str, Any]) -> str:
-    figures = "<br>".join(evidence_line(e) for e in made["evidence"]) or "-"
+    figures = "<br>".join(evidence_line(e, made["figures"]) for e in made["evidence"]) or "-"
     cells = [f"`{made['claim']}`", f"{made['system']}: {made['statement']} ({made['source']})", made["setting"],
              f"**{verdict_of(made)}**", figures, _spread(made) if made["evidence"] else "-"]
     return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"

@@ -17,7 +17,7 @@ from .tasks import splits, task_of, write_split
 #: {"rate", "mean", "rows", "trained", "file", "curve", "seconds"} and "error" where the run ended with one (then no rows)
 Trained = dict[str, Any]
 #: dense bases that adapters share, by reference: loading costs more than a short run
-_SHARED: dict[tuple[str, str], tuple[Any, Any]] = {}
+_SHARED: dict[tuple[str, str, str], tuple[Any, Any]] = {}
 
 
 def data_files(folder: Path, task: str, length: int, train: int, validation: int, test: int) -> dict[str, str]:
@@ -52,15 +52,16 @@ class Cell:
         """What the result depends on; where the files lie is not part of it."""
         return {**asdict(self), "files": {k: Path(v).parent.name for k, v in self.files.items()}}
 
-    def recipe(self, models: Path, output: str) -> dict[str, Any]:
-        """The rate goes where the method has it: to the optimizer, or to an estimator that moves the weights itself."""
+    def recipe(self, models: Path, output: str, model: str | None = None) -> dict[str, Any]:
+        """The rate goes where the method has it: to the optimizer, or to an estimator that moves the weights itself. model: instead of
+        the base's."""
         task, sections = task_of(self.task), dict(self.sections)
         estimator = sections.get("estimator")
         where = "estimator" if isinstance(estimator, dict) and "optimizer" not in sections else "optimizer"
         own = sections.get(where)
         sections[where] = {**({"method": "adamw"} if own is None else {"method": own} if isinstance(own, str) else own), "lr": self.rate}
         evaluated = {"eval": self.files["validation"]} if self.eval_every else {}
-        return merged({"model": base_folder(self.base, models, self.seed, width=self.width, blocks=self.blocks),
+        return merged({"model": model or base_folder(self.base, models, self.seed, width=self.width, blocks=self.blocks),
                        "objective": "classification" if task.classes else "causal_lm",
                        "train": {"max_steps": self.steps, "batch_size": self.batch, "precision": "fp32", "seed": self.seed,
                                  "schedule": self.schedule, "warmup": 0.1, "save_steps": 0, "eval_steps": self.eval_every},
@@ -102,13 +103,15 @@ class Cell:
         from .. import load
 
         task = task_of(self.task)
-        if recipe.get("adapter", "lora") is None or recipe.get("storage", "dense") != "dense" or self.base == "scratch":
+        train = recipe["train"]
+        if (recipe.get("adapter", "lora") is None or recipe.get("storage", "dense") != "dense" or self.base == "scratch"
+                or train.get("gradient_checkpointing")):
             return None, None
-        key = (recipe["model"], self.task if task.classes else "causal_lm")
+        key = (recipe["model"], self.task if task.classes else "causal_lm", train["precision"])
         if key not in _SHARED:
             _SHARED.clear()
             kind = {"task": "classification", "num_labels": len(task.classes)} if task.classes else {}
-            _SHARED[key] = load(recipe["model"], dtype=recipe["train"]["precision"], **kind)
+            _SHARED[key] = load(recipe["model"], dtype=train["precision"], **kind)
         return _SHARED[key]
 
     def _scores(self, model: Any, tokenizer: Any) -> list[float]:

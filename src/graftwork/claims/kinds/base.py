@@ -73,7 +73,7 @@ class Kind:
     def runs(self, cells: Cells) -> list[dict[str, dict[str, Any]]]:
         """What the claim's function gave for each seed."""
         cells.expect(len(self.seeds))
-        of = [self.claim.to_json(), self.quick]
+        of = [self.claim.to_json(), self.claim.code, self.quick]
         return [cells.get(f"{self.claim.name}/seed{seed}", [*of, seed], lambda seed=seed: self.claim.measure(seed, self.quick))
                 for seed in self.seeds]
 
@@ -84,6 +84,7 @@ def merged(*parts: dict[str, Any]) -> dict[str, Any]:
     for part in parts:
         for key, value in part.items():
             old = out.get(key)
-            same = isinstance(old, dict) and isinstance(value, dict) and value.get("method", old.get("method")) == old.get("method")
+            same = isinstance(old, dict) and isinstance(value, dict) and (
+                "method" not in old or value.get("method", old["method"]) == old["method"])
             out[key] = merged(old, value) if same else value
     return out

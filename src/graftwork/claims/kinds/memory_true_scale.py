@@ -24,7 +24,9 @@ STEP = {"train": {"batch_size": 1, "max_steps": 100}, "data": {"train": "from-th
 
 
 class MemoryOptions(Options):
-    tries: int = 12
+    """tries: plans by the line, before the middle is taken."""
+
+    tries: int = 8
 
 
 class Kind(Base):
@@ -44,35 +46,34 @@ class Kind(Base):
         return self._largest(cells, name, recipe, arm["largest"])
 
     def _largest(self, cells: Cells, name: str, recipe: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-        """The greatest value that fits. Bytes rise nearly as a line, so the line through the last two plans says where to look next."""
+        """The greatest value that fits. Bytes rise nearly as a line, so the line through the two nearest plans says where to look next;
+        where it creeps, the middle of what is left."""
         from ...planning.measure import parse_bytes
 
         within, step = parse_bytes(wanted["within"]), int(wanted["step"])
         known: dict[int, dict[str, Any]] = {}
 
-        def at(value: int) -> dict[str, Any]:
-            if value not in known:
-                if known:
-                    cells.expect(1)
-                known[value] = planned(cells, with_value(recipe, wanted["of"], value), f"{name} at {value}")
-            return known[value]
+        def fits(value: int) -> bool:
+            if known:
+                cells.expect(1)
+            known[value] = planned(cells, with_value(recipe, wanted["of"], value), f"{name} at {value}")
+            return known[value]["device"] <= within
 
-        fits, low, high = 0, step, 2 * step
-        at(low)
-        for _ in range(self.check.tries):
-            a, b = at(low)["device"], at(high)["device"]
-            slope = (b - a) / (high - low)
-            guess = max(step, int((low + (within - a) / slope) // step * step)) if slope > 0 else high * 2
-            fits = max((v for v in known if known[v]["device"] <= within), default=0)
-            if guess in known:
-                if known[guess]["device"] <= within and fits + step in known:
-                    break
-                guess = fits + step
-            if guess in known:
-                break
-            low, high = (max(fits, step) if max(fits, step) != guess else low), guess
-        fits = max((v for v in known if known[v]["device"] <= within), default=0)
-        return {**(known[fits] if fits else at(step)), "largest": fits}
+        if not fits(step):
+            return {**known[step], "largest": 0}
+        low, high, guess = step, None, 2 * step
+        while high is None or high > low + step:
+            if fits(guess):
+                low = guess
+            else:
+                high = guess
+            near = min((v for v in known if v != low), key=lambda v: abs(v - low))
+            slope = (known[near]["device"] - known[low]["device"]) / (near - low)
+            guess = int((low + (within - known[low]["device"]) / slope) // step * step) if slope > 0 else 2 * low
+            if high is not None and len(known) > self.check.tries:
+                guess = (low + high) // 2 // step * step
+            guess = max(low + step, guess if high is None else min(guess, high - step))
+        return {**known[low], "largest": low}
 
 
 def with_value(recipe: dict[str, Any], path: str, value: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..cells import Cells
 from ..samples import Samples
 from ..tasks import task_of
 from ..training import Cell, Trained, data_files
-from .base import Figures, Options, merged
+from .base import Figures, NotCheckable, Options, merged
 from .base import Kind as Base
 
 
@@ -58,7 +58,11 @@ class Kind(Base):
             files = data_files(cells.folder / "data", task, check.length, check.train, check.validation, check.test)
             for name, arm in self.claim.arms.items():
                 finals.setdefault(name, {})[task] = self._arm(cells, task, files, name, arm)
-        return {name: self._figures(own, finals[self.claim.baseline]) for name, own in finals.items()}
+        baseline = finals[self.claim.baseline]
+        failed = next((each["error"] for own in baseline.values() for each in own if each["rows"] is None), None)
+        if failed:
+            raise NotCheckable(f"the baseline's run ended with an error: {failed}")
+        return {name: self._figures(own, baseline) for name, own in finals.items()}
 
     def _arm(self, cells: Cells, task: str, files: dict[str, str], name: str, arm: dict[str, Any]) -> list[Trained]:
         """The finals of one arm on one task."""

@@ -27,7 +27,7 @@ def measure(seed: int, quick: bool) -> dict:
     probes.scatter(graft, seed)
     for name, adapter in graft.adapters.items():
         adapter.double()
-        merged.get_submodule(name).weight.data += adapter.delta_weight(None).detach()
+        merged.get_submodule(name).weight.data += adapter.scale * adapter.lora_B.detach() @ adapter.lora_A.detach()
     gradients = probes.full_gradients(merged, list(graft.adapters), 2)
     probes.mean_loss(model, 2).backward()
     error, rank, whole = 0.0, 0, 10**6
@@ -35,5 +35,5 @@ def measure(seed: int, quick: bool) -> dict:
         G, s, A, B = gradients[name], adapter.scale, adapter.lora_A.detach(), adapter.lora_B.detach()
         error = max(error, probes.relative(adapter.lora_A.grad, s * B.T @ G), probes.relative(adapter.lora_B.grad, s * G @ A.T))
         step = (B - 0.1 * adapter.lora_B.grad) @ (A - 0.1 * adapter.lora_A.grad) - B @ A
-        rank, whole = max(rank, int(torch.linalg.matrix_rank(step))), min(whole, int(torch.linalg.matrix_rank(G)))
+        rank, whole = max(rank, int(torch.linalg.matrix_rank(step, rtol=1e-8))), min(whole, int(torch.linalg.matrix_rank(G, rtol=1e-8)))
     return {"lora": {"error": error, "rank": rank}, "full": {"rank": whole}}

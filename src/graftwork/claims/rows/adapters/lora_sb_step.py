@@ -28,7 +28,7 @@ def measure(seed: int, quick: bool) -> dict:
         probes.scatter(graft, seed, 0.01)
         for name, adapter in graft.adapters.items():
             adapter.double()
-            merged.get_submodule(name).weight.data += adapter.delta_weight(None).detach()
+            merged.get_submodule(name).weight.data += _change(adapter, arm)
         gradients = probes.full_gradients(merged, list(graft.adapters), 2)
         probes.mean_loss(model, 2).backward()
         error = gap = 0.0
@@ -43,3 +43,9 @@ def measure(seed: int, quick: bool) -> dict:
             gap = max(gap, float((G - step).norm() / (G - nearest).norm()) - 1)
         found[arm] = {"error": error, "best_gap": gap}
     return found
+
+
+def _change(adapter, arm: str):
+    if arm == "sb":
+        return (adapter.B @ adapter.M @ adapter.A).detach()
+    return (adapter.scale * adapter.lora_B @ adapter.lora_A).detach()

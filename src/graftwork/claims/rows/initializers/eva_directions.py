@@ -34,9 +34,9 @@ def measure(seed: int, quick: bool) -> dict:
         bare(**batch)
         misfit, explained, total, budget = 0.0, 0.0, 0, 0
         for name, adapter in graft.adapters.items():
-            _, S, Vh = torch.linalg.svd(inputs[name], full_matrices=False)
+            _, S, Vh = torch.linalg.svd(inputs[name] - inputs[name].mean(0), full_matrices=False)
             own = torch.nn.functional.normalize(adapter.lora_A.detach().double(), dim=1)
-            misfit = max(misfit, 1 - float((own[:1] @ Vh[:1].T).abs().min()))
+            misfit = max(misfit, 1 - float(torch.linalg.svdvals(own @ Vh[: adapter.r].T).min()))  # of the subspaces
             explained += float(S[: adapter.r].square().sum() / S.square().sum())
             total, budget = total + 1, budget + adapter.r
         found[arm] = {"misfit": misfit, "explained": explained / total, "budget": budget}
