@@ -86,7 +86,7 @@ def test_an_estimate_with_the_wrong_sign(tmp_path, monkeypatch):
     monkeypatch.setenv("GRAFTWORK_DATA", str(tmp_path / "pack"))
     committed = find("deepzero_coordinates")
     arms = {"start": {"optimizer": {"method": "sgd", "momentum": 0.0}, "rates": [0.0]},
-            "coordinates": {**committed.arms["coordinates"], "rates": [1.0]}}
+            "coordinates": {**committed.arms["coordinates"], "rates": [30.0]}}
     check = {**committed.check, "base": "scratch", "blocks": 1, "steps": 4, "batch": 2, "length": 24, "train": 16, "validation": 4,
              "test": 8, "seeds": 1}
     claim = Claim("made", "tests", Fields(**BASIC, kind="quality_scaled", baseline="start", arms=arms, check=check, common=committed.common,
