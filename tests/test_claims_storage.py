@@ -75,8 +75,9 @@ def test_planted_outliers_change_no_output():
             20 * before_largest
 
 
+@pytest.mark.full
 def test_an_estimate_with_the_wrong_sign(tmp_path, monkeypatch):
-    """DeepZero on adapters of 112 numbers learns; with its slopes turned round it is worse than the model as it was."""
+    """DeepZero on adapters of 48 numbers learns; with its slopes turned round it is worse than the model as it was."""
     folder = tmp_path / "pack" / "lm" / "tinystories"
     folder.mkdir(parents=True)
     words = random.Random(0).choices(["the fox ", "a hen ", "ran off "], k=900)
@@ -86,10 +87,11 @@ def test_an_estimate_with_the_wrong_sign(tmp_path, monkeypatch):
     monkeypatch.setenv("GRAFTWORK_DATA", str(tmp_path / "pack"))
     committed = find("deepzero_coordinates")
     arms = {"start": {"optimizer": {"method": "sgd", "momentum": 0.0}, "rates": [0.0]},
-            "coordinates": {**committed.arms["coordinates"], "rates": [30.0]}}
+            "coordinates": {**committed.arms["coordinates"], "rates": [3.0]}}
+    common = {"adapter": {**committed.common["adapter"], "target_modules": ["v_proj", "o_proj", "down_proj"]}}
     check = {**committed.check, "base": "scratch", "blocks": 1, "steps": 4, "batch": 2, "length": 24, "train": 16, "validation": 4,
              "test": 8, "seeds": 1}
-    claim = Claim("made", "tests", Fields(**BASIC, kind="quality_scaled", baseline="start", arms=arms, check=check, common=committed.common,
+    claim = Claim("made", "tests", Fields(**BASIC, kind="quality_scaled", baseline="start", arms=arms, check=check, common=common,
                                           holds="coordinates.loss < start.loss"))
     assert run_claim(claim, tmp_path / "good")["verdict"] == "holds at this scale"
     from graftwork.estimators.deepzero import DeepZeroEstimator
