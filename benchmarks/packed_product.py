@@ -6,9 +6,10 @@
     int4, groups of 64  torchao's Int4OpaqueTensor (PyTorch's _weight_int4pack_mm_for_cpu): asymmetric, with float zero points
     int8, kernel        torch._weight_int8pack_mm, one scale a row: what torch.compile makes of torchao's module (bf16 is its fast type)
 
-Every family is one rotation (ours, ours, ..., the peer, ours, ...); a ratio is the median of peer / ours in the same turn, above 1
-when ours is faster. One thread is timed by processor time, so a busy machine does less harm; several threads by the wall clock. Before
-nf4 is timed, both must return the same D(W), bit for bit; all products must be as near the dense one as 4 bits allow.
+Ours and the peer of a family take turns, in another order every time (whoever comes after a product of another size finds a colder
+cache); a ratio is the median of peer / ours in the same turn, above 1 when ours is faster. One thread is timed by processor time, so a
+busy machine does less harm; several threads by the wall clock. Before nf4 is timed, both must return the same D(W), bit for bit; all
+products must be as near the dense one as 4 bits allow.
 
 torchao wants an environment of its own (`make test-ao` makes .venv-ao; `pip install bitsandbytes` into it for all families in one run).
 A peer that is not installed is skipped and named. Cells that are in the file already are kept, so that parts can be measured one by one,
@@ -21,6 +22,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -109,16 +111,17 @@ def backward(call: Call) -> Call:
     return step
 
 
-def rotate(calls: dict[str, Call], x: torch.Tensor, seconds: float, clock: Callable[[], float]) -> dict[str, dict[str, float]]:
+def in_turns(calls: dict[str, Call], x: torch.Tensor, seconds: float, clock: Callable[[], float]) -> dict[str, dict[str, float]]:
     """{ours: milliseconds, the peer's, ratio}, medians over at least three turns; the last of `calls` is the peer."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call(x)
-    end = clock() + seconds
-    while clock() < end or len(times[next(iter(calls))]) < 3:
-        for name, call in calls.items():
+    end, order, orders = clock() + seconds, list(calls), random.Random(0)
+    while clock() < end or len(times[order[0]]) < 3:
+        orders.shuffle(order)
+        for name in order:
             start = clock()
-            call(x)
+            calls[name](x)
             times[name].append((clock() - start) * 1e3)
     *own, other = times
     return {name: {"ours_ms": round(statistics.median(times[name]), 4), "peer_ms": round(statistics.median(times[other]), 4),
@@ -139,7 +142,7 @@ def measure(family: str, shape: tuple[int, int], dtype: torch.dtype, rows: tuple
         assert (call(probe).float() - expected).norm() < 0.2 * expected.norm(), f"{name}: a wrong product"
     if family.endswith("backward"):
         calls = {name: backward(call) for name, call in calls.items()}
-    return {str(count): rotate(calls, torch.randn(count, shape[1], generator=generator).to(dtype), seconds, clock) for count in rows}
+    return {str(count): in_turns(calls, torch.randn(count, shape[1], generator=generator).to(dtype), seconds, clock) for count in rows}
 
 
 def main() -> None:
