@@ -53,8 +53,8 @@ class NF4(StorageConfig):
     double_quant: bool = True
     """Keep the scales in 8 bits (0.373 bits a weight less at block 64)."""
     compute: Literal["auto", "pytorch", "bitsandbytes"] = "auto"
-    """Who dequantises; the values are the same. auto: bitsandbytes where it is installed, on CUDA and on CPUs that it has vector
-    code for (AVX-512, Arm); elsewhere PyTorch, which is the quicker one there."""
+    """Who dequantises; the values are the same. auto: bitsandbytes where it is installed (CPU, CUDA), else PyTorch; 16-bit
+    weights on a CPU that it has no vector code for (neither AVX-512 nor Arm) are quicker in PyTorch."""
 
     @field_validator("block_size")
     @classmethod
@@ -175,7 +175,7 @@ class NF4Storage(Storage):
         if self.in_features % self.options.block_size or self.options.block_size > 1024 or self.compute_dtype == torch.float64:
             return False
         wanted = self.options.compute
-        quick = device.type == "cuda" or (device.type == "cpu" and _vector_code())
+        quick = device.type == "cuda" or (device.type == "cpu" and (self.compute_dtype == torch.float32 or _vector_code()))
         return wanted == "bitsandbytes" or (wanted == "auto" and quick and _importable())
 
     # -- products, tile by tile -------------------------------------------------------------------------------------
