@@ -63,7 +63,7 @@ lint: setup
 	$(PY) -m ruff check src tests benchmarks
 
 bench: setup
-	for name in help_time nf4_product optim_step loss_head plan_accuracy lora_training decode batched serving serving_start serving_load; do \
+	for name in help_time packed_product optim_step loss_head plan_accuracy lora_training decode batched serving serving_start serving_load; do \
 	  $(PY) benchmarks/$$name.py || exit 1; done
 
 docs: setup

@@ -133,15 +133,19 @@ def test_the_bitsandbytes_path_is_taken_and_changes_no_bit(dtype, monkeypatch):
     assert len(calls) == 3  # blocks that run over the end of a row are not for its vector code
 
 
-def test_auto_chooses_by_installation(monkeypatch):
+def test_auto_chooses_by_installation_and_processor(monkeypatch):
     calls = []
     monkeypatch.setattr(nf4, "_bitsandbytes", lambda codes, absmax, shape, *_: calls.append(1) or torch.zeros(shape))
     auto = NF4Storage.from_weight(matrix((4, 64)), NF4())
-    for installed in (True, False):
+    half = NF4Storage.from_weight(matrix((4, 64), torch.bfloat16), NF4())
+    for installed, vector in ((True, True), (True, False), (False, True)):
         monkeypatch.setattr(nf4, "_importable", lambda value=installed: value)
+        monkeypatch.setattr(nf4, "_vector_code", lambda value=vector: value)
         calls.clear()
         auto.dequantize()
         assert len(calls) == installed
+        half.dequantize()
+        assert len(calls) == installed + (installed and vector)
     stored(matrix((4, 64))).dequantize()
     assert not calls
     with pytest.raises(UsageError, match="not installed"):

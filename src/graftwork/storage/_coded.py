@@ -8,6 +8,7 @@ backward pass, which saves nothing of the weight.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..modeling.arithmetic import dtype_for, product_dtype
 from ._packing import pack, unpack
-from .base import Storage, StorageConfig, bytes_parameter, view_as
+from .base import Storage, StorageConfig, bytes_parameter, differentiated, view_as
 
 #: weights decoded at a time
 TILE = 1 << 20
@@ -95,9 +96,7 @@ class CodedStorage(Storage):
         return leaves
 
     def _tiles(self):
-        """Slices of the rows of W; in a plan, too, each of them, since they are few."""
-        step = max(1, TILE // self.in_features)
-        return [slice(start, min(start + step, self.out_features)) for start in range(0, self.out_features, step)]
+        return row_tiles(self.out_features, self.in_features)
 
     def _rounded(self, leaves: dict[str, Tensor], rows: slice, dtype: torch.dtype) -> Tensor:
         # Rounded to the compute dtype on the way, so that every product is by the same numbers.
@@ -119,7 +118,7 @@ class CodedStorage(Storage):
 
     def product(self, x: Tensor, leaves: dict[str, Tensor] | None = None) -> Tensor:
         if leaves is None:
-            return _TiledProduct.apply(x, self)
+            return _TiledProduct.apply(x, self) if differentiated(x) else self.forward_product(x)
         if torch.is_grad_enabled():
             return _LeafProduct.apply(x, self, tuple(leaves), *leaves.values())
         return self._product_with(x, self._given(leaves))  # plain operations: forward-mode tangents pass
@@ -133,22 +132,40 @@ class CodedStorage(Storage):
 
     def forward_product(self, x: Tensor) -> Tensor:
         """x D(W)^T, (..., in) -> (..., out) in x's dtype, without gradient: tile by tile, or by a kernel of the format."""
-        dtype, leaves, tiles = dtype_for(x), self.leaves(), self._tiles()
-        wide = x.to(dtype)
-        if len(tiles) == 1:
-            return F.linear(wide, self._rounded(leaves, tiles[0], dtype)).to(x.dtype)
-        y = torch.empty(*x.shape[:-1], self.out_features, dtype=x.dtype, device=x.device)
-        for rows in tiles:
-            y[..., rows] = F.linear(wide, self._rounded(leaves, rows, dtype))
-        return y
+        leaves = self.leaves()
+        return tiled_product(x, self._tiles(), lambda rows, dtype: self._rounded(leaves, rows, dtype))
 
     def transposed(self, grad: Tensor) -> Tensor:
-        dtype, leaves, tiles = product_dtype(grad.dtype, grad.device), self.leaves(), self._tiles()
-        wide, found = grad.to(dtype), None
-        for rows in tiles:
-            part = wide[..., rows] @ self._rounded(leaves, rows, dtype)
-            found = part if found is None else found.add_(part)
-        return found.to(grad.dtype)
+        leaves = self.leaves()
+        return tiled_transposed(grad, self._tiles(), lambda rows, dtype: self._rounded(leaves, rows, dtype))
+
+
+def row_tiles(out_features: int, in_features: int, together: int = 1) -> list[slice]:
+    """Slices of the rows of W: about TILE weights, and a multiple of `together` rows; in a plan, too, all of them: they are few."""
+    step = max(1, TILE // (in_features * together)) * together
+    return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
+
+
+def tiled_product(x: Tensor, tiles: list[slice], decode: Callable[[slice, torch.dtype], Tensor]) -> Tensor:
+    """x W^T, (..., in) -> (..., out) in x's dtype; decode(rows, dtype): these rows of W."""
+    dtype = dtype_for(x)
+    wide = x.to(dtype)
+    if len(tiles) == 1:
+        return F.linear(wide, decode(tiles[0], dtype)).to(x.dtype)
+    y = torch.empty(*x.shape[:-1], tiles[-1].stop, dtype=x.dtype, device=x.device)
+    for rows in tiles:
+        y[..., rows] = F.linear(wide, decode(rows, dtype))
+    return y
+
+
+def tiled_transposed(grad: Tensor, tiles: list[slice], decode: Callable[[slice, torch.dtype], Tensor]) -> Tensor:
+    """grad W, (..., out) -> (..., in) in grad's dtype."""
+    dtype = product_dtype(grad.dtype, grad.device)
+    wide, found = grad.to(dtype), None
+    for rows in tiles:
+        part = wide[..., rows] @ decode(rows, dtype)
+        found = part if found is None else found.add_(part)
+    return found.to(grad.dtype)
 
 
 class _TiledProduct(torch.autograd.Function):

@@ -144,7 +144,11 @@ class Storage(nn.Module):
         """W x without bias: (..., in) -> (..., out). Nothing dequantised is kept for the backward pass."""
         if leaves is not None:
             return F.linear(x, self.dequantize(leaves).to(x.dtype))
-        return _DequantizedProduct.apply(x, self)
+        return _DequantizedProduct.apply(x, self) if differentiated(x) else self.forward_product(x)
+
+    def forward_product(self, x: Tensor) -> Tensor:
+        """x D(W)^T, (..., in) -> (..., out) in x's dtype, without gradient."""
+        return frozen_linear(x, self)
 
     def dense_as(self, dtype: torch.dtype) -> Tensor:
         """`dequantize()` in another dtype: the same values (rounded to the compute dtype), without gradient."""
@@ -184,13 +188,18 @@ class Storage(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits_per_weight:.4g}"
 
 
+def differentiated(x: Tensor) -> bool:
+    """Whether a derivative of what is computed from x may be asked for; otherwise a custom function costs time for nothing."""
+    return torch.is_grad_enabled() or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
 class _DequantizedProduct(torch.autograd.Function):
     """y = x D(W)^T with D(W) rebuilt in the backward pass: neither x nor anything of the weight is saved."""
 
     @staticmethod
     def forward(ctx, x: Tensor, storage: Storage) -> Tensor:
         ctx.storage = storage
-        return frozen_linear(x, storage)
+        return storage.forward_product(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -198,7 +207,7 @@ class _DequantizedProduct(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, _):
-        return frozen_linear(tangent, ctx.storage)
+        return ctx.storage.forward_product(tangent)
 
 
 def frozen_linear(x: Tensor, storage: Storage) -> Tensor:

@@ -16,6 +16,8 @@ Extremes of a group have no room: a value beyond the last code by the rounding o
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -25,7 +27,9 @@ from ..modeling.affine import dequantize_affine, per_number, quantize_affine
 from ..modeling.arithmetic import product_dtype
 from ..modeling.trained_codes import blank, codes_of, stand_in
 from ..registry import register
-from .base import Storage, StorageConfig, bytes_parameter, check_weight, frozen_linear, view_as
+from ._affine import affine_product, serves
+from ._coded import row_tiles, tiled_product, tiled_transposed
+from .base import Storage, StorageConfig, bytes_parameter, check_weight, view_as
 
 _LEAVES = ("codes", "scale", "zero")
 
@@ -58,7 +62,8 @@ class Int8Storage(Storage):
         return cls(*weight.shape, config, leaves, bias, dtype or weight.dtype)
 
     def leaves(self):
-        return {n: view_as(getattr(self, n).detach(), torch.uint8 if n == "codes" else torch.float32) for n in _LEAVES}
+        kept = self._parameters
+        return {n: view_as(kept[n].detach(), torch.uint8 if n == "codes" else torch.float32) for n in _LEAVES}
 
     def dequantize(self, leaves=None):
         if leaves is None:
@@ -75,9 +80,50 @@ class Int8Storage(Storage):
         # Rounded to the compute dtype on the way, so that every product is by the same numbers.
         return self._values(self.compute_dtype).to(dtype)
 
-    def _values(self, dtype: torch.dtype) -> Tensor:
-        flat = dequantize_affine(*self.leaves().values(), self.out_features * self.in_features, 8, self.options.group_size, dtype)
-        return flat.view(self.out_features, self.in_features)
+    def _values(self, dtype: torch.dtype, rows: slice | None = None) -> Tensor:
+        """All rows, or some that start with a group of their own."""
+        rows, group = rows or slice(0, self.out_features), self.options.group_size
+        first, last = rows.start * self.in_features, rows.stop * self.in_features
+        codes, groups = self.codes.detach()[first:last], self._groups(first, last)
+        return dequantize_affine(codes, *groups, last - first, 8, group, dtype).view(-1, self.in_features)
+
+    def _groups(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """scale and zero of the groups that hold the codes first ... last."""
+        groups = slice(first // self.options.group_size, -(-last // self.options.group_size))
+        return view_as(self.scale, torch.float32)[groups], view_as(self.zero, torch.float32)[groups]
+
+    # -- products ---------------------------------------------------------------------------------------------------
+    def forward_product(self, x):
+        # A group may run over the end of a row: what never does is a run as long as group and row have in common.
+        columns, group = self.in_features, self.options.group_size
+        run = math.gcd(columns, group)
+        if not serves(x, 8, run, columns):
+            return tiled_product(x, self._tiles(), self._rounded)
+
+        codes, scale, zero = self.leaves().values()
+
+        def numbers(rows):
+            if run == group:
+                first, last = rows.start * columns // run, rows.stop * columns // run
+                own = scale[first:last].view(-1, columns // run)
+                return own, own * zero[first:last].view(-1, columns // run)
+            first, last = rows.start * columns, rows.stop * columns
+            own, far = self._groups(first, last)
+            skipped, many = first % group // run, (last - first) // run
+            return tuple(value.repeat_interleave(group // run)[skipped: skipped + many].view(-1, columns // run)
+                         for value in (own, own * far))
+
+        return affine_product(x, codes.view(-1, columns), 8, run, numbers).to(x.dtype)
+
+    def transposed(self, grad):
+        return tiled_transposed(grad, self._tiles(), self._rounded)
+
+    def _tiles(self) -> list[slice]:
+        group = self.options.group_size
+        return row_tiles(self.out_features, self.in_features, group // math.gcd(self.in_features, group))
+
+    def _rounded(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        return self._values(self.compute_dtype, rows).to(dtype)
 
     # -- training ---------------------------------------------------------------------------------------------------
     def train_weight(self) -> nn.Parameter:
@@ -141,7 +187,7 @@ class _TrainedProduct(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, storage: Int8Storage) -> Tensor:
         ctx.storage, ctx.dtype = storage, weight.dtype
         ctx.save_for_backward(x)
-        return frozen_linear(x, storage)
+        return storage.forward_product(x)
 
     @staticmethod
     def backward(ctx, grad: Tensor):

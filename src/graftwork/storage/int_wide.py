@@ -23,6 +23,10 @@ class IntWide(IntConfig):
 @register("storage", "int_wide", config=IntWide, title="INT5 to INT8 groups", lossless=False,
           summary="5- to 8-bit integers in groups of 64 along the input: 6.375 bits a weight with 6")
 class IntWideStorage(IntStorage):
+    @property
+    def bits(self):
+        return self.options.bits
+
     @classmethod
     def grid(cls, config):
         return IntGrid(config.bits, config.symmetric, config.zero_point == "integer", SCALES[config.scale_dtype])

@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 
 from ..registry import register
+from ._affine import affine_product, serves
 from ._groups import Grid, GroupConfig, GroupStorage
 from ._packing import unpack
 from ._scales import SCALES, positive
@@ -87,6 +88,20 @@ class IntStorage(GroupStorage):
         codes = unpack(leaves["codes"][rows], self.in_features, quantizer.grid.bits)
         each = {name: value.index_select(1, leaves["group_index"]) for name, value in parameters.items()}
         return quantizer.grid.decode(codes.unsqueeze(-1), each).squeeze(-1)
+
+    def forward_product(self, x):
+        size, columns = self.options.group_size, self.in_features
+        bits, group = self.bits, columns if size < 1 else min(size, columns)
+        if "group_index" in self._kinds or not serves(x, bits, group, columns):
+            return super().forward_product(x)
+        leaves = self.leaves()
+
+        def numbers(rows):
+            scale = leaves["scale"][rows].float()
+            return scale, scale * (leaves["zero"][rows] if "zero" in leaves else 2 ** (bits - 1))
+
+        inner = x if "input_scale" not in leaves else x.float() / leaves["input_scale"].float()
+        return affine_product(inner, leaves["codes"], bits, group, numbers).to(x.dtype)
 
     def integers(self, leaves, rows):
         return None if "group_index" in leaves else super().integers(leaves, rows)

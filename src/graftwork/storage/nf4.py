@@ -20,6 +20,7 @@ bitsandbytes' own modules re-pack their weight in place at the first inference; 
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping
 from functools import cache
@@ -34,6 +35,7 @@ from ..errors import ModelError, UsageError
 from ..modeling.blockwise import BLOCK as NESTED_BLOCK
 from ..modeling.blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
 from ..registry import register
+from ._coded import row_tiles, tiled_product, tiled_transposed
 from .base import Storage, StorageConfig, bytes_parameter, check_weight, has_values, view_as
 
 #: the 16 values of the code book (exact in fp32)
@@ -51,7 +53,8 @@ class NF4(StorageConfig):
     double_quant: bool = True
     """Keep the scales in 8 bits (0.373 bits a weight less at block 64)."""
     compute: Literal["auto", "pytorch", "bitsandbytes"] = "auto"
-    """Who dequantises; the values are the same. auto: bitsandbytes where it is installed (CPU, CUDA), else PyTorch."""
+    """Who dequantises; the values are the same. auto: bitsandbytes where it is installed (CPU, CUDA), else PyTorch; 16-bit
+    weights on a CPU that it has no vector code for (neither AVX-512 nor Arm) are quicker in PyTorch."""
 
     @field_validator("block_size")
     @classmethod
@@ -160,7 +163,8 @@ class NF4Storage(Storage):
         return self._decode(self.codes, self.scales(), self.out_features, dtype)
 
     def _decode(self, codes: Tensor, absmax: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
-        """codes and absmax of `rows` whole rows -> (rows, in) in dtype, rounded to the compute dtype on the way."""
+        """codes and absmax of `rows` whole rows, the first of which starts with a block -> (rows, in) in dtype, rounded to the
+        compute dtype on the way."""
         block, rounding, library = self.options.block_size, self.compute_dtype, self._library(codes.device)
         if library and (codes.device.type != "cpu" or rounding == torch.float32 or _vector_code()):
             return _bitsandbytes(codes, absmax, (rows, self.in_features), block, rounding).to(dtype)
@@ -171,7 +175,30 @@ class NF4Storage(Storage):
         if self.in_features % self.options.block_size or self.options.block_size > 1024 or self.compute_dtype == torch.float64:
             return False
         wanted = self.options.compute
-        return wanted == "bitsandbytes" or (wanted == "auto" and _importable() and device.type in ("cpu", "cuda"))
+        quick = device.type == "cuda" or (device.type == "cpu" and (self.compute_dtype == torch.float32 or _vector_code()))
+        return wanted == "bitsandbytes" or (wanted == "auto" and quick and _importable())
+
+    # -- products, tile by tile -------------------------------------------------------------------------------------
+    def forward_product(self, x):
+        return tiled_product(x, self._tiles(), self._decoder())
+
+    def transposed(self, grad):
+        return tiled_transposed(grad, self._tiles(), self._decoder())
+
+    def _tiles(self) -> list[slice]:
+        block = self.options.block_size
+        return row_tiles(self.out_features, self.in_features, block // math.gcd(self.in_features, block))
+
+    def _decoder(self):
+        """Rows of W in a dtype; the rows start with a block (and so, as blocks are even, with a byte)."""
+        columns, absmax, block = self.in_features, self.scales(), self.options.block_size
+
+        def decode(rows: slice, dtype: torch.dtype) -> Tensor:
+            first, last = rows.start * columns, rows.stop * columns
+            codes, own = self.codes[first // 2: -(-last // 2)], absmax[first // block: -(-last // block)]
+            return self._decode(codes, own, rows.stop - rows.start, dtype)
+
+        return decode
 
     @torch.no_grad()
     def rows(self, index):
@@ -250,8 +277,9 @@ def _values(codes: Tensor, absmax: Tensor, size: int, block: int, rounding: torc
     hence no 16-bit table. On a CPU it is done chunk by chunk, so that only the result leaves the cache. library: the fp32
     values of a chunk come from bitsandbytes, whose own 16-bit output is slow where it has no vector code for it."""
     out, real = torch.empty(size, dtype=dtype, device=codes.device), has_values(codes)
-    chunk = min(CHUNK if codes.device.type == "cpu" else CHUNK_ELSEWHERE, size + size % 2)
-    scratch = None if library and real else torch.empty(chunk, dtype=torch.float32, device=codes.device)
+    direct = dtype == rounding == torch.float32 and not library and size % 2 == 0  # nothing but an index beside the result
+    chunk = min((4 * CHUNK if direct else CHUNK) if codes.device.type == "cpu" else CHUNK_ELSEWHERE, size + size % 2)
+    scratch = None if direct or library and real else torch.empty(chunk, dtype=torch.float32, device=codes.device)
     index = None if library else torch.empty(chunk // 2, dtype=torch.int32, device=codes.device)
     rounded = None if dtype == rounding else torch.empty(chunk, dtype=rounding, device=codes.device)
     for start in range(0, size if real else 0, chunk):
@@ -260,19 +288,24 @@ def _values(codes: Tensor, absmax: Tensor, size: int, block: int, rounding: torc
         if library:
             values = _bitsandbytes(packed, scale, (1, stop - start), block, torch.float32).view(-1)
         else:
-            values = _look_up(packed, scale, block, index[: packed.numel()], scratch)[: stop - start]
-        out[start:stop].copy_(values if rounded is None else rounded[: stop - start].copy_(values))
+            own = out[start:stop] if direct else scratch
+            values = _look_up(packed, scale, block, index[: packed.numel()], own)[: stop - start]
+        if not direct:
+            out[start:stop].copy_(values if rounded is None else rounded[: stop - start].copy_(values))
         del values  # or two chunks would be alive at a time
     return out
 
 
 def _look_up(packed: Tensor, scale: Tensor, block: int, index: Tensor, scratch: Tensor) -> Tensor:
-    """Both values of a byte at once: the table's 256 entries are pairs of fp32, moved as one int64. Fills scratch."""
+    """Both values of a byte at once: the table's 256 entries are pairs of fp32, moved as one int64. Fills (a part of) scratch."""
     values = scratch[: 2 * packed.numel()]
     torch.index_select(_pair_table(packed.device), 0, index.copy_(packed), out=values.view(torch.int64))
     full = values.numel() // block * block
-    values[:full].view(-1, block).mul_(scale[: full // block, None])
-    values[full:].mul_(scale[-1])
+    if full == values.numel():
+        values.view(-1, block).mul_(scale[:, None])
+    else:
+        values[:full].view(-1, block).mul_(scale[: full // block, None])
+        values[full:].mul_(scale[-1])
     return values
 
 

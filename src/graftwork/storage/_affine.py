@@ -1,0 +1,105 @@
+"""Products by a weight of whole codes, D(W) = scale (code - zero), that never build D(W).
+
+With codes c (out, in), groups j of inputs that share scale and zero, and x_j the part of x that meets group j:
+
+    y_n = sum_j s_nj (c_nj . x_j)  -  sum_j s_nj z_nj sum(x_j)
+
+The second sum is a product as narrow as there are groups. For the first, TILE codes at a time become floats in one buffer, which stays in
+the processor's cache; it is multiplied by the scales in place (a scale of a whole row is applied to y instead) and by x.
+
+Codes of b = 2 or 4 bits that share a byte B = sum_i c_i 2^(b i) are not taken apart either. With the planes P_i = B mod 2^(b (i+1)),
+of which the last is the byte as it is,
+
+    sum_i c_i x_i = sum_i P_i u_i,     u_i = x_i / 2^(b i) - x_(i+1) / 2^(b (i+1))  (the last without its second term)
+
+so a tile costs a conversion from bytes, and a mask for every plane but the last, where a table of values costs several times as much.
+Nothing here depends on the number of rows of x: the conversion is a part of the cost for one row, and small for many.
+
+Numbers are fp32, those of D(W) before they are rounded to a compute dtype of 16 bits; sums are in another order than a product by D(W) has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..modeling.arithmetic import product_dtype
+from ..modeling.protocols import has_values
+
+#: codes at a time: their floats fit into the cache that all cores share, and a call costs little beside its tile
+TILE = 1 << 20
+#: columns of scales are spread over at least so many codes, or they would be half of the work
+NARROWEST = 16
+
+
+def serves(x: Tensor, bits: int, group: int, columns: int) -> bool:
+    """Whether x is multiplied here: in fp32 on a CPU (other processors, and 16-bit types on those with products of them, multiply
+    decoded tiles), by codes that fill bytes, in groups of whole bytes."""
+    if x.device.type != "cpu" or product_dtype(x.dtype, x.device) != torch.float32 or 8 % bits:
+        return False
+    return group >= columns or (group >= NARROWEST and group * bits % 8 == 0)
+
+
+def affine_product(x: Tensor, codes: Tensor, bits: int, group: int, numbers: Callable[[slice], tuple[Tensor, Tensor]]) -> Tensor:
+    """x (..., in) times D(W)^T: (..., out) fp32, without gradient.
+
+    codes (out, ceil(in bits / 8)) uint8, packed; group: columns that share a scale, the last of a row may be short;
+    numbers(rows) -> scale and scale * zero of these rows, (n, groups) fp32."""
+    wide = x.reshape(-1, x.shape[-1]).float()
+    planes, sums = _planes(wide, bits), _group_sums(wide, group)
+    (out, width), each = codes.shape, 8 // bits
+    step = min(out, max(1, TILE // wide.shape[-1]))
+    floats = torch.empty(step, each, width, device=x.device)
+    masked = torch.empty(step, width, dtype=torch.uint8, device=x.device) if each > 1 else None
+    # A call takes as long as thousands of codes, which one row of x by a small matrix feels: no copy for a single tile.
+    y = None if step == out else torch.empty(wide.shape[0], out, device=x.device)
+    for start in range(0, out if has_values(codes) else step, step):  # in a plan the first tile has all shapes
+        rows = slice(start, min(start + step, out))
+        own, (scale, shift) = codes[rows], numbers(rows)
+        tile = floats[: own.shape[0]]
+        for i in range(each - 1):
+            tile[:, i].copy_(torch.bitwise_and(own, 2 ** (bits * (i + 1)) - 1, out=masked[: own.shape[0]]))
+        tile[:, -1].copy_(own)
+        if sums.shape[1] > 1:
+            _multiply(tile, scale, group * bits // 8)
+        part = F.linear(planes, tile.view(own.shape[0], -1))
+        if sums.shape[1] == 1:
+            part.mul_(scale.view(1, -1))
+        part.sub_(F.linear(sums, shift))
+        if y is not None:
+            y[:, rows] = part
+    return (part if y is None else y).view(*x.shape[:-1], out)
+
+
+def _planes(x: Tensor, bits: int) -> Tensor:
+    """x (m, in) -> the u_i of all bytes, plane after plane: (m, bytes * codes of a byte)."""
+    each = 8 // bits
+    if each == 1:
+        return x
+    if short := -x.shape[1] % each:
+        x = F.pad(x, (0, short))
+    parts = [x[:, ::each]] + [x[:, i::each] * 2.0 ** (-bits * i) for i in range(1, each)]
+    return torch.cat([own - above for own, above in zip(parts, parts[1:])] + parts[-1:], 1)
+
+
+def _group_sums(x: Tensor, group: int) -> Tensor:
+    """x (m, in) -> (m, groups)."""
+    if group >= x.shape[1]:
+        return x.sum(1, keepdim=True)
+    if short := -x.shape[1] % group:
+        x = F.pad(x, (0, short))
+    return x.view(x.shape[0], -1, group).sum(-1)
+
+
+def _multiply(tile: Tensor, scale: Tensor, span: int) -> None:
+    """tile (n, planes, bytes) *= scale (n, groups), of `span` bytes each, in place; the last may be short."""
+    (rows, planes, width), groups = tile.shape, scale.shape[1]
+    if width == groups * span:
+        tile.view(rows, planes, groups, span).mul_(scale.view(rows, 1, groups, 1))
+    else:
+        whole = width // span
+        tile[:, :, : whole * span].unflatten(2, (whole, span)).mul_(scale[:, None, :whole, None])
+        tile[:, :, whole * span:].mul_(scale[:, None, whole:])
