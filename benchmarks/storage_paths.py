@@ -43,7 +43,7 @@ PATHS: dict[str, Path] = {
     "loftq, int3": _lora("int3", "int3 + LoRA", initializer=_fast("loftq")),
     "lq_lora, int3": _lora("int3", "int3 + LoRA", 18, initializer=_fast("lq_lora", iterations=4)),
     "qa_lora, int3": Path(lambda r: {"storage": {"method": "int3", "zero_point": "float"}, "adapter": {"method": "qa_lora", "r": r}},
-                          RANKS, 64, POOLED, "int3, float zeros"),
+                          RANKS, 88, POOLED, "int3, float zeros"),
     "peqa, int3": Path(lambda g: {"storage": {"method": "int3", "group_size": g}, "adapter": {"method": "peqa"}}, GROUPS, 16, SCALES,
                        "int3"),
     "pv_tuning, int3": Path(lambda g: {"storage": {"method": "int3", "group_size": g}, "adapter": {"method": "pv_tuning"},
