@@ -13,13 +13,13 @@ CLAIM = {
     "check": {"tasks": [], "seeds": 1},
     "holds": "branch.loss < smooth.loss and smooth.loss < rtn.loss",
     "refuted_by": "smoothing alone is as good",
-    "minutes": 18,
+    "minutes": 45,
 }
 
 ARMS = {
     "rtn": {"method": "int4", "group_size": 64, "activations": "int4"},
     "smooth": {"method": "int4", "group_size": 64, "activations": "int4", "calibration": "awq"},
-    "branch": {"method": "lowrank_plus", "init": "svdquant", "r": 16, "activation_bits": 4,
+    "branch": {"method": "lowrank_plus", "init": "svdquant", "r": 16, "activation_bits": 4, "iterations": 5, "smooth_steps": 8,
                "base": {"method": "int4", "group_size": 64, "activations": "int4"}},
 }
 
