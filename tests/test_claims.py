@@ -52,6 +52,7 @@ def test_intervals_and_ties():
     assert not compare(same, "<", same)[0] and compare(same, "<=", same)[0] and compare(better, "<", same)[0]
     assert compare(better, "<", 0.99 * same)[0] and not compare(same, "<=", better)[0]
     assert not compare(Samples([[float("nan"), 1.0]]), "<=", Samples([[2.0, 3.0]]))[0]
+    assert compare(Samples([[0.0], [0.0]]), "==", 0)[0] and not compare(Samples([[0.0], [0.0], [1.0]]), "==", 0)[0]  # identities are whole
     two = Samples([[1.0], [3.0]])
     assert two.to_json() == {"mean": 2.0, "interval": list(two.interval()), "by_seed": [1, 3], "rows": 1}
 

@@ -12,6 +12,7 @@ import tiny
 from claims_support import made, tiny_config, verdict
 from graftwork.claims.claim import find
 from graftwork.claims.run import run_claim
+from graftwork.claims.table import describe
 from graftwork.errors import DataError
 
 
@@ -139,6 +140,9 @@ def test_quality_and_methods_that_learn_nothing(pack, tmp_path, monkeypatch):
     frozen = {**lora, "rates": [0.0]}
     still = made("quality_scaled", "lora.loss < base.loss", {"base": frozen, "lora": frozen}, check=LEARNS)
     assert verdict(still, tmp_path / "rate 0") == "does not hold here"
+    wild = made("quality_scaled", "lora.loss < base.loss", {"base": frozen, "lora": {**lora, "rates": [1e30]}}, check=LEARNS)
+    diverged = run_claim(wild, tmp_path / "wild")
+    assert diverged["verdict"] == "does not hold here" and "no number" in describe(diverged)
     from graftwork.adapters.lora import LoRAAdapter
 
     own = LoRAAdapter.factors

@@ -88,11 +88,12 @@ def finite(value: float) -> float | None:
 
 def compare(left: Any, sign: str, right: Any) -> tuple[bool, tuple[float, float] | None]:
     """(whether it is so, interval of left - right; None without spread). Of samples `<` and `>` need the whole interval on their side (a
-    tie is no order), `<=` and `>=` only that it does not lie wholly on the other; a single value counts as it is."""
+    tie is no order), `<=` and `>=` only that it does not lie wholly on the other; `==`, the sign of identities, needs every value; a
+    single value counts as it is."""
     if not isinstance(left, Samples) and not isinstance(right, Samples):
         return {"<": left < right, "<=": left <= right, ">": left > right, ">=": left >= right, "==": left == right}[sign], None
     difference = left - right
     interval = difference.interval()
     low, high = interval or (difference.point, difference.point)
-    met = {"<": high < 0, "<=": low <= 0, ">": low > 0, ">=": high >= 0, "==": low <= 0 <= high}[sign]
+    met = {"<": high < 0, "<=": low <= 0, ">": low > 0, ">=": high >= 0, "==": not difference.values.any()}[sign]
     return bool(met) and not (math.isnan(low) or math.isnan(high)), interval

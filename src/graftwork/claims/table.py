@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 def number(value: float | None, text: str) -> str:
     """A figure as people write it. text: the side of the bar, which tells bytes from counts."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "no number"
     figures = [word.rpartition(".")[2] for word in text.replace("(", " ").replace(")", " ").split() if "." in word]
     if "GiB" in text or "GB" in text.split() or (figures and all(f in _BYTES or f.isdigit() for f in figures) and "/" not in text):

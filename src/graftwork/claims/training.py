@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..registry import lookup
 from .bases import base_folder
 from .cells import digest
 from .kinds.base import merged
@@ -56,8 +57,10 @@ class Cell:
         """The rate goes where the method has it: to the optimizer, or to an estimator that moves the weights itself. model: instead of
         the base's."""
         task, sections = task_of(self.task), dict(self.sections)
-        estimator = sections.get("estimator")
-        where = "estimator" if isinstance(estimator, dict) and "optimizer" not in sections else "optimizer"
+        estimator = sections.get("estimator", "backprop")
+        method = estimator if isinstance(estimator, str) else estimator["method"]
+        moves = "optimizer" not in sections and "lr" in lookup("estimator", method).config.model_fields
+        where = "estimator" if moves else "optimizer"
         own = sections.get(where)
         sections[where] = {**({"method": "adamw"} if own is None else {"method": own} if isinstance(own, str) else own), "lr": self.rate}
         evaluated = {"eval": self.files["validation"]} if self.eval_every else {}

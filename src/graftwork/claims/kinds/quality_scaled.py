@@ -89,8 +89,9 @@ class Kind(Base):
     def _figures(self, own: dict[str, list[Trained]], baseline: dict[str, list[Trained]]) -> dict[str, Any]:
         first = next(iter(own.values()))[0]
         causal = task_of(self.check.tasks[0]).classes is None
-        rows = [[score for task in own for score in own[task][i]["rows"] or [math.nan]] for i in self.seeds]
-        width = max(map(len, rows))
+        # a run that diverged has no rows: its seed counts as no number, as wide as the others, so that pairs stay pairs
+        rows = [[score for task in own for score in own[task][i]["rows"] or []] for i in self.seeds]
+        width = max(sum(len(finals[i]["rows"] or []) for finals in arm.values()) for arm in (own, baseline) for i in self.seeds) or 1
         rows = [r if len(r) == width else [math.nan] * width for r in rows]
         found = {"loss" if causal else "accuracy": Samples(rows), "trained": first["trained"], "file": first["file"],
                  "rate": statistics.mean(finals[0]["rate"] for finals in own.values())}
