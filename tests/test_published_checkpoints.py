@@ -356,7 +356,7 @@ def test_a_folder_loads_with_its_codes_trains_an_adapter_and_is_planned(kind, tm
     ids = tiny.tokens()
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, atol=1e-4, rtol=1e-4)  # sums in another order
     fake, _ = load_model(tmp_path, fake=True)
     assert {n: (p.shape, p.dtype) for n, p in fake.named_parameters()} == {n: (p.shape, p.dtype) for n, p in loaded.named_parameters()}
     assert fingerprint(loaded) == fingerprint(load_model(tmp_path, dtype="bf16")[0])

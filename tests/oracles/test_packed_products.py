@@ -47,6 +47,7 @@ def test_products_are_those_by_the_dequantized_weight(method, options):
                 found = stored.product(x)
                 assert found.shape == (rows, shape[0]) and found.dtype == dtype
                 assert error(found, x, dense) < tolerance, (shape, dtype, rows)
+            assert stored.product(x[:0]).shape == (0, shape[0])
             y = normal(2, 3, shape[0], seed=1).to(dtype)
             assert error(stored.transposed(y).view(6, -1), y.view(6, -1), dense.T) < max(tolerance, 1e-6)
             assert torch.equal(stored.dequantize(), dense)

@@ -91,7 +91,7 @@ def _group_sums(x: Tensor, group: int) -> Tensor:
         return x.sum(1, keepdim=True)
     if short := -x.shape[1] % group:
         x = F.pad(x, (0, short))
-    return x.view(x.shape[0], -1, group).sum(-1)
+    return x.unflatten(1, (x.shape[1] // group, group)).sum(-1)
 
 
 def _multiply(tile: Tensor, scale: Tensor, span: int) -> None:
