@@ -50,7 +50,8 @@ def order(mean: float | None) -> float:
 
 
 def best_rate(tried: dict[float, float | None]) -> float:
-    return max(tried, key=lambda rate: order(tried[rate]))
+    """The lowest of the best, whatever the order they come in."""
+    return max(sorted(tried), key=lambda rate: order(tried[rate]))
 
 
 def candidates(rates: Sequence[float], tried: dict[float, float | None], below: Sequence[float] = (),
