@@ -16,7 +16,6 @@ import tiny
 from graftwork import registry
 from graftwork.adapters.attach import attach
 from graftwork.artifact import graft_tensors
-from graftwork.cli.main import main
 from graftwork.errors import GraftworkError, UsageError
 from graftwork.planning import pareto, roofline, search, simulate
 from graftwork.planning.evidence import FAILED, Evidence, gap_of, packaged
@@ -28,6 +27,7 @@ from graftwork.planning.simulate import plan
 from graftwork.planning.work import Work
 from graftwork.recipe import load_recipe
 from graftwork.training.build import build_model
+from test_plan import graft
 
 FLAT = Roofline("flat", {"float32": 1e9, "bfloat16": 2e9}, 1e9, 0.0, True, "made up")
 
@@ -302,16 +302,6 @@ def test_reasons_name_what_a_row_is_best_at(large):
 
 
 # -- the verb ----------------------------------------------------------------------------------------------------------
-def graft(capsys, *arguments):
-    try:
-        main([str(a) for a in arguments])
-        code = 0
-    except SystemExit as leave:
-        code = leave.code
-    seen = capsys.readouterr()
-    return code, seen.out, seen.err
-
-
 @pytest.mark.slow
 def test_the_verb_writes_recipes_that_plan_as_it_said(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("GRAFTWORK_CACHE", str(tmp_path / "cache"))
