@@ -20,7 +20,8 @@ from test_plan import measured, planned
 DRAWS = 36
 #: of every run; the rest is for `make test-all`
 EVERY = 3
-#: (least, most) of planned / measured - 1 where it is not 2 %. increlora, welore: upper bounds, ranks are found in a run.
+#: (least, most) of planned / measured - 1 where it is not 2 %. Upper bounds: welore's ranks follow from singular values of weights, which
+#: a plan does not read; increlora's from gradients.
 BOUNDS = {"increlora": (-0.001, 0.03), "welore": (0.0, 0.25)}
 
 
