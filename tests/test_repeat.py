@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +19,7 @@ from graftwork.planning.simulate import plan
 from graftwork.recipe import load_recipe
 from test_plan import FULL, RECIPES, document
 
+ROOT = Path(__file__).parents[1]
 #: enough for four blocks between those that the depths show
 LAYERS = 9
 SIZES = dict(hidden_size=64, intermediate_size=176, vocab_size=512)
@@ -61,6 +63,15 @@ def test_grown_figures_are_those_of_every_block(folder, tall, name):
         assert getattr(few, figure) == getattr(whole, figure), figure
     counted = [sum(n for *_, n in made.work) for made in (few, whole)]
     assert abs(counted[0] - counted[1]) <= 0.001 * counted[1]  # what grows with the model itself is counted as in the deepest one
+
+
+@pytest.mark.full
+def test_70b_is_grown_to_what_every_block_gave():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "plan_tables.json").read_text(encoding="utf-8"))["rows"]
+    row = next(r for r in rows if (r["model"], r["method"], r["checkpointing"]) == ("70b", "lora", False))
+    made = plan(row["recipe"], use_data=False, device="cuda", estimate_time=False, every_block=False)
+    assert is_grown(made) and (made.peak_bytes, made.categories, made.trained) == (row["peak_bytes"], row["categories"], row["trained"])
+    assert made.device == row["cuda"]  # pools and blocks at the peak too
 
 
 def test_recipes_that_tell_blocks_apart_are_not_grown(folder, tall):
