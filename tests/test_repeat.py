@@ -17,21 +17,13 @@ from graftwork.planning.blocks import Snapshot
 from graftwork.planning.repeat import Trace, blocks_of, equal, grown
 from graftwork.planning.simulate import plan
 from graftwork.recipe import load_recipe
-from test_plan import FULL, RECIPES, document
+from test_plan import RECIPES, document
 
 ROOT = Path(__file__).parents[1]
 #: enough for four blocks between those that the depths show
 LAYERS = 9
 SIZES = dict(hidden_size=64, intermediate_size=176, vocab_size=512)
-CASES = {
-    **{name: RECIPES[name] for name in ("lora", "qlora", "checkpointing", "lora accumulated", "galore", "mezo")},
-    "nola": {"adapter": {"method": "nola", "n_basis": 8}, "train": {"gradient_checkpointing": True}},
-    "adamw, bf16, checkpointing": {**FULL, "train": {"precision": "bf16", "gradient_checkpointing": True}},
-    "fused": {**FULL, "optimizer": "adalomo", "train": {"max_grad_norm": 0}},
-    "vera": {"adapter": "vera"},
-    "prompt": {"adapter": "prompt"},
-    "8-bit": {**FULL, "optimizer": "adamw8bit"},
-}
+CASES = {name: RECIPES[name] for name in ("lora", "lora accumulated", "checkpointing", "qlora", "paca", "galore")}
 #: those of every run; the rest is for `make test-all`
 EVERYWHERE = ("checkpointing",)
 
@@ -61,8 +53,6 @@ def test_grown_figures_are_those_of_every_block(folder, tall, name):
     assert is_grown(few) and not is_grown(whole)
     for figure in ("peak_bytes", "categories", "device", "trained", "flops", "saved_bytes", "batch"):
         assert getattr(few, figure) == getattr(whole, figure), figure
-    counted = [sum(n for *_, n in made.work) for made in (few, whole)]
-    assert abs(counted[0] - counted[1]) <= 0.001 * counted[1]  # what grows with the model itself is counted as in the deepest one
 
 
 @pytest.mark.full
