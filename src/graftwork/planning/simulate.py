@@ -227,7 +227,7 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
         ledger.track([fake, unread], "other")
         scope, objectives.logits_scope = objectives.logits_scope, lambda: ledger.category("logits")
         try:
-            first = max((s.heaviest_step(step.context(0)) for s in step.selections), default=0)
+            first = step.heaviest_steps().start
             if _state_alone(step):
                 _allocate_state(step)
             else:

@@ -140,7 +140,7 @@ class _Run:
             evaluate_with=self._evaluate if any(e is not None for _, e in self.data.values()) else None,
             tensorboard="tensorboard" in train.report_to, seed=train.seed, describe_batch=self._describe, on_stopped=self._stopped)
         interrupt = Interrupt(self.say)
-        peak = self._peak_meter()
+        peak = self._peak_meter(step)
         progress = Progress(self.label, trainer, quiet=self.quiet)
         for callback in [AfterStep(step), interrupt, *([peak] if peak else []), progress]:
             trainer.add_callback(callback)
@@ -289,12 +289,12 @@ class _Run:
             for batch in steps[step]:
                 yield {**model_inputs(batch), "labels": batch["labels"]}
 
-    def _peak_meter(self) -> PeakOfStep | None:
+    def _peak_meter(self, step: Any) -> PeakOfStep | None:
         if not self.measure:
             return None
         from ..planning.measure import PeakMeter
 
-        return PeakOfStep(PeakMeter, heaviest_step(self.batches))
+        return PeakOfStep(PeakMeter, heaviest_step(self.batches, step.heaviest_steps()))
 
     def _check_fused(self, step: Any) -> None:
         if getattr(self.recipe.optimizer, "fused", False):
