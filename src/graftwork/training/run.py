@@ -294,7 +294,8 @@ class _Run:
             return None
         from ..planning.measure import PeakMeter
 
-        return PeakOfStep(PeakMeter, heaviest_step(self.batches, step.heaviest_steps()))
+        within = range(1) if step.estimator.heaviest_first else step.heaviest_steps()
+        return PeakOfStep(PeakMeter, heaviest_step(self.batches, within))
 
     def _check_fused(self, step: Any) -> None:
         if getattr(self.recipe.optimizer, "fused", False):
