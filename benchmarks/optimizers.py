@@ -10,8 +10,9 @@ SmolLM2-135M-Instruct, 10 steps of 4 rows, AdamW and six others. All methods of 
 Search: three learning rates around a method's usual one, seed 0, judged on validation rows; where the best is at an edge, up to
 --beyond more beyond it. Final: three seeds (of the weights, too, where training starts from none), judged on test rows. The bytes of
 optimizer state are the planner's; the peak is measured by the allocator in a step in which most trains, after the first unless that
-is the heaviest, and the planner's figure stands beside it. Ranks are a quarter of the width, subspaces are refreshed every 50 steps. Short runs: they compare how fast
-methods learn, not where they end; and a method of zeroth order gets the same tokens, far fewer than it is made for.
+is the heaviest, and the planner's figure stands beside it. Ranks are a quarter of the width, subspaces are refreshed every 50 steps.
+Short runs: they compare how fast methods learn, not where they end; and a method of zeroth order gets the same tokens, far fewer than
+it is made for.
 
 Every cell is one file under results/optimizers/; a cell that is there is not run again, so the matrix can be finished in pieces
 (--minutes stops between cells) and by several processes (--share 1/2 and --share 2/2). --quick: shakespeare, AdamW and three
