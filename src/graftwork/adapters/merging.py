@@ -118,8 +118,9 @@ def _write(site: Site, new: Tensor | nn.Module, bias: Tensor | None, requantize:
             kept["stored"] = (holder, site.expert, holder[site.expert])
             holder[site.expert] = _stored(holder[site.expert], new, requantize, graft)
         else:
-            kept["weight"] = holder.data[site.expert].cpu().clone()
-            holder.data[site.expert].copy_(new)
+            view = site.product.dense().data
+            kept["weight"] = view.cpu().clone()
+            view.copy_(new)
     elif isinstance(module, StoredWeight):
         slot = module._modules["graft"].slot("whole")
         kept["frozen"] = (slot, slot.frozen)
@@ -147,7 +148,7 @@ def _restore(site: Site, kept: dict) -> None:
         slot, old = kept["frozen"]
         slot.frozen = old
     elif site.expert is not None:
-        getattr(module, site.attribute).data[site.expert].copy_(kept["weight"])
+        site.product.dense().data.copy_(kept["weight"])
     else:
         view = module.weight.data.T if is_conv1d(module) else module.weight.data
         (view if site.rows is None else view[site.rows]).copy_(kept["weight"])

@@ -26,6 +26,7 @@ fp32; E4M3 ones fp8; MXFP4 fp4. Activation schemes are not applied: inputs stay 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,6 +65,17 @@ def storage_of_checkpoint(quantization_config: Any) -> tuple[str, StorageConfig]
     name, options, skipped, _ = _layout(_plain(quantization_config))
     skipped = [*lookup("storage", name).config().skip_modules, *(each.split(".")[-1] for each in skipped)]
     return name, make_config("storage", name, **options, skip_modules=list(dict.fromkeys(skipped)))
+
+
+def dense_modules(quantization_config: Any) -> Callable[[str], bool]:
+    """Whether a checkpoint's config says of a map, by its name in the model, that it stayed dense. What is said: the name, or its last
+    part, of the map or of a module that holds it, or a regular expression for one (compressed-tensors marks these by `re:`)."""
+    *_, skipped, _ = _layout(_plain(quantization_config))
+
+    def dense(name: str) -> bool:
+        return any(name.endswith(f".{each}") or re.match(rf"(?:{each.removeprefix('re:')})(?:(?<=\.)|(?=\.|$))", name) for each in skipped)
+
+    return dense
 
 
 def read(method: str, tensors: Mapping[str, Tensor], quantization_config: Any = None) -> Storage:
