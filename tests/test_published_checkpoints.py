@@ -15,6 +15,7 @@ from graftwork.storage import Storage
 from graftwork.storage.published import read, storage_of_checkpoint
 from published_support import (
     EVEN_MORE,
+    GPTQ,
     GROUP,
     IN,
     OUT,

@@ -110,7 +110,8 @@ def _write(site: Site, new: Tensor | nn.Module, bias: Tensor | None, requantize:
     if isinstance(new, nn.Module):
         slot = module._modules["graft"].slot(site.slot_name)
         kept["frozen"] = (slot, slot.frozen)
-        new.bias = slot.frozen.bias
+        own = slot.frozen.bias  # an expert's is a row of a parameter
+        new.bias = own if own is None or isinstance(own, nn.Parameter) else nn.Parameter(own.detach(), requires_grad=False)
         slot.frozen = StorageProduct(new)
     elif site.expert is not None:
         holder = getattr(module, site.attribute)

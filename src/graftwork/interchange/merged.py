@@ -105,8 +105,9 @@ class MergedWeights:
         if not value.is_floating_point():
             return value
         out_dtype = self._dtype(value)
-        if attribute == "bias" or name.removesuffix("_bias") in self.changes:
-            change = self._bias_change(module_name) if attribute == "bias" else self._expert_biases(name.removesuffix("_bias"))
+        beside = name.removesuffix("_bias")
+        if attribute == "bias" or beside != name and beside in self.changes:
+            change = self._bias_change(module_name) if attribute == "bias" else self._expert_biases(beside)
             return (value.float() + change).to(out_dtype) if change is not None else value.to(out_dtype)
         if name not in self.changes:
             return self._with_tokens(name, value, out_dtype)
