@@ -340,5 +340,5 @@ def test_plans_adapters_and_refusals_of_published_folders(tmp_path):
 
     whole = load_file(tmp_path / "e" / "model.safetensors")
     save_file({n: v for n, v in whole.items() if "experts" not in n}, tmp_path / "e" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="lacks 4 weights of MixtralForCausalLM: model.layers.0.mlp.experts"):
+    with pytest.raises(ModelError, match="lacks 5 weights of MixtralForCausalLM: .*layers.0.mlp.experts"):
         load_model(tmp_path / "e")

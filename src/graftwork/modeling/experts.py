@@ -21,10 +21,11 @@ ATTRIBUTES = ("gate_up_proj", "down_proj")
 
 
 def is_experts(module: nn.Module) -> bool:
-    """True for a module with fused, gated 3-D expert parameters (or the storages that replaced them)."""
+    """True for a module with fused, gated 3-D expert parameters (or the storages that replaced them) which lets its experts run one by
+    one: Llama 4's and LongCat's have forwards of their own."""
     kept = [module._parameters.get(a, module._modules.get(a)) for a in ATTRIBUTES]
     fused = all((isinstance(k, nn.Parameter) and k.dim() == 3) or isinstance(k, nn.ModuleList) for k in kept)
-    return fused and getattr(module, "has_gate", True)
+    return fused and getattr(module, "has_gate", True) and hasattr(module, "_apply_gate")
 
 
 def expert_count(module: nn.Module) -> int:
