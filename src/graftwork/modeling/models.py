@@ -192,8 +192,6 @@ def _load_codes(ref: ModelRef, folder: Path, config: Any, task: str, dtype: torc
     """The model of a folder whose weights are codes, which are kept."""
     import torch
 
-    from .protocols import StoredWeight
-
     model = hollow_model(config, task=task, dtype=dtype, attn_implementation=attention)
     source = build_source(model, folder, ref=ref.ref, revision=folder.name if ref.kind == "hub" else ref.revision)
     new = sorted(fill_codes(model, config, folder))
@@ -206,8 +204,8 @@ def _load_codes(ref: ModelRef, folder: Path, config: Any, task: str, dtype: torc
     _draw(model, new, seed)
     model.tie_weights()
     model.graft_new_weights = new
-    origins = {name: origin for name, origin in source.origins.items()  # codes may have the name and shape of a weight
-               if not isinstance(model.get_submodule(name.rpartition(".")[0]), StoredWeight)}
+    dense = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
+    origins = {name: origin for name, origin in source.origins.items() if name in dense}  # codes may have the name and shape of a weight
     model.graft_source = replace(source, origins=origins, coded=True, pristine=_pristine_digests(folder))
     return model.eval()
 
@@ -217,13 +215,16 @@ def fill_codes(model: nn.Module, config: Any, folder: Path | None) -> list[str]:
     config tells. Returns the names that the folder lacks."""
     import torch
 
-    from ..storage._folder import fill, quantization_of, storage_of
+    from ..storage._folder import OURS, fill, quantization_of, storage_of
+    from ..storage._published_folder import apply_published
     from ..storage.base import apply_storage
     from .source import read_stored
 
     document, missing = quantization_of(config), []
-    if folder is None:
+    if folder is None and document.get("quant_method") == OURS:
         apply_storage(model, storage_of(document))
+    elif folder is None:
+        apply_published(model, document)
     else:
         stored = stored_tensors(folder)
         with torch.no_grad():
