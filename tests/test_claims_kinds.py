@@ -132,8 +132,8 @@ def test_quality_and_methods_that_learn_nothing(pack, tmp_path, monkeypatch):
     claim = made("quality_scaled", "lora.loss < base.loss", {"base": {**lora, "rates": [0.0, 0.0]}, "lora": lora}, check=LEARNS)
     result = run_claim(claim, tmp_path / "good")
     assert result["verdict"] == "holds at this scale" and (result["seeds"], result["n"]) == (2, 8)
-    cells = {p.name for p in (tmp_path / "good" / "cells" / "made").glob("*")}
-    assert len(cells) == (1 + 2) + (3 + 2)  # searched rates and finals of each arm
+    cells = {p.name for p in (tmp_path / "good" / "cells" / "trained" / "shakespeare").glob("*")}
+    assert len(cells) == (1 + 1) + (3 + 1)  # of each arm the rates with seed 0, and the other seed at the best
     with monkeypatch.context() as never:
         never.setattr("graftwork.training.run.train_recipe", None)
         assert verdict(claim, tmp_path / "good") == "holds at this scale"  # from the cells

@@ -30,14 +30,16 @@ class Cells:
     def expect(self, cells: int) -> None:
         self.total += cells
 
-    def get(self, name: str, of: Any, make: Callable[[], Any], label: str | None = None) -> Any:
-        """The result kept under a name, or of make(), which is then kept. label: what progress calls it."""
+    def get(self, name: str, of: Any, make: Callable[[], Any], label: str | None = None,
+            enough: Callable[[Any], bool] = lambda result: True) -> Any:
+        """The result kept under a name, or of make(), which is then kept. label: what progress calls it. enough: whether a kept result
+        holds what is needed here; else it is made again."""
         if not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", name) or ".." in name:
             raise UsageError(f"'{name}' cannot be the name of a cell", remedy="names of arms are letters, digits, _ - .")
         path, made_of = self.folder / f"{name}.json", digest(of)
         self.tell(self.done, self.total, label or name)
         result = self._kept(path, made_of)
-        if result is None:
+        if result is None or not enough(result):
             result = make()
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(path, json.dumps({"of": made_of, "result": result}) + "\n")

@@ -44,8 +44,21 @@ def run_claim(claim: Claim, folder: Path, *, quick: bool = False, tell: Callable
         "seeds": max([len(sets)] + [v.seeds for v in samples(sets)]) if sets else 0, "n": max((v.rows for v in samples(sets)), default=1),
         "first": claim.first, "command": f"graft claims run {claim.name} {'--quick' if quick else '--full'}", **_machine(),
         "seconds": round(time.monotonic() - start, 1)}
-    atomic_write_text(Path(folder) / f"{claim.name}{'.quick' if reduced else ''}.json", json.dumps(result, indent=1) + "\n")
+    atomic_write_text(_place(claim, folder, reduced), json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _place(claim: Claim, folder: Path, reduced: bool) -> Path:
+    return Path(folder) / f"{claim.name}{'.quick' if reduced else ''}.json"
+
+
+def has_result(claim: Claim, folder: Path, *, quick: bool = False) -> bool:
+    """Whether a folder holds a result of the claim as it is now: of the same bar and setting."""
+    try:
+        made = json.loads(_place(claim, folder, quick and kind_of(claim.kind).reduces).read_text(encoding="utf-8"))
+        return all(made[key] == getattr(claim, key) for key in ("holds", "setting", "statement"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def decide(claim: Claim, sets: list[Figures], full_scale: bool) -> tuple[str, list[Evidence]]:
