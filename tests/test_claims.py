@@ -62,6 +62,8 @@ def test_cells_are_kept_until_what_they_are_made_from_changes(tmp_path):
     for of in (1, 1, 2):
         cells.get("a/b", of, lambda of=of: calls.append(of) or of)
     assert calls == [1, 2]
+    again = Cells(tmp_path)  # what a cell took counts whenever it is asked for
+    assert again.get("a/b", 2, lambda: 7) == 2 and again.seconds == json.loads((tmp_path / "a" / "b.json").read_text())["seconds"]
     (tmp_path / "a" / "b.json").write_text("{half")
     assert cells.get("a/b", 2, lambda: 7) == 7
     with pytest.raises(UsageError):
@@ -78,12 +80,13 @@ def test_cells_are_known_by_what_they_are(tmp_path):
     """The same run however it is written down, and wherever its files are; another one where anything that counts is another."""
     def cell(adapter, *, folder="x", rate=1e-3, seed=0, steps=5, train=None, base="scratch", width=48):
         sections = {"adapter": adapter, **({"train": train} if train else {})}
-        return Cell("shakespeare", base, sections, rate, seed, {"train": f"{folder}/data-1/train.jsonl", "validation": "v.jsonl"}, steps, 4, 32,
-                    0, "cosine", width, 1, None)
+        files = {"train": f"{folder}/data-1/train.jsonl", "validation": "v.jsonl"}
+        return Cell("shakespeare", base, sections, rate, seed, files, steps, 4, 32, 0, "cosine", width, 1, None)
 
     lora = {"method": "lora", "r": 8, "target_modules": "all-linear"}
     own = cell(lora)
-    for same in (cell(dict(reversed(lora.items()))), cell(lora, folder="y"), cell({**lora, "dropout": 0.0}), cell(lora, train={"max_steps": 5})):
+    backwards = dict(reversed(lora.items()))
+    for same in (cell(backwards), cell(lora, folder="y"), cell({**lora, "dropout": 0.0}), cell(lora, train={"max_steps": 5})):
         assert same.place == own.place and same.of() == own.of()
     others = [cell({**lora, "r": 4}), cell({**lora, "method": "dora"}), cell(lora, rate=3e-3), cell(lora, seed=1), cell(lora, steps=6),
               cell(lora, base="tiny"), cell(lora, width=96), cell(lora, train={"grad_accumulation": 2})]
@@ -124,7 +127,7 @@ def test_every_arm_is_a_recipe():
     """Names, options and the rules of combination; where an arm's learning rate goes."""
     models = {"scratch": "config:gpt2", "tiny": "config:gpt2"}
     for claim in claims().values():
-        for name, arm in claim.arms.items():
+        for arm in claim.arms.values():
             sections = merged(claim.common, {k: v for k, v in arm.items() if k not in ("rates", "largest")})
             base = claim.check.get("base", "smollm2-135m-instruct")
             tasks = claim.check.get("tasks")

@@ -20,8 +20,8 @@ from .cells import digest
 from .kinds.base import merged
 from .tasks import splits, task_of, write_split
 
-#: {"rate", "seed", "validation": mean or None, "rows": scores of test rows or None, "trained", "file", "curve", "seconds", "cpu"} and
-#: "error" where the run ended with one (then neither validation nor rows)
+#: {"rate", "seed", "validation": mean or None, "rows": scores of test rows or None, "trained", "file", "curve"} and "error"
+#: where the run ended with one (then neither validation nor rows)
 Trained = dict[str, Any]
 #: dense bases that adapters share, by reference: loading costs more than a short run
 _SHARED: dict[tuple[str, str, str], tuple[Any, Any]] = {}
@@ -89,15 +89,12 @@ class Cell:
 
     def run(self, models: Path, wanted: Callable[[float], bool] | None = None) -> Trained:
         """wanted: of a search; validation rows are scored first, and test rows only where it says of their mean that they are needed."""
-        import time
-
         from ..errors import TrainingError
         from ..files import folder_bytes
         from ..modeling.state import state_of
         from ..training.run import train_recipe
 
         models.mkdir(parents=True, exist_ok=True)
-        start, cpu = time.monotonic(), time.process_time()
         made: Trained = {"rate": self.rate, "seed": self.seed, "validation": None, "rows": None, "trained": 0, "file": 0, "curve": []}
         with tempfile.TemporaryDirectory(dir=models) as place:
             recipe = self.recipe(models, f"{place}/run")
@@ -116,7 +113,7 @@ class Cell:
                 if model is not None:
                     for graft in list(state_of(model).grafts.values()):
                         graft.detach()
-        return {**made, "seconds": round(time.monotonic() - start, 2), "cpu": round(time.process_time() - cpu, 2)}
+        return made
 
     def _shared(self, recipe: dict[str, Any]) -> tuple[Any, Any]:
         """A loaded dense base for an adapter; else none, and the run loads its own."""

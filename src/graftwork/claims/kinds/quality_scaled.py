@@ -51,7 +51,8 @@ class Kind(Base):
 
     def runs_in_common(self) -> set[Any]:
         check = self.check
-        return {(task, check.base, check.steps, check.batch, check.length, check.train) for task in check.tasks if self.claim.arms}
+        shape = check.base, check.steps, check.batch, check.length, check.train
+        return {(task, *shape) for task in check.tasks if self.claim.arms}
 
     def of_arms(self, cells: Cells) -> Figures:
         check = self.check
@@ -64,7 +65,7 @@ class Kind(Base):
             for name, arm in self.claim.arms.items():
                 finals.setdefault(name, {})[task] = self._arm(cells, task, files, name, arm)
         baseline = finals[self.claim.baseline]
-        failed = next((each.get("error", "its loss is no number") for own in baseline.values() for each in own if each["rows"] is None), None)
+        failed = next((each.get("error", "no number") for own in baseline.values() for each in own if each["rows"] is None), None)
         if failed:
             raise NotCheckable(f"the baseline's run ended with an error: {failed}")
         return {name: self._figures(own, baseline) for name, own in finals.items()}
@@ -82,8 +83,9 @@ class Kind(Base):
                         rows=check.quick_rows if self.quick else None)
 
             def enough(kept: Trained) -> bool:  # another claim may have had a better rate, and no use for the test rows of this one
-                searched = wanted is None or kept["validation"] is not None
-                return "error" in kept or (searched and (kept["rows"] is not None or not (wanted is None or wanted(kept["validation"]))))
+                if "error" in kept or wanted is None:
+                    return "error" in kept or kept["rows"] is not None
+                return kept["validation"] is not None and (kept["rows"] is not None or not wanted(kept["validation"]))
 
             return cells.get(cell.place, cell.of(), lambda: cell.run(cells.folder / "models", wanted),
                              f"{self.claim.name} {task} {name} lr{rate:g} seed{seed}", enough)

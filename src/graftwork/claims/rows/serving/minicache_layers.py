@@ -63,7 +63,8 @@ def shared(low, high, t: float = 0.6, gamma: float = 0.05):
 
     cosine = F.cosine_similarity(low, high, dim=-1).clamp(-1 + 1e-6, 1 - 1e-6)
     angle = cosine.arccos().unsqueeze(-1)
-    direction = (torch.sin((1 - t) * angle) * F.normalize(low, dim=-1) + torch.sin(t * angle) * F.normalize(high, dim=-1)) / torch.sin(angle)
+    both = F.normalize(low, dim=-1), F.normalize(high, dim=-1)
+    direction = (torch.sin((1 - t) * angle) * both[0] + torch.sin(t * angle) * both[1]) / torch.sin(angle)
     nearest, farthest = angle.amin(-2, keepdim=True), angle.amax(-2, keepdim=True)
     apart = angle >= farthest - gamma * (farthest - nearest)
     return *(torch.where(apart, own, direction * own.norm(dim=-1, keepdim=True)) for own in (low, high)), cosine
