@@ -35,7 +35,7 @@ class Classification(MethodConfig):
 
 
 @register("objective", "classification", config=Classification, title="Classification", task="sequence_classification",
-          summary="cross-entropy of one label per row (squared error for real labels); label words with a causal model")
+          summary="cross-entropy of one label per row; label words with a causal model")
 class ClassificationObjective(Objective):
     def __init__(self, config: Classification | None = None):
         super().__init__(config or Classification())

@@ -41,7 +41,7 @@ class Numbers(Metric):
 
     def notes(self, rows):
         lost = self.also(rows)["not_numbers"]
-        return [f"{lost} of {len(rows)} answers are no finite number: left out of {self.name}"] if lost else []
+        return [f"{lost} of {len(rows)} answers are no number: left out of {self.name}"] if lost else []
 
 
 @metric("pearson", summary="linear correlation with the true numbers")
