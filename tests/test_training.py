@@ -15,6 +15,7 @@ import torch
 import graftwork
 import tiny
 from graftwork.errors import DataError, GraftworkError, TrainingError, UsageError
+from graftwork.evaluation.targets import find_target
 from graftwork.files import FileLock
 from graftwork.modeling.state import state_of
 from graftwork.planning.simulate import plan
@@ -475,6 +476,7 @@ def test_classification_by_writing_the_label(llama, tmp_path):
     result = run(recipe(llama, data, tmp_path / "o", objective="classification", data={"eval": str(data)},
                         train={"max_steps": 30, "batch_size": 8}, optimizer={"method": "adamw", "lr": 2e-2}))
     assert result.metrics["eval_row_accuracy"] == 1.0 and hasattr(result.model, "lm_head")
+    assert find_target(tmp_path / "o").task == "causal_lm"  # which `graft eval` loads: its labels are words
 
 
 # -- what goes wrong -----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ..recipe import Recipe, load_recipe
 from ..storage.base import dense_state
 from . import checkpoint as ckpt
 from .batches import FleetBatches, StepBatches, heaviest_step, total_steps
-from .build import build_grafts, build_model, build_step, task_of
+from .build import build_grafts, build_model, build_step, check_rows, task_of
 from .callbacks import AfterStep, Interrupt, PeakOfStep, Progress
 from .schedule import factor
 from .trainer import GraftTrainer
@@ -228,10 +228,7 @@ class _Run:
 
     def _check_kind(self, data: Any, first: Any) -> None:
         """Rows that the objective can score and, in a fleet, of the kind of the first file."""
-        method = self.recipe.objective.method
-        if data.label_names is not None and task_of(self.recipe) == "causal_lm":
-            raise DataError(f"the rows are classification rows, and objective {method} predicts tokens",
-                            remedy="objective: classification")
+        check_rows(self.recipe, data)
         if first is not None and data.label_names != first.label_names:
             raise DataError(f"its labels are {data.label_names}, those of the first file {first.label_names}",
                             remedy="a fleet shares one head: give all files the same labels, or train this one alone")
@@ -322,7 +319,7 @@ class _Run:
     # -- evaluation and saving -------------------------------------------------------------------------------------------
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
-        """Loss, perplexity and accuracy over the eval data; for a fleet, the means over its members and each one's loss."""
+        """Loss and the objective's other means over the eval data; for a fleet, the means over its members and each one's loss."""
         from ..registry import lookup
         from .evaluate import evaluate_loss
 
