@@ -11,7 +11,7 @@ from scipy import stats
 
 from claims_support import BASIC, made, tiny_config, verdict
 from graftwork.claims.cells import Cells
-from graftwork.claims.claim import Claim, Fields, claims, find, read
+from graftwork.claims.claim import Claim, Fields, claims, find, in_order, read, shares
 from graftwork.claims.expressions import judge
 from graftwork.claims.kinds import kind_of, kinds
 from graftwork.claims.kinds.base import merged
@@ -62,16 +62,60 @@ def test_cells_are_kept_until_what_they_are_made_from_changes(tmp_path):
     for of in (1, 1, 2):
         cells.get("a/b", of, lambda of=of: calls.append(of) or of)
     assert calls == [1, 2]
+    again = Cells(tmp_path)  # what a cell took counts whenever it is asked for
+    assert again.get("a/b", 2, lambda: 7) == 2 and again.seconds == json.loads((tmp_path / "a" / "b.json").read_text())["seconds"]
     (tmp_path / "a" / "b.json").write_text("{half")
     assert cells.get("a/b", 2, lambda: 7) == 7
     with pytest.raises(UsageError):
         cells.get("../b", 1, lambda: 1)
 
 
+def test_a_kept_cell_that_lacks_something_is_made_again(tmp_path):
+    cells = Cells(tmp_path)
+    assert cells.get("a", 1, lambda: {"rows": None}) == {"rows": None} == cells.get("a", 1, dict, enough=lambda kept: True)
+    assert cells.get("a", 1, lambda: {"rows": 2}, enough=lambda kept: kept["rows"]) == {"rows": 2} == cells.get("a", 1, dict)
+
+
+def test_cells_are_known_by_what_they_are(tmp_path):
+    """The same run however it is written down, and wherever its files are; another one where anything that counts is another."""
+    def cell(adapter, *, folder="x", rate=1e-3, seed=0, steps=5, train=None, base="scratch", width=48):
+        sections = {"adapter": adapter, **({"train": train} if train else {})}
+        files = {"train": f"{folder}/data-1/train.jsonl", "validation": "v.jsonl"}
+        return Cell("shakespeare", base, sections, rate, seed, files, steps, 4, 32, 0, "cosine", width, 1, None)
+
+    lora = {"method": "lora", "r": 8, "target_modules": "all-linear"}
+    own = cell(lora)
+    backwards = dict(reversed(lora.items()))
+    for same in (cell(backwards), cell(lora, folder="y"), cell({**lora, "dropout": 0.0}), cell(lora, train={"max_steps": 5})):
+        assert same.place == own.place and same.of() == own.of()
+    others = [cell({**lora, "r": 4}), cell({**lora, "method": "dora"}), cell(lora, rate=3e-3), cell(lora, seed=1), cell(lora, steps=6),
+              cell(lora, base="tiny"), cell(lora, width=96), cell(lora, train={"grad_accumulation": 2})]
+    assert len({own.place, *(c.place for c in others)}) == 1 + len(others)
+    packaged = [cell(lora, base="smollm2-135m-instruct", width=w) for w in (48, 96)]  # whose width is its own
+    assert packaged[0].place == packaged[1].place
+
+
+def test_parts_for_several_processes():
+    """Nothing is lost or run twice, runs in common stay together, and the parts take about as long."""
+    found = list(claims().values())
+    parts = shares(found, 2)
+    assert sorted(c.name for part in parts for c in part) == sorted(c.name for c in found)
+    assert all(part == in_order(part) for part in parts) and shares(reversed(found), 2) == parts
+    sums = [sum(c.minutes for c in part) for part in parts]
+    assert max(sums) <= 0.6 * sum(sums)
+    keys = [{key for c in part for key in kind_of(c.kind)(c, False).runs_in_common()} for part in parts]
+    assert not keys[0] & keys[1] and keys[0] and keys[1]
+    assert [c.first for c in in_order(found)][:15] == sorted(c.first for c in found if c.first)[:15]
+    assert shares(found[:1], 2)[1] == []
+
+
 # -- files --------------------------------------------------------------------------------------------------------------------
 def test_every_claim_is_whole():
     for claim in claims().values():
         kind_of(claim.kind)(claim, False)
+        if claim.kind == "quality_scaled" and claim.arms:  # both sides try as many rates, and three at least
+            tries = {len(arm.get("rates", [1, 2, 3])) for arm in claim.arms.values() if arm.get("rates") != [0.0]}
+            assert len(tries) == 1 and min(tries) >= 3, claim.name
         assert claim.group != "rows" and claim.name.isidentifier() and len(claim.setting) > 10
     assert len(kinds()) == 8
     firsts = [c.first for c in claims().values() if c.first]
@@ -83,14 +127,13 @@ def test_every_arm_is_a_recipe():
     """Names, options and the rules of combination; where an arm's learning rate goes."""
     models = {"scratch": "config:gpt2", "tiny": "config:gpt2"}
     for claim in claims().values():
-        for name, arm in claim.arms.items():
+        for arm in claim.arms.values():
             sections = merged(claim.common, {k: v for k, v in arm.items() if k not in ("rates", "largest")})
             base = claim.check.get("base", "smollm2-135m-instruct")
             tasks = claim.check.get("tasks")
             document = {"model": models.get(base, base), "train": {"precision": "fp32"}, "data": {"train": "rows.jsonl", "format": "text"}}
             if tasks:
-                assert len(arm.get("rates", [1, 2, 3])) == 3, f"{claim.name}, {name}: both sides try three rates"
-                cell = Cell(tasks[0], base, sections, 1e-3, 0, {"train": "rows.jsonl"}, "test", 1, 1, 8, 0, "cosine", 48, 1, None)
+                cell = Cell(tasks[0], base, sections, 1e-3, 0, {"train": "rows.jsonl"}, 1, 1, 8, 0, "cosine", 48, 1, None)
                 document = {**cell.recipe(Path("models"), "run", model=document["model"]), "output_dir": None}
             recipe = load_recipe(merged(document, {} if tasks else sections))
             assert not tasks or (recipe.optimizer or recipe.estimator).lr == 1e-3
@@ -151,11 +194,16 @@ def test_the_command(tmp_path, config, capsys, monkeypatch):
     path.write_text(json.dumps({**BASIC, "kind": "parameter_count", "baseline": "a", "holds": "a.trained == 256", "arms": {
         "a": {"model": config, "adapter": {"method": "lora", "r": 1, "target_modules": ["q_proj"]}}}}))
     ran = graft("run", path, "-o", tmp_path / "out")
-    assert "mine: holds" in ran.out and "1/1 mine" in ran.err
+    assert "mine: holds" in ran.out and "1/1 mine" in ran.err and "0 min left" in ran.err
+    assert not graft("run", path, "-o", tmp_path / "out", "--missing").out  # it has a result, until its bar is another
+    path.write_text(path.read_text().replace("== 256", ">= 256"))
+    assert "mine: holds" in graft("run", path, "-o", tmp_path / "out", "--missing", "--share", "1/2").out
+    assert not graft("run", path, "-o", tmp_path / "out", "--share", "2/2").out
     assert "| `mine` |" in graft("table", "-o", tmp_path / "out").out
     monkeypatch.delenv("GRAFTWORK_DATA", raising=False)
     both = graft("run", "nola_e2e", path, "-o", tmp_path / "out", "--quick", "--json", code=1)  # one cannot run, the other does
     assert "nola_e2e was not checked: " in both.err and [m["claim"] for m in json.loads(both.out)] == ["mine"]
     for words, hint in ((["lits"], "list"), (["run"], "which claims"), (["run", "galore_stat"], "galore_state"), (["show"], "show what"),
-                        (["list", "--kind", "memory"], "memory_small"), (["run", "--all", "--quick", "--full"], "exclude")):
+                        (["list", "--kind", "memory"], "memory_small"), (["run", "--all", "--quick", "--full"], "exclude"),
+                        (["run", "--all", "--share", "3/2"], "no part")):
         assert hint in graft(*words, code=2).err

@@ -132,8 +132,8 @@ def test_quality_and_methods_that_learn_nothing(pack, tmp_path, monkeypatch):
     claim = made("quality_scaled", "lora.loss < base.loss", {"base": {**lora, "rates": [0.0, 0.0]}, "lora": lora}, check=LEARNS)
     result = run_claim(claim, tmp_path / "good")
     assert result["verdict"] == "holds at this scale" and (result["seeds"], result["n"]) == (2, 8)
-    cells = {p.name for p in (tmp_path / "good" / "cells" / "made").glob("*")}
-    assert len(cells) == (1 + 2) + (3 + 2)  # searched rates and finals of each arm
+    cells = {p.name for p in (tmp_path / "good" / "cells" / "trained" / "shakespeare").glob("*")}
+    assert len(cells) == (1 + 1) + (3 + 1)  # of each arm the rates with seed 0, and the other seed at the best
     with monkeypatch.context() as never:
         never.setattr("graftwork.training.run.train_recipe", None)
         assert verdict(claim, tmp_path / "good") == "holds at this scale"  # from the cells
@@ -149,6 +149,40 @@ def test_quality_and_methods_that_learn_nothing(pack, tmp_path, monkeypatch):
     monkeypatch.setattr(LoRAAdapter, "factors", lambda self, base=None: tuple(0 * f for f in own(self, base)))
     quick = run_claim(claim, tmp_path / "discarded", quick=True)
     assert quick["verdict"] == "does not hold here" and quick["quick"] and (tmp_path / "discarded" / "made.quick.json").exists()
+
+
+def test_runs_are_shared_by_claims_and_by_search_and_finals(tmp_path, monkeypatch):
+    """With runs that only say their loss: (rate, seed, whether test rows were scored) of every one that is made."""
+    from graftwork.claims.kinds import quality_scaled
+
+    ran, losses = [], {1e-3: 2.0, 3e-3: 1.0, 1e-2: 3.0, 3e-2: 0.5, 1e-1: float("nan")}
+
+    def run(self, models, wanted=None):
+        mean = losses[self.rate] + (self.sections["adapter"]["r"] == 8)
+        asked = wanted is None or wanted(mean)
+        ran.append((self.sections["adapter"]["r"], self.rate, self.seed, asked))
+        return {"rate": self.rate, "seed": self.seed, "validation": None if wanted is None else mean, "trained": 1, "file": 1, "curve": [],
+                "rows": [mean + 0.01 * self.seed + 0.001 * i for i in range(8)] if asked else None}
+
+    monkeypatch.setattr(quality_scaled.Cell, "run", run)
+    monkeypatch.setattr(quality_scaled, "data_files", lambda *sizes: dict.fromkeys(("train", "validation", "test"), "x/data/f"))
+
+    def claim(**arms):
+        arms = {name: {"adapter": {"method": "lora", "r": r}, "rates": rates} for name, (r, rates) in arms.items()}
+        return made("quality_scaled", "own.loss < base.loss", arms, check={**LEARNS, "tasks": ["shakespeare"]})
+
+    three = [1e-3, 3e-3, 1e-2]
+    result = run_claim(claim(base=(8, three), own=(4, three)), tmp_path)
+    search = [(3e-3, 0, True), (1e-3, 0, False), (1e-2, 0, False), (3e-3, 1, True)]  # the middle first; only the best needs test rows
+    assert ran == [(8, *each) for each in search] + [(4, *each) for each in search]
+    assert result["figures"]["own"]["loss"]["by_seed"] == pytest.approx([1.0035, 1.0135]) and result["figures"]["own"]["rate"] == 3e-3
+    ran.clear()
+    run_claim(claim(base=(8, [3e-3, 1e-2, 3e-2]), own=(4, three)), tmp_path)  # one rate is new, and one was not the best before
+    assert ran == [(8, 1e-2, 0, True), (8, 3e-2, 0, True), (8, 3e-2, 1, True)]
+    ran.clear()
+    found = run_claim(claim(base=(8, [1e-1, 1e-1, 1e-1]), own=(4, [1e-3, 1e-1, 1e-2])), tmp_path)  # what is no number is never the best
+    assert "no number" in found["verdict"] and (4, 1e-3, 1, True) in ran and not any(rate == 1e-1 and asked and seed == 0
+                                                                                  for _, rate, seed, asked in ran)
 
 
 def test_quality_needs_the_data_pack(tmp_path, monkeypatch):

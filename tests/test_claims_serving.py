@@ -75,11 +75,16 @@ def test_a_mask_that_is_not_the_rows_own(tmp_path, monkeypatch):
 
 
 def test_the_shared_direction_of_two_caches():
-    """Half-way on the sphere, by the formula of spherical interpolation."""
+    """By the formula of spherical interpolation."""
     shared = find("minicache_layers").measure.__globals__["shared"]
     a, b = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     unit_a, unit_b = a / a.norm(dim=-1, keepdim=True), b / b.norm(dim=-1, keepdim=True)
     angle = torch.arccos((unit_a * unit_b).sum(-1, keepdim=True))
-    expected = (torch.sin(0.5 * angle) * unit_a + torch.sin(0.5 * angle) * unit_b) / torch.sin(angle)
-    direction, cosine = shared(a, b)
-    assert torch.allclose(direction, expected) and torch.allclose(cosine, torch.cos(angle[..., 0]))
+    expected = (torch.sin(0.4 * angle) * unit_a + torch.sin(0.6 * angle) * unit_b) / torch.sin(angle)
+    low, high, cosine = shared(a, b)
+    far = angle[:, 0].argmax()
+    assert torch.equal(low[far], a[far]) and torch.equal(high[far], b[far])  # the farthest token is kept apart
+    near = torch.arange(len(a)) != far
+    assert torch.allclose(low[near], (expected * a.norm(dim=-1, keepdim=True))[near]) and torch.allclose(cosine, torch.cos(angle[..., 0]))
+    assert torch.allclose(high[near], (expected * b.norm(dim=-1, keepdim=True))[near])
+    assert torch.equal(shared(a, b, gamma=1.0)[0], a) and torch.allclose(shared(a, a)[1], a, atol=1e-5)

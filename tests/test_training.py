@@ -15,8 +15,10 @@ import torch
 import graftwork
 import tiny
 from graftwork.errors import DataError, GraftworkError, TrainingError, UsageError
+from graftwork.evaluation.targets import find_target
 from graftwork.files import FileLock
 from graftwork.modeling.state import state_of
+from graftwork.planning.simulate import plan
 from graftwork.recipe import load_recipe
 from graftwork.registry import make_config
 from graftwork.training import checkpoint as ckpt
@@ -216,6 +218,17 @@ def test_the_heaviest_step_has_the_largest_padded_micro_batch():
     batches = StepBatches(Rows(lengths), list, 2, 2, 3, 0)
     lengths[batches.indices(2)[1]] = 40
     assert heaviest_step(batches) == 2
+    # within steps that a selection names, after the first of them where there is a second
+    lengths[batches.indices(1)[0]] = 30
+    assert heaviest_step(batches, range(0, 2)) == 1 and heaviest_step(batches, range(1, 3)) == 2
+    assert heaviest_step(batches, range(1, 1 << 62)) == 2 and heaviest_step(batches, range(2, 3)) == 2
+    assert heaviest_step(batches, range(7, 9)) == 2
+
+
+def test_the_peak_of_gradual_unfreezing_is_measured_when_all_trains(llama, rows, tmp_path):
+    document = recipe(llama, rows, tmp_path / "run", adapter=None, selection=[{"method": "freeze", "interval": 2}], train={"max_steps": 10})
+    measured = run(document, measure=True).peak_bytes
+    assert abs(plan(document, estimate_time=False).peak_bytes / measured - 1) <= 0.02
 
 
 # -- log, evaluation, checkpoints ----------------------------------------------------------------------------------------
@@ -463,6 +476,7 @@ def test_classification_by_writing_the_label(llama, tmp_path):
     result = run(recipe(llama, data, tmp_path / "o", objective="classification", data={"eval": str(data)},
                         train={"max_steps": 30, "batch_size": 8}, optimizer={"method": "adamw", "lr": 2e-2}))
     assert result.metrics["eval_row_accuracy"] == 1.0 and hasattr(result.model, "lm_head")
+    assert find_target(tmp_path / "o").task == "causal_lm"  # which `graft eval` loads: its labels are words
 
 
 # -- what goes wrong -----------------------------------------------------------------------------------------------------

@@ -76,6 +76,43 @@ def mixtral(seed: int = 0, dtype: Any = None, **more: Any) -> Any:
     return _build("AutoModelForCausalLM", MixtralConfig(**{**sizes, **more}), seed, dtype)
 
 
+def qwen3_moe(seed: int = 0, dtype: Any = None, **more: Any) -> Any:
+    """Qwen3-MoE: 4 experts of 48 channels, 2 a token; saved files hold one tensor per expert (gate_proj, up_proj, down_proj)."""
+    from transformers import Qwen3MoeConfig
+
+    sizes = _shape(num_key_value_heads=KV_HEADS, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48,
+                   norm_topk_prob=True, tie_word_embeddings=False, initializer_range=0.1, **SPECIAL)
+    return _build("AutoModelForCausalLM", Qwen3MoeConfig(**{**sizes, **more}), seed, dtype)
+
+
+def deepseek_v3(seed: int = 0, dtype: Any = None, **more: Any) -> Any:
+    """DeepSeek-V3: latent attention, one dense block, then 4 experts of 96 channels in 2 groups and a shared one."""
+    from transformers import DeepseekV3Config
+
+    sizes = _shape(num_key_value_heads=HEADS, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16,
+                   n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=96, n_shared_experts=1, n_group=2, topk_group=1,
+                   first_k_dense_replace=1, tie_word_embeddings=False, initializer_range=0.1, **SPECIAL)
+    return _build("AutoModelForCausalLM", DeepseekV3Config(**{**sizes, **more}), seed, dtype)
+
+
+def gpt_oss(seed: int = 0, dtype: Any = None, **more: Any) -> Any:
+    """gpt-oss: experts with biases, transposed, gate and up by turns; attention with sinks and biases, one layer of two in a window."""
+    from transformers import GptOssConfig
+
+    sizes = _shape(num_key_value_heads=KV_HEADS, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8,
+                   rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=False, initializer_range=0.1,
+                   **SPECIAL)
+    model = _build("AutoModelForCausalLM", GptOssConfig(**{**sizes, **more}), seed, dtype)
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("proj_bias"):
+                weight.add_((torch.randn(weight.shape, generator=generator) * 0.05).to(weight.dtype))
+    return model
+
+
 def bert_config(**more: Any) -> Any:
     from transformers import BertConfig
 

@@ -179,6 +179,7 @@ def attach_read(model: nn.Module, card: dict[str, Any], tensors: dict[str, Tenso
         if trainable:
             _resume(graft)
         return graft
+    _check_head(model, card, folder)
     check_base(model, card, folder)
     graft = attach(model, config, name=name, seed=card["seed"], ranks=_ranks(model, config, ranks), loading=True)
     try:
@@ -265,6 +266,21 @@ def check_base(model: nn.Module, card: dict[str, Any], folder: Path) -> None:
             f"{folder} was trained on another base: fingerprint {wanted[:16]} ({card['base'].get('model')}), this model has "
             f"{found[:16]}",
             remedy=f"load the model it was trained on: {card['base'].get('model')}")
+
+
+def _check_head(model: nn.Module, card: dict[str, Any], folder: Path) -> None:
+    """Raises ArtifactError where the graft brings a score head and the model writes text."""
+    scored = str(card["base"].get("class") or "").endswith("ForSequenceClassification")
+    if not scored or not any(key.startswith("modules_to_save.") for key in card["tensors"]):
+        return
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        return
+    provenance = card.get("provenance", {})
+    labels, form = provenance.get("labels"), ((provenance.get("recipe") or {}).get("data") or {}).get("format")
+    does = f"tells {len(labels)} classes apart" if labels else "gives a number for a text" if form == "regression" else "scores texts"
+    raise ArtifactError(f"{folder} {does} by a head of its own, and {type(model).__name__} writes text: it cannot answer here",
+                        remedy="`graft eval` scores rows with it; from Python load the base as a sequence classifier "
+                               "(graftwork.load(M, task='regression'), or task='classification' with num_labels)")
 
 
 def _check_sites(graft: Graft, card: dict[str, Any], folder: Path) -> None:

@@ -273,7 +273,7 @@ class _Reader:
             estimator = fields.get("estimator")
             if estimator is None or lookup("estimator", estimator.method).traits.get("gradients", True):
                 fields["optimizer"] = self._method("optimizer", "optimizer", "adamw")
-        fields["data"] = self._data(document.get("data"))
+        fields["data"] = self._data(document.get("data"), fields.get("objective"))
         fields["train"] = self._typed("train", TrainConfig, document.get("train") or {})
         fields["output_dir"] = document.get("output_dir")
         fields["trust_remote_code"] = bool(document.get("trust_remote_code", False))
@@ -322,7 +322,8 @@ class _Reader:
         presets = getattr(info.cls, "presets", {}).get(str(name), {})
         return self._typed(path, info.config, {**presets, **options})
 
-    def _data(self, value: Any) -> Any:
+    def _data(self, value: Any, objective: MethodConfig | None) -> Any:
+        """The section; `auto` is the format that the objective wants, if it wants one."""
         from .data.config import DataConfig
 
         if isinstance(value, (str, list)):
@@ -330,6 +331,9 @@ class _Reader:
         if not isinstance(value, dict):
             self.problem("data", "'data' is missing: data: {train: FILE.jsonl}")
             return None
+        wanted = objective and lookup("objective", objective.method).traits.get("format")
+        if wanted and value.get("format", "auto") == "auto":
+            value = {**value, "format": wanted}
         return self._typed("data", DataConfig, value)
 
     def _typed(self, path: str, cls: type[BaseModel], options: Any) -> Any:

@@ -166,6 +166,16 @@ def reasons_against(recipe: Recipe) -> list[tuple[str, str, str]]:
            "a fused optimizer updates on every micro-batch", "optimizer.fused: false, or train.grad_accumulation: 1")
     unless(not (fused and recipe.train.max_grad_norm > 0), "train.max_grad_norm",
            "a fused optimizer updates before the global norm is known", "train.max_grad_norm: 0, or optimizer.fused: false")
+    from .data.formats import FORMATS
+
+    wanted, given = objective.traits.get("format"), recipe.data.format
+    unless(wanted in (None, given), "data.format", f"{objective.name} learns one real number a row, and rows of format {given} have none",
+           f"data.format: {wanted}")
+    real = given in FORMATS and FORMATS[given].task == "regression"
+    unless(not real or objective.traits.get("real"), "objective",
+           f"rows of format {given} have one real number each, and {objective.name} learns none", "objective: regression")
+    unless(not real or getattr(recipe.objective, "metric", None) != "f1", "objective.metric",
+           "real labels have no classes, and F1 is over classes", "objective.metric: accuracy (within 0.5)")
     unless(not (recipe.data.packing and objective.traits["task"] == "sequence_classification"), "data.packing",
            f"{objective.name} scores whole rows", "data.packing: false")
     unless(not (recipe.train.early_stopping or recipe.train.restore_best) or bool(recipe.train.eval_steps), "train.eval_steps",

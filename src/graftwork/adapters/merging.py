@@ -110,7 +110,8 @@ def _write(site: Site, new: Tensor | nn.Module, bias: Tensor | None, requantize:
     if isinstance(new, nn.Module):
         slot = module._modules["graft"].slot(site.slot_name)
         kept["frozen"] = (slot, slot.frozen)
-        new.bias = slot.frozen.bias
+        own = slot.frozen.bias  # an expert's is a row of a parameter
+        new.bias = own if own is None or isinstance(own, nn.Parameter) else nn.Parameter(own.detach(), requires_grad=False)
         slot.frozen = StorageProduct(new)
     elif site.expert is not None:
         holder = getattr(module, site.attribute)
@@ -118,8 +119,9 @@ def _write(site: Site, new: Tensor | nn.Module, bias: Tensor | None, requantize:
             kept["stored"] = (holder, site.expert, holder[site.expert])
             holder[site.expert] = _stored(holder[site.expert], new, requantize, graft)
         else:
-            kept["weight"] = holder.data[site.expert].cpu().clone()
-            holder.data[site.expert].copy_(new)
+            view = site.product.dense().data
+            kept["weight"] = view.cpu().clone()
+            view.copy_(new)
     elif isinstance(module, StoredWeight):
         slot = module._modules["graft"].slot("whole")
         kept["frozen"] = (slot, slot.frozen)
@@ -147,7 +149,7 @@ def _restore(site: Site, kept: dict) -> None:
         slot, old = kept["frozen"]
         slot.frozen = old
     elif site.expert is not None:
-        getattr(module, site.attribute).data[site.expert].copy_(kept["weight"])
+        site.product.dense().data.copy_(kept["weight"])
     else:
         view = module.weight.data.T if is_conv1d(module) else module.weight.data
         (view if site.rows is None else view[site.rows]).copy_(kept["weight"])

@@ -13,6 +13,8 @@ from typing import Any
 from ..files import FileLock
 
 WIDTH, BLOCKS = 192, 4
+#: bases that are made here, with a width and blocks of their own
+OWN = ("scratch", "tiny")
 
 
 def characters() -> Any:
@@ -41,13 +43,13 @@ def small_llama(vocabulary: int, seed: int, width: int = WIDTH, blocks: int = BL
 
 def base_folder(name: str, folder: Path, seed: int, *, width: int = WIDTH, blocks: int = BLOCKS, steps: int = 400) -> str:
     """What a recipe names as its model: a packaged name as it is, else the folder of the small model, made where it is not there yet."""
-    if name not in ("scratch", "tiny"):
+    if name not in OWN:
         return name
     from ..modeling.gguf_import import quiet_transformers
 
     folder.mkdir(parents=True, exist_ok=True)
     place = folder / (f"scratch-{width}x{blocks}-seed{seed}" if name == "scratch" else f"tiny-{width}x{blocks}-{steps}")
-    with FileLock(folder / f".{place.name}.lock", what=f"the model in {place}"):
+    with FileLock(folder / f".{place.name}.lock", timeout=None, what=f"the model in {place}"):
         if not (place / "config.json").exists():
             start = place if name == "scratch" else folder / f"start-{width}x{blocks}"
             tokenizer = characters()

@@ -12,7 +12,7 @@ A claim is one file in rows/GROUP/: NAME.yaml, or NAME.py where the check is spe
     holds       the bar, an expression over the arms' figures (expressions.py)
     holds_here  a lower bar: met without `holds`, the claim holds at this scale only
     refuted_by  what would refute it, in words; refuted: the same as an expression, so that a missed bar can be told from that
-    minutes     cost of the full check on two cores
+    minutes     cost of the full check alone, on one core that does nothing else
     headline    why the published number itself cannot be checked here; `holds` then judges the portable part. Without kind `absent` has
                 no portable part at all
     first       its place among those to run first
@@ -21,7 +21,7 @@ A claim is one file in rows/GROUP/: NAME.yaml, or NAME.py where the check is spe
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -139,6 +139,29 @@ def claims() -> dict[str, Claim]:
             raise RuntimeError(f"two claims are called {path.stem}")
         found[path.stem] = read(path)
     return dict(sorted(found.items(), key=lambda item: (item[1].first or 99, item[1].group, item[0])))
+
+
+def in_order(found: Iterable[Claim]) -> list[Claim]:
+    """Those to run first, then the cheapest."""
+    return sorted(found, key=lambda claim: (claim.first or 99, claim.minutes, claim.name))
+
+
+def shares(found: Iterable[Claim], parts: int) -> list[list[Claim]]:
+    """The claims for so many processes with about equal minutes, each in order. Claims with runs in common stay in one process: two
+    would train them twice."""
+    from .kinds import kind_of
+
+    groups: list[tuple[set[Any], list[Claim]]] = []
+    for claim in found:
+        runs, members = kind_of(claim.kind)(claim, False).runs_in_common(), [claim]
+        for other in [g for g in groups if g[0] & runs]:
+            groups.remove(other)
+            runs, members = runs | other[0], [*other[1], *members]
+        groups.append((runs, members))
+    made: list[list[Claim]] = [[] for _ in range(parts)]
+    for _, members in sorted(groups, key=lambda g: (-sum(c.minutes for c in g[1]), g[1][0].name)):
+        min(made, key=lambda part: sum(c.minutes for c in part)).extend(members)
+    return [in_order(part) for part in made]
 
 
 def find(name: str) -> Claim:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ def absent(why: str) -> str:
 def run_claim(claim: Claim, folder: Path, *, quick: bool = False, tell: Callable[[int, int, str], None] | None = None) -> dict[str, Any]:
     """Check one claim and write FOLDER/NAME.json (NAME.quick.json, where --quick measured less); cells lie under FOLDER/cells."""
     kind = kind_of(claim.kind)(claim, quick)
-    start, reduced = time.monotonic(), quick and kind.reduces
+    cells, reduced = Cells(Path(folder) / "cells", tell), quick and kind.reduces
     try:
-        sets = kind.figures(Cells(Path(folder) / "cells", tell))
+        sets = kind.figures(cells)
         verdict, evidence = decide(claim, sets, kind.full_scale)
         shown = {arm: {k: v.to_json() if isinstance(v, Samples) else v for k, v in own.items()} for arm, own in sets[0].items()}
     except NotCheckable as error:
@@ -43,9 +42,22 @@ def run_claim(claim: Claim, folder: Path, *, quick: bool = False, tell: Callable
         "refuted": refuted(claim, sets) if NOT in (verdict, portable) else None, "figures": shown,
         "seeds": max([len(sets)] + [v.seeds for v in samples(sets)]) if sets else 0, "n": max((v.rows for v in samples(sets)), default=1),
         "first": claim.first, "command": f"graft claims run {claim.name} {'--quick' if quick else '--full'}", **_machine(),
-        "seconds": round(time.monotonic() - start, 1)}
-    atomic_write_text(Path(folder) / f"{claim.name}{'.quick' if reduced else ''}.json", json.dumps(result, indent=1) + "\n")
+        "seconds": round(cells.seconds, 1), "cpu_seconds": round(cells.cpu, 1)}
+    atomic_write_text(_place(claim, folder, reduced), json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _place(claim: Claim, folder: Path, reduced: bool) -> Path:
+    return Path(folder) / f"{claim.name}{'.quick' if reduced else ''}.json"
+
+
+def has_result(claim: Claim, folder: Path, *, quick: bool = False) -> bool:
+    """Whether a folder holds a result of the claim as it is now: of the same bar and setting."""
+    try:
+        made = json.loads(_place(claim, folder, quick and kind_of(claim.kind).reduces).read_text(encoding="utf-8"))
+        return all(made[key] == getattr(claim, key) for key in ("holds", "setting", "statement"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def decide(claim: Claim, sets: list[Figures], full_scale: bool) -> tuple[str, list[Evidence]]:

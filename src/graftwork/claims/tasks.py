@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, UsageError, nearest
+from ..files import atomic_write_text
 
 SPLITS = ("train", "validation", "test")
 
@@ -129,6 +130,5 @@ def splits(task: Task, length: int) -> dict[str, list[dict[str, Any]]]:
 
 
 def write_split(path: Path, rows: list[dict[str, Any]], count: int) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]), encoding="utf-8")
+    atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows[:count]))
     return path

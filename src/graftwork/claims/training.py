@@ -1,21 +1,27 @@
-"""One cell of a quality claim: an arm trained at one rate with one seed, and scored row by row."""
+"""One cell of a quality claim: an arm trained at one rate with one seed, and scored row by row.
+
+A cell belongs to no claim: it is known by its recipe, with all defaults filled in, its base, its data and its seed. Claims with an arm in
+common (AdamW, LoRA, GaLore on the same task) find it there.
+"""
 
 from __future__ import annotations
 
 import json
 import statistics
 import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..registry import lookup
-from .bases import base_folder
+from .bases import OWN, base_folder
 from .cells import digest
 from .kinds.base import merged
 from .tasks import splits, task_of, write_split
 
-#: {"rate", "mean", "rows", "trained", "file", "curve", "seconds"} and "error" where the run ended with one (then no rows)
+#: {"rate", "seed", "validation": mean or None, "rows": scores of test rows or None, "trained", "file", "curve"} and "error"
+#: where the run ended with one (then neither validation nor rows)
 Trained = dict[str, Any]
 #: dense bases that adapters share, by reference: loading costs more than a short run
 _SHARED: dict[tuple[str, str, str], tuple[Any, Any]] = {}
@@ -39,7 +45,6 @@ class Cell:
     rate: float
     seed: int
     files: dict[str, str]
-    split: str
     steps: int
     batch: int
     length: int
@@ -50,8 +55,19 @@ class Cell:
     rows: int | None
 
     def of(self) -> dict[str, Any]:
-        """What the result depends on; where the files lie is not part of it."""
-        return {**asdict(self), "files": {k: Path(v).parent.name for k, v in self.files.items()}}
+        """What the result depends on: the resolved recipe without places on this machine, and what no recipe says."""
+        from ..recipe import load_recipe
+
+        document = load_recipe(self.recipe(Path(), "", model=self.base), check=False).document()
+        document["data"] = {key: value for key, value in document["data"].items() if key not in ("train", "eval")}
+        own = [self.width, self.blocks] if self.base in OWN else []
+        return {"recipe": document, "task": self.task, "base": [self.base, *own], "data": Path(self.files["train"]).parent.name,
+                "seed": self.seed, "rows": self.rows}
+
+    @property
+    def place(self) -> str:
+        """Its name among the cells."""
+        return f"trained/{self.task}/lr{self.rate:g}-seed{self.seed}-{digest(self.of())}"
 
     def recipe(self, models: Path, output: str, model: str | None = None) -> dict[str, Any]:
         """The rate goes where the method has it: to the optimizer, or to an estimator that moves the weights itself. model: instead of
@@ -71,33 +87,33 @@ class Cell:
                        "data": {"train": self.files["train"], "format": task.format, "max_length": self.length, **evaluated}},
                       sections, {"output_dir": output})
 
-    def run(self, models: Path) -> Trained:
-        import time
-
+    def run(self, models: Path, wanted: Callable[[float], bool] | None = None) -> Trained:
+        """wanted: of a search; validation rows are scored first, and test rows only where it says of their mean that they are needed."""
         from ..errors import TrainingError
         from ..files import folder_bytes
         from ..modeling.state import state_of
         from ..training.run import train_recipe
 
         models.mkdir(parents=True, exist_ok=True)
-        start = time.monotonic()
+        made: Trained = {"rate": self.rate, "seed": self.seed, "validation": None, "rows": None, "trained": 0, "file": 0, "curve": []}
         with tempfile.TemporaryDirectory(dir=models) as place:
             recipe = self.recipe(models, f"{place}/run")
             model, tokenizer = self._shared(recipe)
             try:
-                made = train_recipe(recipe, quiet=True, model=model, tokenizer=tokenizer, measure=False)
-                scores = self._scores(made.model, made.tokenizer)
-                trained = sum(g.parameter_count() for g in made.grafts) or sum(p.numel() for p in made.model.parameters())
-                return {"rate": self.rate, "mean": statistics.mean(scores), "rows": scores, "trained": trained,
-                        "file": folder_bytes(made.graft), "curve": _curve(Path(place) / "run"),
-                        "seconds": round(time.monotonic() - start, 2)}
+                run = train_recipe(recipe, quiet=True, model=model, tokenizer=tokenizer, measure=False)
+                if wanted is not None:
+                    made["validation"] = statistics.mean(self._scores("validation", run.model, run.tokenizer))
+                if wanted is None or wanted(made["validation"]):
+                    made["rows"] = self._scores("test", run.model, run.tokenizer)
+                trained = sum(g.parameter_count() for g in run.grafts) or sum(p.numel() for p in run.model.parameters())
+                made |= {"trained": trained, "file": folder_bytes(run.graft), "curve": _curve(Path(place) / "run")}
             except TrainingError as error:  # it diverged; anything else is a fault of the claim or the data, and no result
-                return {"rate": self.rate, "mean": None, "rows": None, "trained": 0, "file": 0, "curve": [], "error": error.message,
-                        "seconds": round(time.monotonic() - start, 2)}
+                made["error"] = error.message
             finally:
                 if model is not None:
                     for graft in list(state_of(model).grafts.values()):
                         graft.detach()
+        return made
 
     def _shared(self, recipe: dict[str, Any]) -> tuple[Any, Any]:
         """A loaded dense base for an adapter; else none, and the run loads its own."""
@@ -115,14 +131,14 @@ class Cell:
             _SHARED[key] = load(recipe["model"], dtype=train["precision"], **kind)
         return _SHARED[key]
 
-    def _scores(self, model: Any, tokenizer: Any) -> list[float]:
+    def _scores(self, split: str, model: Any, tokenizer: Any) -> list[float]:
         task = task_of(self.task)
         if task.classes is None:
-            return row_losses(model, tokenizer, self.files[self.split], task.format, self.length, self.rows)
+            return row_losses(model, tokenizer, self.files[split], task.format, self.length, self.rows)
         from ..data import DataConfig
         from ..evaluation import evaluate
 
-        found = evaluate(model, tokenizer, self.files[self.split], metrics=("loss",), labels=task.classes, batch_size=32, limit=self.rows,
+        found = evaluate(model, tokenizer, self.files[split], metrics=("loss",), labels=task.classes, batch_size=32, limit=self.rows,
                          config=DataConfig(train="-", format=task.format, max_length=self.length))
         return [100.0 * row["correct"] for row in found.rows]
 

@@ -36,16 +36,22 @@ def print_comparison(targets: dict[str, dict[str, Any]], differences: list[dict[
 
 
 def print_wrong(rows: list[dict[str, Any]]) -> None:
-    """The first row with a wrong answer."""
+    """The first row with a wrong answer, or the one whose number is farthest off."""
+    errors = [row for row in rows if row.get("squared_error") is not None]
+    if errors:
+        far = max(errors, key=lambda row: row["squared_error"])
+        print(f"the worst row: {far['source']}\n  gave   {far['prediction']:.4g}\n  wanted {far['label']:.4g}")
     wrong = next((row for row in rows if row.get("correct") is False), None)
     if wrong:
         print(f"a wrong row: {wrong['source']}\n  wrote  {wrong['prediction']!r}\n  wanted {(wrong['references'] or [''])[0]!r}")
 
 
 def by_member(rows: list[dict], routes) -> dict[str, dict]:
-    """{adapter: {score, n}} of a fleet."""
-    members: dict[str, list[bool]] = {}
+    """{adapter: {score, n}} of a fleet: exact match, or the mean squared error of rows with real labels."""
+    members: dict[str, dict[str, list[float]]] = {}
     for row in rows if routes else []:
-        if row.get("correct") is not None:
-            members.setdefault(row["adapter"] or "base", []).append(row["correct"])
-    return {name: {"exact_match": sum(right) / len(right), "n": len(right)} for name, right in sorted(members.items())}
+        for field, score in (("correct", "exact_match"), ("squared_error", "mse")):
+            if row.get(field) is not None:
+                members.setdefault(row["adapter"] or "base", {}).setdefault(score, []).append(row[field])
+    return {name: {**{score: sum(values) / len(values) for score, values in own.items()}, "n": len(next(iter(own.values())))}
+            for name, own in sorted(members.items())}

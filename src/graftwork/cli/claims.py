@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 EPILOG = ("Examples: graft claims list --kind parameter_count | graft claims show galore_state | "
-          "graft claims run galore_state -o runs/claims | graft claims run --first15 --quick -o runs/claims | "
+          "graft claims run galore_state -o runs/claims | graft claims run --first15 --share 1/2 -o runs/claims | "
           "graft claims table -o runs/claims")
 ACTIONS = ("list", "show", "run", "table")
 
@@ -23,6 +23,8 @@ def run(
     group: str = typer.Option(None, "--group", help="list, run --all: only this group (adapters, optimizers, ...)."),
     output: Path = typer.Option(Path("claims"), "-o", "--output", help="Folder of results and cells; a run that was ended goes on there."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+    missing: bool = typer.Option(False, "--missing", help="run: only claims that have no result in the folder, or have changed since."),
+    share: str = typer.Option("1/1", "--share", help="run: i/n, the i-th of n parts, for as many processes that share the folder."),
     quiet: bool = typer.Option(False, "--quiet", help="No progress."),
 ) -> None:
     """Check published claims of this field: memory at true scale, counts, identities, and scaled-down quality, speed and serving."""
@@ -41,7 +43,12 @@ def run(
 
         print(page(results(output), f"graft claims table -o {output}"))
     else:
-        run_all(chosen(names or [], every, first, kind, group), output, quick, as_json, quiet)
+        found = shared(chosen(names or [], every, first, kind, group), share)
+        if missing:
+            from ..claims.run import has_result
+
+            found = [c for c in found if not has_result(c, output, quick=quick)]
+        run_all(found, output, quick, as_json, quiet)
 
 
 def selected(kind: str | None, group: str | None) -> list:
@@ -67,6 +74,19 @@ def chosen(names: list[str], every: bool, first: bool, kind: str | None, group: 
     return [c for c in selected(kind, group) if every or c.first]
 
 
+def shared(found: list, share: str) -> list:
+    """The claims of one process, in the order they run in. share: i/n."""
+    import re
+
+    from ..claims.claim import shares
+    from ..errors import UsageError
+
+    part, parts = map(int, share.split("/")) if re.fullmatch(r"[1-9]\d?/[1-9]\d?", share) else (1, 0)
+    if part > parts:
+        raise UsageError(f"--share {share} is no part", remedy="--share 1/2 in one process and --share 2/2 in another, same claims in both")
+    return shares(found, parts)[part - 1]
+
+
 def show_list(found: list, as_json: bool) -> None:
     import json
 
@@ -77,7 +97,7 @@ def show_list(found: list, as_json: bool) -> None:
     for claim in found:
         first = f"[{claim.first}] " if claim.first else ""
         print(f"{claim.name:<{width}}  {claim.kind:<17}  {claim.minutes:>4g} min  {first}{claim.system}: {claim.statement}")
-    print(f"{len(found)} claims, {sum(c.minutes for c in found) / 60:.1f} hours on two cores")
+    print(f"{len(found)} claims, {sum(c.minutes for c in found) / 60:.1f} hours of one core")
 
 
 def show(names: list[str] | None, as_json: bool) -> None:
@@ -101,7 +121,8 @@ def show(names: list[str] | None, as_json: bool) -> None:
 
 
 def run_all(found: list, output: Path, quick: bool, as_json: bool, quiet: bool) -> None:
-    """One after the other; a claim that cannot be run does not stop those after it, and the exit code is 1 in the end."""
+    """One after the other; a claim that cannot be run does not stop those after it, and the exit code is 1 in the end. The minutes that
+    progress shows are those of the claims' files, so they are too many where runs are kept, and too few on a busy machine."""
     import json
     import sys
 
@@ -112,9 +133,11 @@ def run_all(found: list, output: Path, quick: bool, as_json: bool, quiet: bool) 
 
     made, failed = [], []
     for i, claim in enumerate(found):
+        after = sum(c.minutes for c in found[i + 1:])
+        tell = None if quiet else bar(f"{i + 1}/{len(found)} {claim.name}", None if quick else (claim.minutes, after))
         try:
             with disk_errors(output):
-                made.append(run_claim(claim, output, quick=quick, tell=None if quiet else bar(f"{i + 1}/{len(found)} {claim.name}")))
+                made.append(run_claim(claim, output, quick=quick, tell=tell))
         except GraftworkError as error:
             if len(found) == 1 or error.exit_code == 130:  # interrupted: what is done is kept
                 raise
@@ -129,15 +152,16 @@ def run_all(found: list, output: Path, quick: bool, as_json: bool, quiet: bool) 
         raise typer.Exit(1)
 
 
-def bar(label: str):
-    """tell(done, total, cell): a moving line on a terminal, else a line a cell."""
+def bar(label: str, minutes: tuple[float, float] | None = None):
+    """tell(done, total, cell): a moving line on a terminal, else a line a cell. minutes: (of this claim, of those after it)."""
     import sys
 
     shown: list[tuple[int, str]] = []
 
     def tell(done: int, total: int, cell: str) -> None:
         ended = done >= total
-        text = f"{label} [{'#' * (20 * done // max(total, 1)):<20}] {done}/{total} {cell}"
+        left = "" if minutes is None else f", {minutes[0] * (1 - done / max(total, 1)) + minutes[1]:.0f} min left"
+        text = f"{label} [{'#' * (20 * done // max(total, 1)):<20}] {done}/{total} {cell}{left}"
         if sys.stderr.isatty():
             print(f"\r\x1b[K{text}", end="\n" if ended else "", file=sys.stderr, flush=True)
         elif (done, cell) not in shown:

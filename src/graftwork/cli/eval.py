@@ -23,7 +23,7 @@ def run(
     storage: str = typer.Option(None, "--storage", help="dense, nf4, ... (default: what the run was trained on)."),
     dtype: str = typer.Option(None, "--dtype", help="bf16, fp32 (default: the run's precision)."),
     metrics: str = typer.Option(None, "--metrics", help="loss, exact_match, bits_per_byte, token_f1, bleu, chrf, rouge, accuracy, "
-                                "macro_f1, micro_f1, f1, mcc, pearson, spearman, multiple_choice, multiple_choice_pmi, pass_at_k "
+                                "macro_f1, micro_f1, f1, mcc, mse, mae, pearson, spearman, multiple_choice, multiple_choice_pmi, pass_at_k "
                                 "(default: what suits the rows)."),
     extract: str = typer.Option(None, "--extract", help="Regular expression of what is compared: its last match, first group."),
     stop: list[str] = typer.Option([], "--stop", help="Text that ends an answer; repeatable."),
@@ -132,5 +132,5 @@ def run(
         return
     print_scores(first.metrics)
     for name, score in members.items():
-        print(f"  {name:<20} exact_match {score['exact_match']:.4f}  n {score['n']}")
+        print(f"  {name:<20} " + "  ".join(f"{key} {value:.4f}" for key, value in score.items() if key != "n") + f"  n {score['n']}")
     print_wrong(first.rows)

@@ -64,6 +64,7 @@ class Seen:
     rows: int
     lengths: list[int]
     labels: list[str] | None
+    real: bool
     bad: list[str]
     context: int | None
     hidden: int
@@ -94,15 +95,16 @@ def look(data: str, model: str, eval: str | None) -> Seen:
     seen = from_examples(tokenizer, examples, max_length=10**6, skip_bad=True, statistics=stats)
     labels = list(seen.label_names) if seen.label_names is not None else None
     kinds = " ".join(getattr(config, "architectures", None) or [])
-    if labels is None and kinds and not any(word in kinds for word in ("CausalLM", "LMHead", "ConditionalGeneration")):
+    scored = labels is not None or seen.real
+    if not scored and kinds and not any(word in kinds for word in ("CausalLM", "LMHead", "ConditionalGeneration")):
         raise UsageError(f"{model} is an encoder ({kinds}) and cannot learn to write these rows",
                          remedy="give a causal model, or rows with text and label")
-    made = Seen(model, data, eval, _format_of(examples[0]), len(examples), seen.lengths(), labels, stats.reasons[:3],
+    made = Seen(model, data, eval, _format_of(examples[0]), len(examples), seen.lengths(), labels, seen.real, stats.reasons[:3],
                 getattr(text_config, "max_position_embeddings", None), getattr(text_config, "hidden_size", 0), fleet)
     if stats.skipped:
         made.notes.append(f"{stats.skipped} of the first {len(examples) + stats.skipped} rows are unusable and will be left out, "
                           f"the first: {stats.reasons[0]}")
-    if labels is None and getattr(tokenizer, "chat_template", None) is None and examples[0].messages:
+    if not scored and getattr(tokenizer, "chat_template", None) is None and examples[0].messages:
         made.notes.append(f"{model} has no chat template")
     return made
 
@@ -110,7 +112,7 @@ def look(data: str, model: str, eval: str | None) -> Seen:
 def _format_of(example: Any) -> str:
     """The name of the format that makes such examples."""
     if example.texts is not None:
-        return "classification"
+        return "regression" if example.is_real else "classification"
     if example.text is not None:
         return "text"
     if example.messages is not None:
@@ -134,6 +136,7 @@ def choose(seen: Seen) -> list[tuple[str | None, list[tuple[str, Any, str]]]]:
         length = min(length, seen.context)
     cut = sum(n > length for n in seen.lengths) / len(seen.lengths)
     classes = seen.labels is not None
+    scored = classes or seen.real
     held = 0.0 if seen.eval or seen.rows < 20 else 0.1
     evaluates = bool(seen.eval or held)
     epochs = 3 if seen.rows < 2000 else 1
@@ -141,22 +144,23 @@ def choose(seen: Seen) -> list[tuple[str | None, list[tuple[str, Any, str]]]]:
     lr = 1e-3 if seen.hidden <= 1024 else 2e-4
     name = Path(seen.data.replace("*", "all").replace("?", "").replace("[", "").replace("]", "")).name.split(".")[0] or "run"
     data = [("train", seen.data, f"{seen.format} rows" + ("; one adapter for each file" if seen.fleet else "")),
-            ("format", "auto", "or messages, sharegpt, alpaca, completion, classification, text"),
+            ("format", "regression" if seen.real else "auto",
+             "auto, messages, sharegpt, alpaca, completion, classification, regression or text"),
             ("max_length", length, f"tokens a row; the longest seen has {seen.longest}, {cut:.1%} are cut")]
     if seen.eval:
         data.append(("eval", seen.eval, "rows to evaluate on, never trained"))
     elif held:
         data.append(("eval_fraction", held, "share of the rows held out for evaluation; equal rows stay on one side"))
-    if not classes:
+    if not scored:
         data.append(("train_on", "assistant", "whose tokens are learned: assistant, last_assistant, completion, all"))
         data.append(("packing", False, "several examples in a row, computed as if separate: quicker for short rows"))
     data.append(("skip_bad", bool(seen.bad), "leave unusable rows out and count them, instead of stopping"))
     target = f"{len(seen.labels)} classes: {', '.join(seen.labels[:6])}{', ...' if len(seen.labels) > 6 else ''}" if classes else (
-        "predict the next token")
+        "one real number a row: squared error" if seen.real else "predict the next token")
     top = [("model", seen.model, "packaged name, folder, .gguf file, or Hub id org/name[@revision]"),
            ("output_dir", f"runs/{name}", "config.yaml, metrics.jsonl, checkpoints and the graft go here"),
            ("estimator", "backprop", "where gradients come from; mezo needs forward passes only"),
-           ("objective", "classification" if classes else "causal_lm", target)]
+           ("objective", "classification" if classes else "regression" if seen.real else "causal_lm", target)]
     return [
         (None, top),
         ("storage", [("method", "dense", "how the frozen weights are kept; nf4: a quarter of the bytes")]),

@@ -23,7 +23,7 @@ def run(
     length: int = typer.Option(512, "--length", min=2, help="Tokens of each."),
     group_size: int = typer.Option(None, "--group-size", help="Weights that share a scale; -1: a whole row."),
     dtype: str = typer.Option(None, "--dtype", help="Of what stays dense: bf16, fp16, fp32 (default: the checkpoint's)."),
-    task: str = typer.Option("causal_lm", "--task", help="causal_lm, encoder or classification: the kind of model."),
+    task: str = typer.Option("causal_lm", "--task", help="causal_lm, encoder, classification or regression: the kind of model."),
     trust_remote_code: bool = typer.Option(False, "--trust-remote-code", help="Run code that the model brings."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
     quiet: bool = typer.Option(False, "--quiet", help="No progress and no notes."),

@@ -17,7 +17,8 @@ def run(
     figures: Path = typer.Option(None, "--figures", help="Also write each figure into this folder."),
     format: str = typer.Option("svg", "--format", help="Of these files: svg or png."),
     plan: bool = typer.Option(False, "--plan", help="Simulate each run's memory first and keep plan.json in its folder."),
-    spectra: int = typer.Option(None, "--spectra", min=1, help="Decompose this many sites of each saved graft first (loads the base)."),
+    spectra: int = typer.Option(None, "--spectra", min=1, help="Decompose this many learned changes first: loads the base of a graft; of "
+                                "full tuning reads both models tensor by tensor."),
     samples: int = typer.Option(None, "--samples", min=1, help="Answer this many held-out rows without and with the graft first."),
     as_json: bool = typer.Option(False, "--json", help="Print what is on the page as one JSON line."),
     quiet: bool = typer.Option(False, "--quiet", help="No progress."),

@@ -78,9 +78,10 @@ def inspect_recipe(recipe: Any) -> dict[str, Any]:
         found["data"] = {name: {"train": t.statistics.to_json(), "eval": e.statistics.to_json() if e is not None else None}
                          for name, (t, e) in sets.items()}
         found["labels"] = list(labels) if labels else None
+        found["real_labels"] = train.real
         shown = next((i for i in range(len(train)) if 2 <= train.lengths()[i]), 0)
         found["example"] = {"source": train.sources(shown), "tokens": describe_example(train, shown),
-                            "label": labels[train[shown]["labels"]] if labels else None}
+                            "label": train[shown]["labels"] if train.real else labels[train[shown]["labels"]] if labels else None}
         found["steps"] = {name: _steps(recipe, len(t)) for name, (t, _) in sets.items()}
     if not found.pop("model_error", False):
         _parameters(recipe, list(sets) or None, labels, found, problems)
@@ -92,7 +93,7 @@ def _data(recipe: Any, tokenizer: Any, problems: list[str]) -> dict[str, tuple[A
     """{adapter name: (train, eval)}. A bad row does not hide the next ones: up to five are listed a file."""
     from ..data import build_splits, find_files
     from ..errors import DataError, GraftworkError
-    from ..training.build import task_of
+    from ..training.build import check_rows
 
     sets: dict[str, tuple[Any, Any]] = {}
     try:
@@ -109,9 +110,12 @@ def _data(recipe: Any, tokenizer: Any, problems: list[str]) -> dict[str, tuple[A
             problems += _bad_rows(own, tokenizer, recipe.train.seed) or [str(error)]
         except GraftworkError as error:
             problems.append(str(error))
-    if any(t.label_names is not None for t, _ in sets.values()) and task_of(recipe) == "causal_lm":
-        problems.append(f"the rows are classification rows, and objective {recipe.objective.method} predicts tokens\n"
-                        "  remedy: objective: classification")
+    for train, _ in sets.values():
+        try:
+            check_rows(recipe, train)
+        except DataError as error:
+            problems.append(str(error))
+            break
     return sets
 
 
@@ -190,7 +194,7 @@ def describe(found: dict[str, Any], *, color: bool = False) -> str:
         lines += ["", f"example ({', '.join(example['source'][:3])}; {what}):",
                   *(f"  | {line}" for line in text.splitlines())]
         if example["label"] is not None:
-            lines.append(f"  label: {example['label']}; classes: {', '.join(found['labels'])}")
+            lines.append(f"  label: {example['label']}" + ("" if found["real_labels"] else f"; classes: {', '.join(found['labels'])}"))
     lines.append("")
     if "steps" in found:
         lines.append("steps: " + ", ".join(f"{n}" if name == "default" else f"{name} {n}" for name, n in found["steps"].items()))

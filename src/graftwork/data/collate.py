@@ -103,15 +103,16 @@ class Collator(_Padding):
 
 
 class ClassificationCollator(_Padding):
-    """Batches for classification: input_ids, attention_mask (N, T), labels (N,), token_type_ids (N, T) where the
-    tokenizer makes them: all int64; rows, index and n_tokens as in `Collator`, n_targets = N."""
+    """Batches for classification and regression: input_ids, attention_mask (N, T), labels (N,), token_type_ids (N, T) where the
+    tokenizer makes them: all int64, real labels fp32; rows, index and n_tokens as in `Collator`, n_targets = N."""
 
     def collate(self, rows: list[dict]) -> Batch:
         arrays = {"input_ids": self.stack(rows, "input_ids", self.pad_token_id), "attention_mask": self.mask(rows)}
         if "token_type_ids" in rows[0]:
             arrays["token_type_ids"] = self.stack(rows, "token_type_ids", 0)
         batch: Batch = {name: torch.from_numpy(a) for name, a in arrays.items()}
-        batch["labels"] = torch.tensor([row["labels"] for row in rows], dtype=torch.int64)
+        batch["labels"] = torch.tensor([row["labels"] for row in rows],
+                                       dtype=torch.float32 if isinstance(rows[0]["labels"], float) else torch.int64)
         batch.update(n_targets=len(rows), n_tokens=int(arrays["attention_mask"].sum()))
         return _passed_on(batch, rows)
 

@@ -17,7 +17,8 @@ class DataConfig(MethodConfig):
     """Where the examples are and how they become tokens.
 
     train, eval      a file, a glob, a list of them, or (online: true) a hub name org/name[config]:split
-    format           auto, or one of messages, sharegpt, alpaca, completion, classification, text
+    format           auto, or one of messages, sharegpt, alpaca, completion, classification, regression, text; auto is regression
+                     with objective: regression
     train_on         assistant, last_assistant, completion, all: whose tokens are learned (see rendering.py)
     max_length       tokens per row; longer rows are cut at the end, and the share of them is reported
     packing          several examples a row, computed as if separate

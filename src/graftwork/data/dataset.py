@@ -22,14 +22,15 @@ class TokenDataset(Sequence):
     """Rows for `Collator` or `ClassificationCollator` (`dataset.collator()` gives the right one).
 
     `dataset[i]` is {"input_ids": [int], "labels": [int] with -100 where untrained (not shifted), "index": i} and, where they
-    apply, "position_ids" (packed rows), "adapter", "token_type_ids"; with classification "labels" is one int.
+    apply, "position_ids" (packed rows), "adapter", "token_type_ids"; with classification "labels" is one int, with regression
+    one float (`real`).
     Order and content are functions of files, tokenizer and options; `digest` is the sha256 of the content.
     """
 
     def __init__(self, rows: list[dict], groups: list[list[int]], *, tokenizer, statistics: Statistics, sources: list[str],
-                 packed: bool = False, label_names: tuple[str, ...] | None = None):
+                 packed: bool = False, label_names: tuple[str, ...] | None = None, real: bool = False):
         self._rows, self._groups, self._sources, self.packed = rows, groups, sources, packed
-        self.tokenizer, self.statistics, self.label_names = tokenizer, statistics, label_names
+        self.tokenizer, self.statistics, self.label_names, self.real = tokenizer, statistics, label_names, real
         self.digest = self._digest()
 
     def __len__(self) -> int:
@@ -52,7 +53,8 @@ class TokenDataset(Sequence):
             for part in (self._rows[k] for k in group):
                 for name, value in part.items():
                     digest.update(f"{name}:{np.size(value)}:".encode())
-                    digest.update(np.asarray(value, "<i4").tobytes() if not isinstance(value, str) else value.encode())
+                    kind = "<f8" if isinstance(value, float) else "<i4"
+                    digest.update(value.encode() if isinstance(value, str) else np.asarray(value, kind).tobytes())
             digest.update(b"|")
         return digest.hexdigest()
 
@@ -65,7 +67,7 @@ class TokenDataset(Sequence):
         return [self._sources[k] for k in self._groups[i]]
 
     def collator(self, **options) -> Collator | ClassificationCollator:
-        cls = Collator if self.label_names is None else ClassificationCollator
+        cls = ClassificationCollator if self.real or self.label_names is not None else Collator
         return cls(pad_token_of(self.tokenizer), **options)
 
 
@@ -121,11 +123,12 @@ def _encode_rows(examples: Iterable[Example], renderer: Renderer, max_length: in
     return rows, sources
 
 
-def _encode_classes(examples: list[Example], tokenizer, names: tuple[str, ...], max_length: int, skip_bad: bool,
-                    statistics: Statistics) -> tuple[list[dict], list[str]]:
+def _encode_labelled(examples: list[Example], tokenizer, names: tuple[str, ...] | None, max_length: int, skip_bad: bool,
+                     statistics: Statistics) -> tuple[list[dict], list[str]]:
+    """names: of the classes; None where the labels are real numbers."""
     rows, sources = [], []
     for example in examples:
-        if str(example.label) not in names:
+        if names is not None and str(example.label) not in names:
             error = DataError(f"{example.source}: label {example.label!r} is not one of the training labels"
                               f"{nearest(str(example.label), names)}", remedy=f"labels: {', '.join(names)}")
             if not skip_bad:
@@ -135,7 +138,7 @@ def _encode_classes(examples: list[Example], tokenizer, names: tuple[str, ...], 
         length = len(tokenizer(*example.texts, verbose=False)["input_ids"])
         out = tokenizer(*example.texts, truncation=True, max_length=max_length, verbose=False)
         row = {k: np.asarray(out[k], np.int32) for k in ("input_ids", "token_type_ids") if k in out}
-        row["labels"] = names.index(str(example.label))
+        row["labels"] = example.label if names is None else names.index(str(example.label))
         rows.append(row if example.adapter is None else {**row, "adapter": example.adapter})
         sources.append(str(example.source))
         statistics.longest = max(statistics.longest, length)
@@ -156,6 +159,20 @@ def _label_names(examples: list[Example]) -> tuple[str, ...]:
     return tuple(sorted(labels))
 
 
+#: size of the numbers from which on squared errors drown the rest of a step
+_LARGE_TARGET = 100.0
+
+
+def _note_targets(labels: list[float], statistics: Statistics) -> None:
+    """What there is to say of the real labels of a training set."""
+    low, high = min(labels), max(labels)
+    if low == high and len(labels) > 1:
+        statistics.note(f"all {len(labels)} labels are {low:g}: there is nothing to tell the rows apart by")
+    elif max(-low, high) > _LARGE_TARGET:
+        statistics.note(f"the labels go from {low:g} to {high:g}, and the loss is their squared error: divided by a constant, so that "
+                        "they are of the size of 1, they are learned in fewer steps")
+
+
 def _pack(rows: list[dict], max_length: int) -> list[list[int]]:
     """Rows of different adapters are never packed together: routing is by row."""
     groups: dict[str | None, list[int]] = {}
@@ -171,14 +188,20 @@ def from_examples(tokenizer, examples: list[Example], *, train_on: str = "assist
                   progress: Progress | None = None) -> TokenDataset:
     """Tokenizes examples. `label_names`: those of the training set, for an evaluation set. See `build`."""
     statistics = statistics if statistics is not None else Statistics()
-    classes = examples[0].texts is not None
-    if any((e.texts is not None) != classes for e in examples):
-        raise DataError("classification rows are mixed with rows of other formats", remedy="use one file per task")
-    if classes and (packing or system is not None):
-        raise UsageError("packing and system do not apply to classification rows", remedy="remove them from data")
-    if classes:
-        names = tuple(label_names) if label_names is not None else _label_names(examples)
-        rows, sources = _encode_classes(examples, tokenizer, names, max_length, skip_bad, statistics)
+    labelled, real = examples[0].texts is not None, examples[0].is_real
+    kind = "regression" if any(e.is_real for e in examples) else "classification"
+    if any((e.texts is not None) != labelled for e in examples):
+        raise DataError(f"{kind} rows are mixed with rows of other formats", remedy="use one file per task")
+    odd = next((e for e in examples if e.is_real != real), None)
+    if odd is not None:
+        raise DataError(f"{odd.source}: the label {odd.label!r} is {'a class' if real else 'a real number'}, that of "
+                        f"{examples[0].source} is {'a real number' if real else 'a class'}",
+                        remedy="data.format: regression reads all labels as real numbers")
+    if labelled and (packing or system is not None):
+        raise UsageError(f"packing and system do not apply to {kind} rows", remedy="remove them from data")
+    if labelled:
+        names = None if real else tuple(label_names) if label_names is not None else _label_names(examples)
+        rows, sources = _encode_labelled(examples, tokenizer, names, max_length, skip_bad, statistics)
     else:
         names = None
         renderer = Renderer(tokenizer, train_on=train_on, system=system, chat=chat)
@@ -195,7 +218,7 @@ def from_examples(tokenizer, examples: list[Example], *, train_on: str = "assist
     if statistics.skipped:
         statistics.note(f"{statistics.skipped} unusable rows are skipped, the first: {statistics.reasons[0]}")
     return TokenDataset(rows, groups, tokenizer=tokenizer, statistics=statistics, sources=sources, packed=packing,
-                        label_names=names)
+                        label_names=names, real=real)
 
 
 def build(tokenizer, path: str | os.PathLike | list, *, format: str = "auto", train_on: str = "assistant",
@@ -243,10 +266,12 @@ def build_splits(config: DataConfig, tokenizer, *, seed: int = 0, adapter: str |
     if config.eval is not None:
         held = load_dataset_rows(config.eval, **reading, adapter=adapter, statistics=second, progress=progress)
     elif config.eval_fraction:
-        names = _label_names(examples) if examples[0].texts is not None else None
+        names = _label_names(examples) if examples[0].texts is not None and not examples[0].is_real else None
         examples, held = hold_out(examples, config.eval_fraction, seed)
     train = from_examples(tokenizer, examples, **shaping, packing=config.packing, label_names=names, statistics=first,
                           progress=progress)
+    if train.real:
+        _note_targets([example.label for example in examples], first)
     if not held:
         return train, None
     return train, from_examples(tokenizer, held, **shaping, label_names=train.label_names, statistics=second, progress=progress)

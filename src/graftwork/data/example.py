@@ -30,7 +30,7 @@ class Example:
                          completion where the row itself says so (None: what follows the last user message)
     prompt, completion   raw text
     text                 raw text without a prompt
-    texts, label         one text or a pair, to be classified
+    texts, label         one text or a pair, to be classified (a whole number or a name) or given a number (a float)
     """
 
     messages: tuple[dict[str, Any], ...] | None = None
@@ -40,9 +40,14 @@ class Example:
     completion: str | None = None
     text: str | None = None
     texts: tuple[str, ...] | None = None
-    label: int | str | None = None
+    label: int | str | float | None = None
     adapter: str | None = None
     source: Source | None = None
+
+    @property
+    def is_real(self) -> bool:
+        """Whether the row's target is a real number."""
+        return isinstance(self.label, float)
 
     def content_key(self) -> str:
         """Canonical text of everything but the source: equal rows have equal keys."""

@@ -8,6 +8,8 @@ Errors carry the reason and the remedy only; `load_dataset_rows` puts file and l
 from __future__ import annotations
 
 import json
+import math
+from decimal import Decimal
 from typing import Any, ClassVar
 
 from ..errors import DataError, UsageError, nearest
@@ -24,9 +26,10 @@ def data_format(cls: type[Format]) -> type[Format]:
 
 
 class Format:
-    """Base. `parse(row)` returns the Example or raises DataError."""
+    """Base. `parse(row)` returns the Example or raises DataError. task: the kind of model that learns from such rows."""
 
     name: ClassVar[str]
+    task: ClassVar[str] = "causal_lm"
     required: ClassVar[tuple[str, ...]]
     optional: ClassVar[tuple[str, ...]] = ()
 
@@ -221,11 +224,10 @@ class Completion(Format):
         return Example(prompt=self.text(row, "prompt", empty=True), completion=self.text(row, "completion"))
 
 
-@data_format
-class Classification(Format):
-    """`label` (a number or a name) and `text` or `sentence`; a second text in `text2` or `sentence2`."""
+class _Labelled(Format):
+    """`label`, and one text or two."""
 
-    name, required = "classification", ("label",)
+    required = ("label",)
     first, second = ("text", "sentence", "text1", "sentence1"), ("text2", "sentence2")
     optional = (*first, *second)
 
@@ -233,15 +235,65 @@ class Classification(Format):
         return "label" in row and any(name in row for name in self.first)
 
     def parse(self, row: Row) -> Example:
-        label = self.value(row, "label")
-        if not isinstance(label, (int, str)) or label == "":
-            raise DataError(f"'label' must be a whole number or a name, it is {label!r}",
-                            remedy="remove the row, or set skip_bad")
-        if isinstance(label, int) and label < 0:
-            raise DataError(f"'label' is {label}, which stands for no label", remedy="remove the row, or set skip_bad")
+        label = self.label(self.value(row, "label"))
         texts = [self.text(row, next((n for n in self.first if n in row), "text"))]
         texts += [self.text(row, name) for name in self.second if row.get(name) is not None][:1]
-        return Example(texts=tuple(texts), label=label if isinstance(label, str) else int(label))
+        return Example(texts=tuple(texts), label=label)
+
+    def label(self, value: Any) -> int | str | float:
+        raise TypeError(f"{type(self).__name__} is abstract")
+
+
+#: above it a number is infinite in single precision, in which losses are computed
+_LARGEST = 3.4e38
+
+
+@data_format
+class Regression(_Labelled):
+    """`label` (a real number, also as text, as CSV has it) and `text` or `sentence`; a second text in `text2` or `sentence2`."""
+
+    name, task = "regression", "regression"
+
+    def recognizes(self, row: Row) -> bool:
+        return isinstance(row.get("label"), float) and super().recognizes(row)
+
+    def label(self, value: Any) -> float:
+        if value is None or value == "":
+            raise DataError("'label' is empty: the row has no number to learn", remedy="fill it, remove the row, or set skip_bad")
+        if isinstance(value, bool) or not isinstance(value, (int, float, str, Decimal)):
+            raise DataError(f"'label' must be a number, it is {value!r}", remedy="write a number such as 3.8, or set skip_bad")
+        try:
+            number = float("none" if isinstance(value, str) and "_" in value else value)
+        except ValueError:
+            comma = " with a point, not a comma" if isinstance(value, str) and value.count(",") == 1 else ""
+            raise DataError(f"'label' is {value!r}, which is no number",
+                            remedy=f"write a number such as 3.8{comma}; labels that are names belong to objective: classification "
+                                   "(data.format: classification)") from None
+        except OverflowError:
+            number = math.inf
+        if not abs(number) <= _LARGEST:
+            raise DataError(f"'label' is {str(value)[:40]}, and what is learned must be a finite number below {_LARGEST:.1e}",
+                            remedy="mend or remove the row, or set skip_bad")
+        return number
+
+
+@data_format
+class Classification(_Labelled):
+    """`label` (a number or a name) and `text` or `sentence`; a second text in `text2` or `sentence2`."""
+
+    name, task = "classification", "classification"
+
+    def label(self, value: Any) -> int | str:
+        if isinstance(value, float):
+            raise DataError(f"'label' is {value!r}, and a class is a whole number or a name",
+                            remedy="objective: regression (data.format: regression) learns real numbers; classes are written 1, not 1.0")
+        if not isinstance(value, (int, str)) or value == "":
+            raise DataError(f"'label' must be a whole number or a name, it is {value!r}",
+                            remedy="remove the row, or set skip_bad")
+        if isinstance(value, int) and value < 0:
+            raise DataError(f"'label' is {value}, which stands for no label",
+                            remedy="remove the row, or set skip_bad; numbers that are no classes are learned by objective: regression")
+        return value if isinstance(value, str) else int(value)
 
 
 @data_format

@@ -62,6 +62,7 @@ class Estimator:
     gradients: ClassVar[bool] = True  # fills .grad (False: moves parameters itself)
     differentiates: ClassVar[bool] = True  # takes derivatives of the objective (False: compares its values)
     moves_some: ClassVar[bool] = False  # fills .grad of some parameters and moves the others itself
+    heaviest_first: ClassVar[bool] = False  # needs the most memory in the first step of a run
 
     def __init__(self, config: MethodConfig):
         self.config = config

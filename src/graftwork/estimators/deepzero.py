@@ -61,6 +61,7 @@ class DeepZero(MethodConfig):
                  "Konstantinos and Zhang, Yihua and Zhang, Zheng and Kailkhura, Bhavya and Liu, Sijia}, booktitle={ICLR}, year={2024}}")
 class DeepZeroEstimator(Estimator):
     differentiates = False
+    heaviest_first = True  # that of ZO-GraSP
 
     def __init__(self, config: DeepZero | None = None):
         super().__init__(config or DeepZero())

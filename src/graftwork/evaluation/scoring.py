@@ -15,15 +15,17 @@ from typing import Any
 from torch import nn
 
 from ..data import DataConfig, Statistics
-from ..errors import DataError, IncompatibleError
+from ..errors import DataError, IncompatibleError, UsageError
 from . import bootstrap
-from .families.base import Metric, Options, find
+from .families.base import Metric, Options, find, known
 from .metrics import pattern
 from .observers import observe
 from .observers.base import Progress, Settings, View
 from .tasks import Task, read_tasks
 
 METRICS = ("loss", "exact_match")
+#: of rows with real labels
+OF_NUMBERS = ("loss", "mse", "pearson", "spearman")
 
 
 @dataclass
@@ -75,11 +77,13 @@ def compare(model: nn.Module, tokenizer: Any, data: Any, targets: Mapping[str, S
     """Scores of several targets on the same rows, in one pass: {name: the graft of each row}. See `evaluate`."""
     tasks, _ = _tasks(data, config, None)
     judges = find(for_rows(tasks, metrics), options)
+    _check_real(judges, tasks)
     view = View(model, tokenizer, objective, tasks, dict(targets),
                 Settings(config=config or DataConfig(train="-"), finder=pattern(extract), **settings), progress)
     if tasks[0].example.label is None and model.get_output_embeddings() is None:
-        raise IncompatibleError(f"{type(model).__name__} classifies, and the rows have no label",
-                                remedy='give rows such as {"text": "...", "label": "..."}')
+        real = getattr(model.config, "problem_type", None) == "regression"
+        raise IncompatibleError(f"{type(model).__name__} {'gives a number' if real else 'classifies'}, and the rows have no label",
+                                remedy=f'give rows such as {{"text": "...", "label": {"3.8" if real else chr(34) + "..." + chr(34)}}}')
     for need in dict.fromkeys(need for judge in judges for need in judge.needs):
         observe(need, view)
     out = Comparison({name: Evaluation({"n": len(rows)}, rows) for name, rows in view.rows.items()}, notes=view.notes)
@@ -92,13 +96,26 @@ def compare(model: nn.Module, tokenizer: Any, data: Any, targets: Mapping[str, S
 
 
 def for_rows(tasks: Sequence[Task], metrics: Sequence[str] | None) -> list[str]:
-    """The metrics that are asked for; those that suit the rows where none are. A score head's rows get their accuracy in any case."""
+    """The metrics that are asked for; those that suit the rows where none are. A score head's rows get their accuracy, or their errors and
+    correlations, in any case."""
     first = tasks[0]
+    if first.example.is_real:
+        return list(dict.fromkeys([*(metrics if metrics is not None and metrics is not METRICS else ()), *OF_NUMBERS]))
     if first.example.label is not None:
         return list(dict.fromkeys([*(metrics or METRICS), "loss", "accuracy", "exact_match", "macro_f1"]))
     if metrics is not None:
         return list(metrics)
     return ["multiple_choice"] if first.choices is not None else ["pass_at_k"] if first.tests is not None else list(METRICS)
+
+
+def _check_real(judges: Sequence[Metric], tasks: Sequence[Task]) -> None:
+    """Raises UsageError for metrics of texts or classes where the labels are real numbers."""
+    first = tasks[0]
+    odd = next((judge for judge in judges if not judge.real), None) if first.example.is_real else None
+    if odd is not None:
+        suited = ", ".join(name for name, each in known().items() if each.real)
+        raise UsageError(f"metric '{odd.name}' does not suit the rows, whose labels are real numbers ({first.example.label!r} in "
+                         f"{first.source})", remedy=f"metrics for them: {suited}")
 
 
 def _tasks(data: Any, config: DataConfig | None, limit: int | None) -> tuple[list[Task], Statistics]:
@@ -107,12 +124,15 @@ def _tasks(data: Any, config: DataConfig | None, limit: int | None) -> tuple[lis
         tasks = data[:limit]
     else:
         tasks = read_tasks(data, config or DataConfig(train="-"), limit=limit, statistics=statistics)
-    kinds = {(t.example.label is not None, t.choices is not None, t.tests is not None) for t in tasks}
-    if len(kinds) > 1:
-        odd = next(t for t in tasks if (t.example.label is not None) != (tasks[0].example.label is not None)
-                   or (t.choices is None) != (tasks[0].choices is None) or (t.tests is None) != (tasks[0].tests is None))
+    kinds = [(t.example.label is not None, t.choices is not None, t.tests is not None) for t in tasks]
+    odd = next((task for task, kind in zip(tasks, kinds) if kind != kinds[0]), None)
+    if odd is not None:
         raise DataError(f"{odd.source}: rows of different kinds (label, choices, tests, or none of these) are mixed",
                         remedy="evaluate one kind of rows at a time")
+    odd = next((task for task in tasks if task.example.is_real != tasks[0].example.is_real), None)
+    if odd is not None:
+        raise DataError(f"{odd.source}: labels that are classes and labels that are real numbers are mixed",
+                        remedy="format=regression reads all labels as real numbers")
     return tasks, statistics
 
 

@@ -22,7 +22,7 @@ def find_targets(run: str | None, grafts: Sequence[str], *, model: str | None = 
                  dtype: str | None = None, base: bool = False) -> tuple[Target, dict[str, str | None]]:
     """(what is to be loaded, {name shown: graft attached, None for the bare base}) in the order of the options.
 
-    Raises UsageError: a name given twice, no graft in a folder, a fleet among them, grafts with different labels."""
+    Raises UsageError: a name given twice, no graft in a folder, a fleet among them, grafts with different labels or tasks."""
     named = parse(grafts)
     own = find_target(run, model=model) if run is not None else None
     shown: dict[str, str | None] = {}
@@ -46,6 +46,10 @@ def find_targets(run: str | None, grafts: Sequence[str], *, model: str | None = 
     labels = {name: _labels({name: folder}).get(name) for name, folder in found.grafts.items()}
     if len({tuple(each) if each else None for each in labels.values()}) > 1:
         raise UsageError(f"the grafts have different labels: {labels}", remedy="compare grafts of one task")
+    kinds = {name: each.task for name, folder in found.grafts.items() if (each := _grafts({name: folder})).recipe is not None}
+    if len(set(kinds.values())) > 1:
+        told = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+        raise UsageError(f"the grafts belong to different kinds of models: {told}", remedy="compare grafts of one task")
     found.labels = {name: each for name, each in labels.items() if each}
     found.storage = {"method": storage} if storage is not None else found.storage
     found.dtype = dtype or found.dtype

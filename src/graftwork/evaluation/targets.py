@@ -28,7 +28,19 @@ class Target:
 
     @property
     def data(self) -> DataConfig:
-        return self.recipe.data if self.recipe is not None else DataConfig(train="-")
+        if self.recipe is not None:
+            return self.recipe.data
+        return DataConfig(train="-", format="regression" if self.task == "regression" else "auto")
+
+    @property
+    def task(self) -> str:
+        """The kind of model: what the run of a graft needed, else what the checkpoint is."""
+        from ..training.build import task_of
+
+        if self.grafts and self.recipe is not None:
+            labels = next(iter(self.labels.values()), None)
+            return task_of(self.recipe, len(labels) if labels else None)
+        return task_of_checkpoint(self.model)
 
     @property
     def objective(self) -> Any:
@@ -142,12 +154,11 @@ def _labels(grafts: dict[str, Path]) -> dict[str, list[str]]:
 def load_target(target: Target, *, say: Callable[[str], None] = lambda text: None) -> tuple[Any, Any]:
     """(model in its storage with the target's grafts attached, tokenizer)."""
     from ..api import load
-    from ..training.build import recorded_data, task_of
+    from ..training.build import recorded_data
 
     if not target.model:
         raise UsageError("the artifact does not say which base it belongs to", remedy="add --model M")
-    task = task_of(target.recipe) if target.recipe is not None else "causal_lm"
-    labels = next(iter(target.labels.values()), None)
+    task, labels = target.task, next(iter(target.labels.values()), None)
     model, tokenizer = load(target.model, storage=target.storage, dtype=target.dtype, task=task,
                             calibration_data=recorded_data(target.storage, target.recipe, target.model),
                             num_labels=len(labels) if labels and task == "classification" else None)
@@ -156,6 +167,21 @@ def load_target(target: Target, *, say: Callable[[str], None] = lambda text: Non
     for name, folder in target.grafts.items():
         attach_quietly(model, folder, name, say)
     return model, tokenizer
+
+
+def task_of_checkpoint(ref: str) -> str:
+    """The kind of model that a folder's config names: classification, regression (one output) or causal_lm, also where it names none."""
+    from ..errors import ModelError
+    from ..modeling.models import load_config
+
+    try:
+        config = load_config(ref)
+    except (ModelError, UsageError):  # loading says it better
+        return "causal_lm"
+    if not any(str(name).endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or ()):
+        return "causal_lm"
+    one = getattr(config, "problem_type", None) == "regression" or config.num_labels == 1
+    return "regression" if one else "classification"
 
 
 def route_rows(target: Target, tasks: list) -> list[str | None] | None:

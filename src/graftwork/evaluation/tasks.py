@@ -110,4 +110,5 @@ def prompt_and_answer(renderer: Renderer, example: Example) -> tuple[list[int], 
 
 def label_names(tasks: Sequence[Task]) -> tuple[str, ...] | None:
     """Labels that occur, sorted, where the rows are to be classified; None otherwise."""
-    return tuple(sorted({str(t.example.label) for t in tasks})) if tasks[0].example.label is not None else None
+    first = tasks[0].example
+    return None if first.label is None or first.is_real else tuple(sorted({str(t.example.label) for t in tasks}))

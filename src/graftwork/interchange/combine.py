@@ -138,7 +138,8 @@ def _dense(grafts: Sequence[Graft], rule: Rule, weights: Sequence[float], densit
         lost, total = lost + float(S[rank:].square().sum()), total + float(S.square().sum())
         _put(found, grafts[0], key, LowRank(Vh[:rank].contiguous(), (U[:, :rank] * S[:rank]).contiguous()))
         if biases:
-            found.biases[key] = rule(list(biases.values()), [weights[i] for i in biases], density, _generator(seed, f"{key}/bias"))
+            where = key if isinstance(key, str) else ".".join(map(str, key))
+            found.biases[where] = rule(list(biases.values()), [weights[i] for i in biases], density, _generator(seed, f"{key}/bias"))
     found.error = (lost / total) ** 0.5 if total else 0.0
     return found
 

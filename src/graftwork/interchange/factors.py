@@ -41,7 +41,7 @@ class LowRank:
 @dataclass
 class Factors:
     """Low-rank changes by module, expert maps by (module, attribute) with one entry per expert (None: no change), changes
-    of biases by module, and the relative Frobenius error of the whole (0 where everything is exact)."""
+    of biases by module (an expert's by its site), and the relative Frobenius error of the whole (0 where everything is exact)."""
 
     modules: dict[str, LowRank] = field(default_factory=dict)
     experts: dict[tuple[str, str], list[LowRank | None]] = field(default_factory=dict)
@@ -117,7 +117,8 @@ def lora_factors(graft: Graft, rank: int | None = None) -> Factors:
         if bias is not None:
             full = torch.zeros(site.product.whole.out_features if site.rows is not None else site.out_features)
             full[site.rows or slice(None)] = bias.detach().float().cpu() * graft.weight
-            found.biases[site.module_name] = found.biases.get(site.module_name, 0) + full
+            place = site.module_name if site.expert is None else name
+            found.biases[place] = found.biases.get(place, 0) + full
         if site.expert is not None:
             kept = found.experts.setdefault((site.module_name, site.attribute), [None] * expert_count(site.module))
             kept[site.expert] = pair

@@ -105,14 +105,16 @@ class MergedWeights:
         if not value.is_floating_point():
             return value
         out_dtype = self._dtype(value)
-        if attribute == "bias":
-            change = self._bias_change(module_name)
+        beside = name.removesuffix("_bias")
+        if attribute == "bias" or beside != name and beside in self.changes:
+            change = self._bias_change(module_name) if attribute == "bias" else self._expert_biases(beside)
             return (value.float() + change).to(out_dtype) if change is not None else value.to(out_dtype)
         if name not in self.changes:
             return self._with_tokens(name, value, out_dtype)
         merged = value.float().clone()
         for site_name, site in self.changes[name]:
-            part = merged[site.expert] if site.expert is not None else merged.T if is_conv1d(module) else merged
+            part = merged if site.expert is None else merged[site.expert]
+            part = part.T if (is_conv1d(module) if site.expert is None else site.product.transposed_source) else part
             part = part if site.rows is None else part[site.rows]
             exact = part + (change := self._change(site_name, site, part.to(value.dtype)))
             part.copy_(exact)
@@ -150,7 +152,8 @@ class MergedWeights:
             return module.dequantize().detach().cpu()
         kept = getattr(module, attribute)
         if isinstance(kept, nn.ModuleList):
-            return torch.stack([each.dequantize().detach().cpu() for each in kept])
+            whole = torch.stack([each.dequantize().detach().cpu() for each in kept])
+            return whole.mT if getattr(module, "is_transposed", False) else whole
         return kept.detach().cpu()
 
     def _resized(self, name: str) -> bool:
@@ -175,6 +178,16 @@ class MergedWeights:
             whole = site.product.whole.out_features if site.rows is not None else site.out_features
             total = torch.zeros(whole) if total is None else total
             total[site.rows or slice(None)] += change.detach().float().cpu() * self.graft.weight
+        return total
+
+    def _expert_biases(self, parameter: str) -> Tensor | None:
+        """Changes of the biases beside a fused parameter, (experts, out)."""
+        total = None
+        for name, site in self.changes[parameter]:
+            change = self.graft.adapters[name].delta_bias()
+            if change is not None:
+                total = torch.zeros(self.shapes[f"{parameter}_bias"]) if total is None else total
+                total[site.expert] += change.detach().float().cpu() * self.graft.weight
         return total
 
     def _stored(self, site: Any) -> Any:

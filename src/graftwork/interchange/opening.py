@@ -24,7 +24,7 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
     folder = Path(folder)
     if not (folder / CARD).exists() and (folder / "adapter_config.json").exists():
         document = read_document(folder)
-        ref, storage, labels, recipe = document.get("base_model_name_or_path"), None, None, None
+        ref, storage, labels, recipe, names = document.get("base_model_name_or_path"), None, None, None, None
         task = {"SEQ_CLS": "classification", "FEATURE_EXTRACTION": "encoder"}.get(document.get("task_type"), "causal_lm")
     else:
         card = read_card(folder)
@@ -35,6 +35,9 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
         heads = [shape[0] for key, (shape, _) in card["tensors"].items()
                  if key.startswith("modules_to_save.") and key.endswith(".weight")]
         labels = heads[-1] if heads and task == "classification" else None
+        names = card.get("provenance", {}).get("labels")
+        if labels == 1 and not names:
+            task = "regression"
     ref = model or ref
     if not ref:
         raise ArtifactError(f"{folder} does not say which model it belongs to", remedy="name it: --model FOLDER")
@@ -42,4 +45,7 @@ def open_saved(folder: str | Path, *, model: str | Path | None = None, dtype: An
     config = make_config("storage", options.pop("method"), **options) if options else None
     data = recorded_data(storage, recipe, ref)
     loaded, tokenizer = load_stored(ref, config, task=task, dtype=dtype, num_labels=labels, keep_codes=True, batches=lambda *_: data)
+    if names and task == "classification" and len(names) == loaded.config.num_labels:
+        loaded.config.id2label = dict(enumerate(names))
+        loaded.config.label2id = {name: i for i, name in enumerate(names)}
     return loaded, tokenizer, attach_saved(loaded, folder)

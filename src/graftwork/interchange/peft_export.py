@@ -187,7 +187,7 @@ def _bias_tensors(graft: Graft, factors: Factors, config: dict[str, Any], tensor
     if not changed:
         return
     products = {name: product for name, _, product in linear_modules(graft.model)}
-    if all(products[name].bias is not None for name in changed):
+    if all(name in products and products[name].bias is not None for name in changed):
         config["bias"] = "lora_only"
         for name in factors.modules:
             old = products[name].bias

@@ -1,8 +1,9 @@
-"""Fused 3-D expert parameters of Transformers 5 (Mixtral, Qwen-MoE ...), as one linear map per expert.
+"""Fused 3-D expert parameters of Transformers 5 (Mixtral, Qwen-MoE, gpt-oss ...), as one linear map per expert.
 
-An experts module keeps `gate_up_proj` (E, 2*ff, d) and `down_proj` (E, d, ff). Grafting one changes the class of the
-module in place to a loop over its experts, in which every expert's two maps are sites of their own; the parameters and
-their state-dict keys stay. Tokens arrive flat, (N*T, d), row-major; routed rows are followed through `state.tokens`.
+An experts module keeps `gate_up_proj` (E, 2*ff, d) and `down_proj` (E, d, ff), some of them transposed and with a bias a row (gpt-oss:
+(E, d, 2*ff), rows of gate and up by turns). Grafting one changes the class of the module in place to a loop over its
+experts, in which every expert's two maps are sites of their own; the parameters and their state-dict keys stay.
+Tokens arrive flat, (N*T, d), row-major; routed rows are followed through `state.tokens`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ ATTRIBUTES = ("gate_up_proj", "down_proj")
 
 
 def is_experts(module: nn.Module) -> bool:
-    """True for a module with fused, gated, untransposed 3-D expert parameters (or the storages that replaced them)."""
+    """True for a module with fused, gated 3-D expert parameters (or the storages that replaced them) which lets its experts run one by
+    one: Llama 4's and LongCat's have forwards of their own."""
     kept = [module._parameters.get(a, module._modules.get(a)) for a in ATTRIBUTES]
     fused = all((isinstance(k, nn.Parameter) and k.dim() == 3) or isinstance(k, nn.ModuleList) for k in kept)
-    return fused and getattr(module, "has_gate", True) and not getattr(module, "is_transposed", False) \
-        and not getattr(module, "has_bias", False)
+    return fused and getattr(module, "has_gate", True) and hasattr(module, "_apply_gate")
 
 
 def expert_count(module: nn.Module) -> int:
@@ -38,6 +39,12 @@ def expert_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, int,
             for attribute in ATTRIBUTES:
                 for expert in range(expert_count(module)):
                     yield name, module, attribute, expert, ExpertProduct(module, attribute, expert)
+
+
+def expert_map(product: Product, x: Tensor) -> Tensor:
+    """What an expert's map makes of x (..., in), with its bias where it has one."""
+    y, bias = product.product(x), product.bias
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def replace_expert(module: nn.Module, attribute: str, expert: int, stored: nn.Module) -> None:
@@ -102,7 +109,7 @@ class ExpertLoop:
     def _one(self, expert: int, x: Tensor, slots: nn.Module | None) -> Tensor:
         def linear(attribute: str, value: Tensor) -> Tensor:
             slot = None if slots is None else slots.slot(f"{attribute}_{expert}")
-            return ExpertProduct(self, attribute, expert).product(value) if slot is None else slot.run(value)
+            return expert_map(ExpertProduct(self, attribute, expert), value) if slot is None else slot.run(value)
 
         hidden = self._apply_gate(linear("gate_up_proj", x))
         return linear("down_proj", hidden)

@@ -30,7 +30,10 @@ __all__ = ["PACKAGED", "TASKS", "ModelRef", "empty_model", "load_config", "load_
            "parse_dtype", "resolve", "tokenizer_of"]
 #: in a folder of codes: digests of the dense weights that they were made of
 PRISTINE = "pristine.json"
-TASKS = {"causal_lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification", "encoder": "AutoModel"}
+TASKS = {"causal_lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification",
+         "regression": "AutoModelForSequenceClassification", "encoder": "AutoModel"}
+#: tasks whose model has a score head, which may be new
+SCORED = ("classification", "regression")
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -136,9 +139,10 @@ def load_model(ref: str | Path | ModelRef, *, task: str = "causal_lm", dtype: st
                trust_remote_code: bool = False, seed: int = 0) -> tuple[nn.Module, Any]:
     """The model (in eval mode, on the CPU) and its tokenizer (None where the folder has none).
 
-    task: `causal_lm`, `encoder` (hidden states) or `classification` (with `num_labels`; a head that the checkpoint lacks is
-    drawn from `seed`, its names are in `model.graft_new_weights`). dtype None keeps the checkpoint's (a converted GGUF:
-    see gguf_import). fake: from the config alone under FakeTensorMode (the active one, else a new one), no weights read.
+    task: `causal_lm`, `encoder` (hidden states), `classification` (with `num_labels`) or `regression` (one output, problem_type
+    "regression"); a head that the checkpoint lacks is drawn from `seed`, its names are in `model.graft_new_weights`. dtype None keeps
+    the checkpoint's (a converted GGUF: see gguf_import). fake: from the config alone under FakeTensorMode (the active one, else a new
+    one), no weights read.
     `model.graft_source` re-reads pristine weights. The global random state is left as it was.
     Raises ModelError (missing, damaged, unsupported, weights missing in the checkpoint) and UsageError (task, dtype).
     """
@@ -192,8 +196,6 @@ def _load_codes(ref: ModelRef, folder: Path, config: Any, task: str, dtype: torc
     """The model of a folder whose weights are codes, which are kept."""
     import torch
 
-    from .protocols import StoredWeight
-
     model = hollow_model(config, task=task, dtype=dtype, attn_implementation=attention)
     source = build_source(model, folder, ref=ref.ref, revision=folder.name if ref.kind == "hub" else ref.revision)
     new = sorted(fill_codes(model, config, folder))
@@ -206,8 +208,8 @@ def _load_codes(ref: ModelRef, folder: Path, config: Any, task: str, dtype: torc
     _draw(model, new, seed)
     model.tie_weights()
     model.graft_new_weights = new
-    origins = {name: origin for name, origin in source.origins.items()  # codes may have the name and shape of a weight
-               if not isinstance(model.get_submodule(name.rpartition(".")[0]), StoredWeight)}
+    dense = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
+    origins = {name: origin for name, origin in source.origins.items() if name in dense}  # codes may have the name and shape of a weight
     model.graft_source = replace(source, origins=origins, coded=True, pristine=_pristine_digests(folder))
     return model.eval()
 
@@ -217,13 +219,16 @@ def fill_codes(model: nn.Module, config: Any, folder: Path | None) -> list[str]:
     config tells. Returns the names that the folder lacks."""
     import torch
 
-    from ..storage._folder import fill, quantization_of, storage_of
+    from ..storage._folder import OURS, fill, quantization_of, storage_of
+    from ..storage._published_folder import apply_published
     from ..storage.base import apply_storage
     from .source import read_stored
 
     document, missing = quantization_of(config), []
-    if folder is None:
+    if folder is None and document.get("quant_method") == OURS:
         apply_storage(model, storage_of(document))
+    elif folder is None:
+        apply_published(model, document)
     else:
         stored = stored_tensors(folder)
         with torch.no_grad():
@@ -282,19 +287,24 @@ def _fake_tensors():
 
 
 def _set_labels(config: Any, num_labels: int | None, tokenizer: Any, task: str) -> None:
-    if num_labels is not None:
+    if task == "regression":
+        if num_labels not in (None, 1):
+            raise UsageError(f"a regression head has one output, not {num_labels}",
+                             remedy="leave num_labels out, or task='classification'")
+        config.num_labels, config.problem_type = 1, "regression"
+    elif num_labels is not None:
         if task != "classification" or num_labels < 1:
             raise UsageError("num_labels is the number of classes (1 or more) of the task 'classification'",
                              remedy="load_model(..., task='classification', num_labels=2)")
         config.num_labels = num_labels
-    if task == "classification" and getattr(config, "pad_token_id", None) is None:
+    if task in SCORED and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id if tokenizer is not None else 0  # where a causal model finds the last token
 
 
 def _check_missing(model: nn.Module, missing: list[str], task: str, ref: ModelRef) -> None:
     trunk = f"{model.base_model_prefix}."
-    allowed = {"causal_lm": (), "encoder": ("pooler.",), "classification": (f"{trunk}pooler.",)}[task]
-    heads = task == "classification"  # what lies outside the trunk is the head, which may be new
+    heads = task in SCORED  # what lies outside the trunk is the head, which may be new
+    allowed = (f"{trunk}pooler.",) if heads else {"encoder": ("pooler.",)}.get(task, ())
     bad = [name for name in missing if not name.startswith(allowed) and not (heads and not name.startswith(trunk))]
     if bad:
         shown = ", ".join(bad[:3]) + ", ..." * (len(bad) > 3)

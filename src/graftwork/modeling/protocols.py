@@ -173,23 +173,34 @@ class RowsProduct(Product):
 
 
 class ExpertProduct(Product):
-    """Expert e of a fused 3-D parameter (experts, out, in), or of a list of storages that replaced it."""
+    """Expert e of a fused 3-D parameter (experts, out, in), or (experts, in, out) in a module that says `is_transposed`, or of a list of
+    storages that replaced it. Its bias, where the module has one, is a row of the parameter `ATTRIBUTE_bias` (experts, out)."""
 
     def __init__(self, module: nn.Module, attribute: str, expert: int):
         self.module, self.attribute, self.expert = module, attribute, expert
+        self.transposed_source = getattr(module, "is_transposed", False)
         kept = getattr(module, attribute)
         if isinstance(kept, nn.ModuleList):
             self.in_features, self.out_features = kept[expert].in_features, kept[expert].out_features
         else:
-            self.out_features, self.in_features = kept.shape[1:]
+            self.out_features, self.in_features = self._of(kept).shape
+
+    def _of(self, whole: Tensor) -> Tensor:
+        """This expert's part of the parameter or its like, as a view (out, in)."""
+        return whole[self.expert].T if self.transposed_source else whole[self.expert]
 
     def product(self, x, leaves=None):
         kept = getattr(self.module, self.attribute)
-        return kept[self.expert].product(x, leaves) if isinstance(kept, nn.ModuleList) else linear(x, kept[self.expert])
+        return kept[self.expert].product(x, leaves) if isinstance(kept, nn.ModuleList) else linear(x, self._of(kept))
 
     def dense(self, leaves=None):
         kept = getattr(self.module, self.attribute)
-        return kept[self.expert].dequantize(leaves) if isinstance(kept, nn.ModuleList) else kept[self.expert]
+        return kept[self.expert].dequantize(leaves) if isinstance(kept, nn.ModuleList) else self._of(kept)
+
+    @property
+    def bias(self):
+        kept = self.module._parameters.get(f"{self.attribute}_bias") if getattr(self.module, "has_bias", False) else None
+        return None if kept is None else kept[self.expert]
 
     @property
     def stored(self):

@@ -285,7 +285,10 @@ def pristine_weight(model: nn.Module, site: Any) -> torch.Tensor:
                              remedy="load the dense model with graftwork.load(folder, storage=...), or keep the storage dense")
         return site.product.dense().detach().float()
     weight = source.read(site.parameter_name, dtype=torch.float32, expert=site.expert)
-    # Conv1D keeps (in, out); a stored site has lost its module class, so its source shape tells
-    transposed = is_conv1d(site.module) or (stored and site.expert is None and getattr(site.module, "transposed_source", False))
+    # Conv1D and some experts keep (in, out); a stored site has lost its module class, so its source shape tells
+    if site.expert is not None:
+        transposed = site.product.transposed_source
+    else:
+        transposed = is_conv1d(site.module) or (stored and getattr(site.module, "transposed_source", False))
     weight = weight.T if transposed else weight
     return weight if site.rows is None else weight[site.rows]

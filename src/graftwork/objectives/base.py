@@ -12,6 +12,7 @@ Nothing on this path reads a value on the host: it runs under FakeTensorMode whe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -68,8 +69,15 @@ class Objective:
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Sums over a batch, without gradients: `loss` (plain, without label smoothing), `tokens` (terms), `correct`
-        (terms predicted right), `rows` (rows with a term) and `rows_correct` (rows with all terms right)."""
+        (terms predicted right), `rows` (rows with a term) and `rows_correct` (rows with all terms right); more where `means` wants it."""
         raise NotImplementedError
+
+    def means(self, sums: dict[str, float]) -> dict[str, float]:
+        """What is reported of the added sums of all batches: loss (nats per term), perplexity, accuracy (terms), row_accuracy (rows with
+        every term right), n (rows)."""
+        loss = sums["loss"] / max(sums["tokens"], 1)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 50.0)), "accuracy": sums["correct"] / max(sums["tokens"], 1),
+                "row_accuracy": sums["rows_correct"] / max(sums["rows"], 1), "n": int(sums["rows"])}
 
 
 def unwrap(model: nn.Module) -> nn.Module:

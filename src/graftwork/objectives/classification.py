@@ -1,10 +1,10 @@
-"""Classification and regression of rows.
+"""Classification of rows.
 
 With a model that has a score head (`AutoModelForSequenceClassification`: BERT and MiniLM, also decoders that score their
 last token), logits (N, C) and one label per row:
 
     term_r = -log softmax(logits_r)[label_r]            integer labels
-    term_r = (logits_r - label_r)^2                     floating-point labels, C = 1
+    term_r = (logits_r - label_r)^2                     floating-point labels, C = 1 (recipes name the objective `regression`)
 
 With a causal model the label is a word or several, the end of the row (its tokens are the trained ones), and
 
@@ -35,7 +35,7 @@ class Classification(MethodConfig):
 
 
 @register("objective", "classification", config=Classification, title="Classification", task="sequence_classification",
-          summary="cross-entropy of one label per row (squared error for real labels); label words with a causal model")
+          summary="cross-entropy of one label per row; label words with a causal model")
 class ClassificationObjective(Objective):
     def __init__(self, config: Classification | None = None):
         super().__init__(config or Classification())

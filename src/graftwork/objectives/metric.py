@@ -13,7 +13,7 @@ With a causal model (predictions: the most probable token after the true ones be
     f1            m_r per row: the overlap of the predicted and the wanted tokens, both as bags. The bags have one size, so precision and
                   recall are one number
 With a score head (one label a row):
-    accuracy, exact_match    m_r in {0, 1}; a real label within 0.5
+    accuracy, exact_match    m_r in {0, 1}; a real label (data.format: regression) within 0.5
     f1            macro F1 of the micro-batch, over the classes that occur among its labels or predictions: m_r is the same for its rows
 
 Evaluation reports what `causal_lm` and `classification` report, likelihoods included; early stopping goes by that loss. A prediction
@@ -49,7 +49,7 @@ class Metric(MethodConfig):
 
 
 @register("objective", "metric", config=Metric, paper="2305.17333", title="A metric as the objective", task="sequence_classification",
-          summary="accuracy, exact match or F1 itself, for estimators that need no derivative", differentiable=False,
+          summary="accuracy, exact match or F1 itself, for estimators that need no derivative", differentiable=False, real=True,
           bibtex="@inproceedings{malladi2023mezo, title={Fine-Tuning Language Models with Just Forward Passes}, author={Malladi, "
                  "Sadhika and Gao, Tianyu and Nichani, Eshaan and Damian, Alex and Lee, Jason D. and Chen, Danqi and Arora, "
                  "Sanjeev}, booktitle={NeurIPS}, year={2023}}")

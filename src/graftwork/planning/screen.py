@@ -61,7 +61,8 @@ def shapes_of(recipe: Any) -> Shapes:
     from ..training.build import task_of
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model, _ = load_model(recipe.model, task=task_of(recipe), num_labels=2 if task_of(recipe) == "classification" else None, fake=True,
+        task = task_of(recipe)
+        model, _ = load_model(recipe.model, task=task, num_labels=2 if task == "classification" else None, fake=True,
                               trust_remote_code=recipe.trust_remote_code)
         sites = Counter((s.out_features, s.in_features) for s in find_sites(model, "all-linear"))
         total = sum(p.numel() for p in model.parameters())

@@ -282,7 +282,7 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
         ledger.track([fake, unread], "other")
         scope, objectives.logits_scope = objectives.logits_scope, lambda: ledger.category("logits")
         try:
-            first = max((s.heaviest_step(step.context(0)) for s in step.selections), default=0)
+            first = step.heaviest_steps().start
             if _state_alone(step):
                 _allocate_state(step)
             else:
@@ -422,13 +422,14 @@ def _from_shape(recipe: Recipe) -> tuple[list[dict[str, Any]], int | None, list[
     from ..training.build import task_of
 
     rows, length, train = recipe.train.batch_size, recipe.data.max_length, recipe.train
-    classes = task_of(recipe) == "classification"
-    collate = (ClassificationCollator if classes else Collator)(0)
-    one = {"input_ids": [1] * length, "labels": 0 if classes else [-100] + [1] * (length - 1)}
+    task = task_of(recipe)
+    collate = (Collator if task == "causal_lm" else ClassificationCollator)(0)
+    one = {"input_ids": [1] * length, "labels": {"classification": 0, "regression": 0.0}.get(task, [-100] + [1] * (length - 1))}
     if recipe.data.packing:
         one["position_ids"] = list(range(length))
     steps = train.max_steps if train.max_steps > 0 else None
-    return [collate([dict(one) for _ in range(rows)]) for _ in range(train.grad_accumulation)], steps, ["default"], 2 if classes else None
+    labels = 2 if task == "classification" else None
+    return [collate([dict(one) for _ in range(rows)]) for _ in range(train.grad_accumulation)], steps, ["default"], labels
 
 
 _RATES: dict[torch.dtype, float] = {}

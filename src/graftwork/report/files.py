@@ -48,6 +48,7 @@ class SpectraFile(_Open):
 
     sites: dict[str, Spectrum]
     of: int | None = None
+    note: str | None = None
     left_out: str | None = None
 
 

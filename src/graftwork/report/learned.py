@@ -46,13 +46,12 @@ def spectra(runs: list[Run]) -> Section:
         of, end = (f" of {run.name}", f"-{number + 1}") if len(runs) > 1 else ("", "")
         figure = drawings.spectra(f"spectra{end}", f"Singular values of the learned changes{of}", panels, rows)
         if len(found) < (run.spectra.get("of") or 0):
-            figure.note += f" {len(found)} of {run.spectra['of']} sites."
+            figure.note += f" {len(found)} of {run.spectra['of']} sites, of evenly spaced layers."
+        figure.note = f"{figure.note} {run.spectra.get('note') or ''}".strip()
         section.figures.append(figure)
     reasons: dict[str, list[Run]] = {}
     for run in [run for run in runs if run not in have]:
-        whole = run.recipe is not None and "adapter" in run.recipe and run.recipe["adapter"] is None
-        why = (run.spectra or {}).get("left_out") or ("the whole model was trained, there is no graft to decompose" if whole else
-                                                      "none in the run folder (graft report RUN --spectra 24 computes them)")
+        why = (run.spectra or {}).get("left_out") or "none in the run folder (graft report RUN --spectra 24 computes them)"
         reasons.setdefault(why, []).append(run)
     for why, lacking in reasons.items():
         section.left_out += missing(runs, [run for run in runs if run not in lacking], why)

@@ -1,4 +1,4 @@
-"""Singular values of what a graft has learned, one site at a time.
+"""Singular values of what a graft has learned, one site at a time (of full tuning: whole.py).
 
     change = B A   (out, in), B (out, r), A (r, in):   B = Q_b R_b, A^T = Q_a R_a   ->   sigma(B A) = sigma(R_b R_a^T), (r, r)
     any other change: sigma of the dense (out, in) matrix
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import GraftworkError, UsageError
+from ..errors import GraftworkError
 
 #: sites of a graft that are looked at, and singular values of each that are kept
 SITES, VALUES = 64, 64
@@ -45,16 +45,25 @@ def write_spectra(folder: Path, grafts: Sequence[Any], *, sites: int = SITES, de
 
 def chosen_sites(graft: Any, limit: int) -> list[str]:
     """At most `limit` sites: of evenly spaced layers, the first and the last among them, with all their sites."""
-    names = list(graft.adapters)
+    return evenly(list(graft.adapters), limit, lambda name: graft.sites[name].layer)
+
+
+def evenly(names: list[str], limit: int, layer_of: Callable[[str], int]) -> list[str]:
+    """At most `limit` of the names: those of evenly spaced layers, the first and the last among them, after what
+    lies outside of the layers (layer -1)."""
     if len(names) <= limit:
         return names
     layers: dict[int, list[str]] = {}
     for name in names:
-        layers.setdefault(graft.sites[name].layer, []).append(name)
-    order = sorted(layers)
-    count = max(1, min(len(order), limit // max(1, -(-len(names) // len(order)))))
+        layers.setdefault(layer_of(name), []).append(name)
+    outside = layers.pop(-1, [])  # embeddings and heads get a quarter at most
+    if not layers:
+        return outside[:limit]
+    outside = outside[:max(limit // 4, limit - sum(map(len, layers.values())))]
+    order, room = sorted(layers), limit - len(outside)
+    count = max(1, min(len(order), room // max(map(len, layers.values()))))
     kept = [order[round(i * (len(order) - 1) / max(1, count - 1))] for i in range(count)]
-    return [name for layer in dict.fromkeys(kept) for name in layers[layer]][:limit]
+    return [*outside, *[name for layer in dict.fromkeys(kept) for name in layers[layer]][:room]]
 
 
 def graft_spectra(graft: Any, names: Iterable[str], dense: bool = True,
@@ -102,13 +111,16 @@ def role_of(site: str) -> str:
 
 
 def of_saved(folder: Path, *, sites: int, say: Callable[[str], None]) -> None:
-    """spectra.json of a finished run, from its base and its saved graft."""
+    """spectra.json of a finished run, from its base and its saved graft or its tuned weights."""
     from ..evaluation.targets import find_target, load_target
     from ..modeling.state import state_of
 
     target = find_target(folder)
     if not target.grafts:
-        raise UsageError(f"{folder} trained the whole model: there is no graft to decompose", remedy="leave --spectra out for this run")
+        from .whole import write_changes
+
+        return write_changes(folder, target.model, target.recipe.model, task=target.task, sites=sites, stored=target.storage is not None,
+                             say=say)
     try:
         model, _ = load_target(target, say=say)
     except GraftworkError as error:

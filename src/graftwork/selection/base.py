@@ -59,9 +59,9 @@ class Selection:
             raise IncompatibleError(f"selection '{self.method}' acts on adapter {', '.join(self.adapters)}, not on {found}",
                                     remedy=f"adapter: {self.adapters[0]}, or remove this selection")
 
-    def heaviest_step(self, ctx: SelectionContext) -> int:
-        """The step of the run at which most trains, for the planner."""
-        return 0
+    def heaviest_steps(self, ctx: SelectionContext) -> range:
+        """The steps of the run in which most trains: the planner simulates the first two, a run's peak is measured in one of them."""
+        return range(ctx.total_steps)
 
     def begin(self, ctx: SelectionContext) -> None:
         """Once, after the optimizer exists (ctx.step is the step that comes next, also after a resume)."""

@@ -21,6 +21,7 @@ Differs from ULMFiT: times are in steps instead of whole epochs; its rates per l
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -98,11 +99,11 @@ class FreezeSelection(Selection):
         """The ids of what trains in a step."""
         return {key for key, (first, last) in self._spans.items() if first <= step < last}
 
-    def heaviest_step(self, ctx: SelectionContext) -> int:
+    def heaviest_steps(self, ctx: SelectionContext) -> range:
         self._spans, sizes = self.spans(ctx), {id(p): p.numel() for _, p in ctx.parameters}
-        unknown = ctx.total_steps <= 1  # a run of unknown length is planned as one step: all its stages count
-        changes = sorted({0, *(first for first, _ in self._spans.values() if unknown or first < ctx.total_steps)})
-        return max(changes, key=lambda step: sum(sizes[key] for key in self.active(step)))
+        end = ctx.total_steps if ctx.total_steps > 1 else NEVER  # a run of unknown length is planned as one step: all its stages count
+        changes = sorted({0, end, *(time for span in self._spans.values() for time in span if time < end)})
+        return max((range(*pair) for pair in pairwise(changes)), key=lambda steps: sum(sizes[key] for key in self.active(steps.start)))
 
     def spans(self, ctx: SelectionContext) -> dict[int, tuple[int, int]]:
         """The steps in which each of the run's parameters trains."""

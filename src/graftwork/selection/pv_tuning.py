@@ -60,8 +60,8 @@ class PVTuningSelection(Selection):
     def begin(self, ctx: SelectionContext) -> None:
         self.check_graft(ctx)
 
-    def heaviest_step(self, ctx: SelectionContext) -> int:
-        return self.config.interval - 1
+    def heaviest_steps(self, ctx: SelectionContext) -> range:
+        return range(self.config.interval - 1, max(ctx.total_steps, self.config.interval), self.config.interval)
 
     def before_step(self, ctx: SelectionContext) -> None:
         self._seen.clear()

@@ -3,8 +3,8 @@
 config.json says how they are coded: `quantization_config: {"quant_method": ..., ...}`. Ours ("graftwork") names storage and options, and
 keeps every leaf in its own shape and dtype as `MODULE.LEAF` beside the tensors that stayed dense; what `uncalibrated` lists was
 rounded to the nearest, and `modules` says which of `variants` a storage is of that has another method than the model's. In a
-published quantized checkpoint (storage/published.py has the formats) each module becomes a storage with options of its own, by
-`from_checkpoint`. The model is built without memory, and only what the files hold is filled in.
+published quantized checkpoint (published.py has the formats, _published_folder.py the names) each module becomes a storage with options
+of its own, by `from_checkpoint`. The model is built without memory, and only what the files hold is filled in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import GraftworkError, ModelError
-from ..modeling.protocols import has_values
 from ..registry import lookup, make_config
 from .base import Place, Storage, StorageConfig, bytes_parameter, install, places
 from .published import storage_of_checkpoint
@@ -93,42 +92,38 @@ def fill(model: nn.Module, document: Mapping[str, Any], shapes: Mapping[str, tup
     """Put the tensors of a folder into a model that has none (on meta or fake), or into its module `within`. shapes: of every tensor of
     the folder, by its name there; read(name) gives one. Returns the names of the model that no tensor was found for.
     Raises ModelError for tensors that do not belong together."""
+    if document.get("quant_method") != OURS:
+        from ._published_folder import fill_published
+
+        return fill_published(model, document, shapes, read)
     config, rounded = storage_of(document), set(document.get("uncalibrated", ()))
-    names, other = _names(model, shapes), _modules(document)
-    below: dict[str, dict[str, str]] = {}
-    for name, stored in names.items():
-        parts = name.split(".")
-        for end in range(1, len(parts)):
-            below.setdefault(".".join(parts[:end]), {})[".".join(parts[end:])] = stored
-    empty: dict[tuple, Storage] = {}
+    names, other = {here(model, name): name for name in shapes}, _modules(document)
+    below, empty = below_modules(names), {}
     for place in places(model, config.model_copy(update={"skip_modules": []}), within):
         own = below.get(place.name, {})
         if set(own) <= {"weight", "bias"}:
             continue  # it stayed dense
         tensors = {leaf: read(stored) for leaf, stored in own.items()}
-        if document.get("quant_method") == OURS:
-            _put_codes(model, place, other.get(place.name, config), place.name in rounded, tensors, empty)
-        else:
-            _put_published(model, place, config, tensors, document)
-    missing = _fill_dense(model, names, shapes, read, within)
-    if document.get("quant_method") != OURS and any(".experts." in name for name in missing):
-        raise ModelError("experts of published quantized checkpoints are not read",
-                         remedy="give the dense model and choose a storage, for example `storage: int4`")
-    return missing
+        _put_codes(model, place, other.get(place.name, config), place.name in rounded, tensors, empty)
+    return fill_dense(model, names, shapes, read, within)
 
 
-def _names(model: nn.Module, shapes: Mapping[str, Any]) -> dict[str, str]:
-    """{name in this model: name in the folder}: a folder may be of the trunk alone, or of a class with another head."""
+def below_modules(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """{module: {rest of the name: name in the folder}} of names in the model."""
+    below: dict[str, dict[str, str]] = {}
+    for name, stored in names.items():
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            below.setdefault(".".join(parts[:end]), {})[".".join(parts[end:])] = stored
+    return below
+
+
+def here(model: nn.Module, name: str) -> str:
+    """The name in this model of a name in a folder, which may be of the trunk alone, or of a class with another head."""
     prefix = f"{model.base_model_prefix}." if getattr(model, "base_model_prefix", "") else ""
-    inside = hasattr(model, prefix[:-1]) if prefix else False
-    tops = {name for name, _ in model.named_children()}
-
-    def here(name: str) -> str:
-        if name.split(".")[0] in tops or not prefix:
-            return name
-        return prefix + name if inside else name.removeprefix(prefix)
-
-    return {here(name): name for name in shapes}
+    if name.split(".")[0] in model._modules or not prefix:
+        return name
+    return prefix + name if hasattr(model, prefix[:-1]) else name.removeprefix(prefix)
 
 
 def _put_codes(model: nn.Module, place: Place, config: StorageConfig, rounded: bool, tensors: dict[str, Tensor],
@@ -154,41 +149,25 @@ def _put_codes(model: nn.Module, place: Place, config: StorageConfig, rounded: b
         stored.bias = nn.Parameter(bias.to(stored.bias.dtype), requires_grad=False)
 
 
-def _put_published(model: nn.Module, place: Place, config: StorageConfig, tensors: dict[str, Tensor], document: Mapping[str, Any]) -> None:
-    dense, cls = place.product.dense(), lookup("storage", config.method).cls
-    known = all(has_values(tensor) for tensor in tensors.values())
-    if known or config.method != "nf4":
-        if not known and "weight_shape" in tensors:
-            tensors["weight_shape"] = tuple(dense.shape)
-        stored = cls.from_checkpoint(tensors, document)
-    else:  # shapes are values there
-        stored = cls.from_weight(dense.detach(), config, bias=place.product.bias, dtype=dense.dtype)
-    if (stored.out_features, stored.in_features) != tuple(dense.shape):
-        raise ModelError(f"'{place.name}' is {stored.out_features} x {stored.in_features} in the checkpoint, not {tuple(dense.shape)}",
-                         remedy="the checkpoint belongs to another config")
-    if place.product.bias is None and stored.bias is not None and not (known and bool(stored.bias.any())):
-        stored.bias = None  # some tools write zeros for every module
-    if (place.product.bias is None) != (stored.bias is None):
-        raise ModelError(f"'{place.name}' has {'no' if stored.bias is None else 'a'} bias in the checkpoint, unlike the model",
-                         remedy="the checkpoint belongs to another config")
-    if stored.bias is not None:
-        stored.bias = nn.Parameter(stored.bias.detach().to(dense.dtype), requires_grad=False)
-    stored.compute_dtype = dense.dtype  # by hand, since fake parameters cannot be moved
-    install(model, place, stored)
-
-
-def _fill_dense(model: nn.Module, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor],
-                within: str) -> list[str]:
-    missing, aliases = [], set(getattr(model, "all_tied_weights_keys", None) or {})
+def fill_dense(model: nn.Module, names: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor],
+               within: str = "", made: Mapping[str, Callable[[], Tensor]] | None = None) -> list[str]:
+    """Fill in what is in no storage: from `made`, what several tensors of the folder are put together for, else from a tensor of its own.
+    Returns the names that there is nothing for."""
+    missing, aliases, made = [], set(getattr(model, "all_tied_weights_keys", None) or {}), made or {}
     for name, tensor in dense_names(model, within).items():
-        if name not in names:
+        if name not in names and name not in made:
             if name not in aliases:
                 missing.append(name)
             continue
-        if tuple(shapes[names[name]]) != tuple(tensor.shape):
-            raise ModelError(f"'{name}' is {tuple(shapes[names[name]])} in the file, not {tuple(tensor.shape)}",
-                             remedy="the files belong to another config")
-        put_tensor(model, name, read(names[name]).to(tensor.dtype))
+        value = made[name]() if name in made else None
+        found = tuple(shapes[names[name]]) if value is None else tuple(value.shape)
+        if found != tuple(tensor.shape):
+            raise ModelError(f"'{name}' is {found} in the file, not {tuple(tensor.shape)}", remedy="the files belong to another config")
+        value = read(names[name]) if value is None else value
+        if value.itemsize == 1 and tensor.is_floating_point():
+            raise ModelError(f"'{name}' is codes in the file ({value.dtype}), and their scales are missing",
+                             remedy="the files belong to another config, or are damaged: get them again")
+        put_tensor(model, name, value.to(tensor.dtype))
     return missing
 
 

@@ -217,6 +217,18 @@ class GroupStorage(CodedStorage):
         leaves |= {name: value for name, value in more.items() if value is not None}
         return cls(*(shape or codes.shape), config, leaves, bias, dtype)
 
+    @classmethod
+    @torch.no_grad()
+    def joined(cls, parts):
+        first, every = cls.alike(parts), [part.leaves() for part in parts]
+        own = {"codes", *cls.grid(first.options).parameters}
+        leaves = {name: torch.cat([each[name] for each in every]) if name in own else value for name, value in every[0].items()}
+        for name in set(leaves) - own:
+            if has_values(leaves[name]) and not all(torch.equal(each[name], leaves[name]) for each in every):
+                raise UsageError(f"maps that the model keeps as one differ in '{name}', of which one storage has one",
+                                 remedy="give the dense model")
+        return cls(sum(part.out_features for part in parts), first.in_features, first.options, leaves, None, first.compute_dtype)
+
     def with_leaves(self, leaves, *, exact=True):
         leaves, options = self._checked(leaves), self.options
         if exact and "scale_dtype" in type(options).model_fields:

@@ -8,7 +8,7 @@ storage reads its codes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -133,6 +133,21 @@ class Storage(nn.Module):
         """A storage of the same codes whose weight is W + change (out, in), where the format can hold that; else None. exact: as in
         `with_leaves`."""
         return None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Storage]) -> Storage:
+        """The rows of several storages of this format, one below the other, as one storage of the same codes and values, without bias:
+        maps that files keep apart and a model as one. Raises UsageError where one storage cannot hold them."""
+        raise UsageError(f"storage '{cls.method}' does not put maps together", remedy="give the dense model")
+
+    @classmethod
+    def alike(cls, parts: Sequence[Storage]) -> Storage:
+        """The first of `parts`. Raises UsageError where `joined` has parts of several kinds."""
+        first = parts[0]
+        if any((part.in_features, part.options, set(part.leaves())) != (first.in_features, first.options, set(first.leaves()))
+               for part in parts):
+            raise UsageError(f"maps that the model keeps as one are coded as {cls.method} in different ways", remedy="give the dense model")
+        return first
 
     def train_weight(self) -> nn.Parameter:
         """Let the weight itself train (full tuning), where the format can: from now on the module has a parameter `weight`, a
@@ -379,8 +394,10 @@ def dense_state(model: nn.Module) -> dict[str, Tensor] | None:
         for key in module.leaves():
             del state[f"{name}.{key}"]
         parent, _, last = name.rpartition(".")
-        if isinstance(model.get_submodule(parent.rpartition(".")[0]), ExpertLoop) and last.isdigit():
-            experts.setdefault(parent, []).append(module.dequantize())
+        owner = model.get_submodule(parent.rpartition(".")[0])
+        if isinstance(owner, ExpertLoop) and last.isdigit():
+            weight = module.dequantize()
+            experts.setdefault(parent, []).append(weight.T if getattr(owner, "is_transposed", False) else weight)
         else:
             weight = module.dequantize()
             state[f"{name}.weight"] = weight.T.contiguous() if getattr(module, "transposed_source", False) else weight

@@ -102,6 +102,20 @@ class FP8Storage(GroupStorage):
             codes.append(quantizer.encode(rows, {"scale": scales[-1].expand(len(rows), -1)}))
         return cls(*weight.shape, config, {"codes": torch.cat(codes), "scale": torch.cat(scales)}, bias, dtype or weight.dtype)
 
+    @classmethod
+    def joined(cls, parts):
+        """Where a block would reach over the seam of two parts, all blocks are cut into lower ones that do not."""
+        step = math.gcd(*(part.options.block_rows for part in parts), *(part.out_features for part in parts[:-1]))
+        return super().joined([part._in_blocks_of(step) for part in parts])
+
+    @torch.no_grad()
+    def _in_blocks_of(self, step: int) -> FP8Storage:
+        """The same in blocks of fewer rows, a divisor of those of now."""
+        leaves, now = self.leaves(), self.options.block_rows
+        scale = leaves["scale"].repeat_interleave(now // step, 0)[: -(-self.out_features // step)]
+        options = self.options.model_copy(update={"block_rows": step})
+        return type(self)(self.out_features, self.in_features, options, {**leaves, "scale": scale}, None, self.compute_dtype)
+
     def _parameter(self, name, value, rows):
         step = self.options.block_rows
         if step == 1:

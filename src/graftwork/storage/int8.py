@@ -61,6 +61,15 @@ class Int8Storage(Storage):
         leaves = dict(zip(_LEAVES, quantize_affine(weight, 8, config.group_size)))
         return cls(*weight.shape, config, leaves, bias, dtype or weight.dtype)
 
+    @classmethod
+    @torch.no_grad()
+    def joined(cls, parts):
+        first, group = cls.alike(parts), parts[0].options.group_size
+        if any(part.out_features * part.in_features % group for part in parts[:-1]):
+            raise UsageError(f"maps that the model keeps as one end within a group of {group} codes", remedy="give the dense model")
+        leaves = {name: torch.cat([part.leaves()[name] for part in parts]) for name in _LEAVES}
+        return cls(sum(part.out_features for part in parts), first.in_features, first.options, leaves, None, first.compute_dtype)
+
     def leaves(self):
         kept = self._parameters
         return {n: view_as(kept[n].detach(), torch.uint8 if n == "codes" else torch.float32) for n in _LEAVES}

@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 
+from ..errors import UsageError
 from ..registry import register
 from ._affine import affine_product, serves
 from ._groups import Grid, GroupConfig, GroupStorage
@@ -112,6 +113,13 @@ class IntStorage(GroupStorage):
         grid = self.grid(self.options)
         each = {name: leaves[name].index_select(1, leaves["group_index"]) for name in grid.parameters}
         return grid.encode(weight.unsqueeze(-1), each).squeeze(-1), grid.bits
+
+    @classmethod
+    def joined(cls, parts):
+        if len({"group_index" in part.leaves() for part in parts}) == 2:
+            raise UsageError("maps that the model keeps as one have their columns in different orders (act-order)",
+                             remedy="give the dense model")
+        return super().joined(parts)
 
     @classmethod
     def grid(cls, config):

@@ -129,6 +129,17 @@ class NF4Storage(Storage):
         config = NF4(block_size=block, double_quant=nested)
         return cls(out_features, in_features, config, leaves, tensors.get("bias"), dtype)
 
+    @classmethod
+    @torch.no_grad()
+    def joined(cls, parts):
+        """Scales that were quantised are kept as what they stand for, in fp32: each part has an offset of its own."""
+        first, block = cls.alike(parts), parts[0].options.block_size
+        if any(part.out_features * part.in_features % block for part in parts[:-1]):
+            raise UsageError(f"maps that the model keeps as one end within a block of {block} codes", remedy="give the dense model")
+        leaves = {"codes": torch.cat([part.leaves()["codes"] for part in parts]), "absmax": torch.cat([part.scales() for part in parts])}
+        options = first.options.model_copy(update={"double_quant": False})
+        return cls(sum(part.out_features for part in parts), first.in_features, options, leaves, None, first.compute_dtype)
+
     def leaves(self):
         floats, names = self.trainable_leaves, _leaf_sizes(1, self.options.block_size, self.options.double_quant)
         return {n: view_as(getattr(self, n).detach(), torch.float32 if n in floats else torch.uint8) for n in names}

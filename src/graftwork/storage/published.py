@@ -16,16 +16,19 @@ the compute dtype, which is the dtype of the scales (bf16 where these are fp32 o
       float-quantized, naive-     weight (out, in) E4M3, weight_scale (out, 1), (1,) or of blocks           q s
     fp8 (DeepSeek, Qwen)          weight (out, in) E4M3, weight_scale_inv (out/128, in/128)                 q s
     bitsandbytes, NF4             storage/nf4.py has it
-    mxfp4 (gpt-oss), per expert   blocks (out, in/32, 16) bytes, low nibble first, scales (out, in/32)      2^(s - 127) q
+    mxfp4, per expert of gpt-oss  blocks (out, in/32, 16) bytes, low nibble first, scales (out, in/32)      2^(s - 127) q
 
 int32 words are streams of bits from the lowest up, also where a 3-bit code lies across two. GPTQ keeps zero points less one: a kept
 2^b - 1 can only come of a zero point 0, since 2^b is none, and is read so. Columns in another order than their groups (act-order) keep
 `group_index` (in,) int32 as a leaf. 4-, 3- and 2-bit codes become int4, int3, int2 storages, 8-bit ones int8, whose scale and zero are
 fp32; E4M3 ones fp8; MXFP4 fp4. Activation schemes are not applied: inputs stay in the compute dtype.
+
+Which tensors of a folder are a module's, and how experts are read, whose maps files keep apart and models fuse: _published_folder.py.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,6 +67,20 @@ def storage_of_checkpoint(quantization_config: Any) -> tuple[str, StorageConfig]
     name, options, skipped, _ = _layout(_plain(quantization_config))
     skipped = [*lookup("storage", name).config().skip_modules, *(each.split(".")[-1] for each in skipped)]
     return name, make_config("storage", name, **options, skip_modules=list(dict.fromkeys(skipped)))
+
+
+def dense_modules(quantization_config: Any) -> Callable[[str], bool]:
+    """Whether a checkpoint's config says of a map, by its name in the model, that it stayed dense. What is said: the name, or its last
+    part, of the map or of a module that holds it, or a regular expression for one (compressed-tensors marks these by `re:`)."""
+    *_, skipped, _ = _layout(_plain(quantization_config))
+
+    def said(each: str, name: str) -> bool:
+        try:
+            return name.endswith(f".{each}") or bool(re.match(rf"(?:{each.removeprefix('re:')})(?:(?<=\.)|(?=\.|$))", name))
+        except re.error:  # a name that is no expression
+            return False
+
+    return lambda name: any(said(each, name) for each in skipped)
 
 
 def read(method: str, tensors: Mapping[str, Tensor], quantization_config: Any = None) -> Storage:

@@ -94,9 +94,9 @@ def identity(items: Sequence[Any]) -> Any:
     return items[0]
 
 
-def heaviest_step(batches: Any) -> int:
+def heaviest_step(batches: Any, within: range | None = None) -> int:
     """The step whose largest micro-batch has the most padded tokens (of equals, the one with most trained tokens), looked for
-    after step 0, where optimizer state exists."""
+    within these steps (all of the run) after the first of them, where optimizer state exists."""
     def weight(step: int) -> tuple[int, int]:
         members = batches.members.values() if isinstance(batches, FleetBatches) else [batches]
         best, chunks = (0, 0), []
@@ -111,5 +111,7 @@ def heaviest_step(batches: Any) -> int:
             best = max(best, (len(rows) * max(n for n, _ in rows), sum(t for _, t in rows)))
         return best
 
-    steps = range(1, len(batches)) if len(batches) > 1 else range(1)
-    return max(steps, key=weight)
+    steps = range(len(batches))
+    if within:
+        steps = range(within.start, min(within.stop, len(batches)), within.step) or steps
+    return max(steps[1:] or steps, key=weight)

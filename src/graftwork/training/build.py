@@ -15,7 +15,7 @@ from torch import nn
 
 from ..adapters.attach import attach
 from ..adapters.graft import Graft
-from ..errors import GraftworkError, IncompatibleError, TrainingError, UsageError
+from ..errors import DataError, GraftworkError, IncompatibleError, TrainingError, UsageError
 from ..modeling.arithmetic import widen
 from ..modeling.protocols import has_values
 from ..recipe import Recipe
@@ -43,10 +43,28 @@ class Parts:
 
 
 def task_of(recipe: Recipe, labels: int | None = 1) -> str:
-    """causal_lm | classification: the kind of model that the run needs. Classification without label names in the data
-    (labels None) is done by a causal model that writes the label."""
-    task = lookup("objective", recipe.objective.method).traits.get("task", "causal_lm")
-    return "classification" if task == "sequence_classification" and labels is not None else "causal_lm"
+    """causal_lm | classification | regression: the kind of model that the run needs. Classification without label names in the data
+    (labels None) is done by a causal model that writes the label; regression by the format of the data."""
+    from ..data.formats import FORMATS
+
+    if lookup("objective", recipe.objective.method).traits.get("task", "causal_lm") != "sequence_classification":
+        return "causal_lm"
+    if recipe.data.format in FORMATS and FORMATS[recipe.data.format].task == "regression":
+        return "regression"
+    return "causal_lm" if labels is None else "classification"
+
+
+def check_rows(recipe: Recipe, data: Any) -> None:
+    """Raises DataError where the objective cannot learn from rows of this kind. data: a TokenDataset."""
+    objective, task = lookup("objective", recipe.objective.method), task_of(recipe)
+    if data.real and task != "regression":
+        learns = "predicts tokens" if task == "causal_lm" else "learns classes"
+        raise DataError(f"the labels are real numbers, and objective {objective.name} {learns}",
+                        remedy="data.format: regression" if objective.traits.get("real") else
+                        "objective: regression; or write classes as whole numbers (1, not 1.0) or names")
+    if data.label_names is not None and task == "causal_lm":
+        raise DataError(f"the rows are classification rows, and objective {objective.name} predicts tokens",
+                        remedy="objective: classification")
 
 
 def build_model(recipe: Recipe, *, num_labels: int | None = None, fake: bool = False,

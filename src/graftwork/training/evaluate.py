@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from ..modeling.state import state_of
 @torch.no_grad()
 def evaluate_loss(model: nn.Module, objective: Any, data: Any, *, batch_size: int = 8,
                   route: str | None = None) -> dict[str, float]:
-    """Means over a TokenDataset: loss (nats per term), perplexity, accuracy (terms), row_accuracy (rows with every term
-    right), n (rows). route: answer every row by this graft; None: whatever is attached acts on all rows. The mode stays."""
+    """The objective's means over a TokenDataset (loss, n and more). route: answer every row by this graft; None: whatever is attached
+    acts on all rows. The mode stays."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -31,6 +30,4 @@ def evaluate_loss(model: nn.Module, objective: Any, data: Any, *, batch_size: in
                     sums[key] = sums.get(key, 0.0) + float(value)
     finally:
         model.train(was_training)
-    loss = sums["loss"] / max(sums["tokens"], 1)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 50.0)), "accuracy": sums["correct"] / max(sums["tokens"], 1),
-            "row_accuracy": sums["rows_correct"] / max(sums["rows"], 1), "n": int(sums["rows"])}
+    return objective.means(sums)

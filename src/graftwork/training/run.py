@@ -24,7 +24,7 @@ from ..recipe import Recipe, load_recipe
 from ..storage.base import dense_state
 from . import checkpoint as ckpt
 from .batches import FleetBatches, StepBatches, heaviest_step, total_steps
-from .build import build_grafts, build_model, build_step, task_of
+from .build import build_grafts, build_model, build_step, check_rows, task_of
 from .callbacks import AfterStep, Interrupt, PeakOfStep, Progress
 from .schedule import factor
 from .trainer import GraftTrainer
@@ -140,7 +140,7 @@ class _Run:
             evaluate_with=self._evaluate if any(e is not None for _, e in self.data.values()) else None,
             tensorboard="tensorboard" in train.report_to, seed=train.seed, describe_batch=self._describe, on_stopped=self._stopped)
         interrupt = Interrupt(self.say)
-        peak = self._peak_meter()
+        peak = self._peak_meter(step)
         progress = Progress(self.label, trainer, quiet=self.quiet)
         for callback in [AfterStep(step), interrupt, *([peak] if peak else []), progress]:
             trainer.add_callback(callback)
@@ -228,10 +228,7 @@ class _Run:
 
     def _check_kind(self, data: Any, first: Any) -> None:
         """Rows that the objective can score and, in a fleet, of the kind of the first file."""
-        method = self.recipe.objective.method
-        if data.label_names is not None and task_of(self.recipe) == "causal_lm":
-            raise DataError(f"the rows are classification rows, and objective {method} predicts tokens",
-                            remedy="objective: classification")
+        check_rows(self.recipe, data)
         if first is not None and data.label_names != first.label_names:
             raise DataError(f"its labels are {data.label_names}, those of the first file {first.label_names}",
                             remedy="a fleet shares one head: give all files the same labels, or train this one alone")
@@ -289,12 +286,13 @@ class _Run:
             for batch in steps[step]:
                 yield {**model_inputs(batch), "labels": batch["labels"]}
 
-    def _peak_meter(self) -> PeakOfStep | None:
+    def _peak_meter(self, step: Any) -> PeakOfStep | None:
         if not self.measure:
             return None
         from ..planning.measure import PeakMeter
 
-        return PeakOfStep(PeakMeter, heaviest_step(self.batches))
+        within = range(1) if step.estimator.heaviest_first else step.heaviest_steps()
+        return PeakOfStep(PeakMeter, heaviest_step(self.batches, within))
 
     def _check_fused(self, step: Any) -> None:
         if getattr(self.recipe.optimizer, "fused", False):
@@ -321,7 +319,7 @@ class _Run:
     # -- evaluation and saving -------------------------------------------------------------------------------------------
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
-        """Loss, perplexity and accuracy over the eval data; for a fleet, the means over its members and each one's loss."""
+        """Loss and the objective's other means over the eval data; for a fleet, the means over its members and each one's loss."""
         from ..registry import lookup
         from .evaluate import evaluate_loss
 

@@ -47,6 +47,11 @@ class TrainStep:
         graft = self.grafts[0] if self.grafts else None
         return SelectionContext(self.model, graft, self.parameters, self.optimizer, step, self.total_steps, self.seed)
 
+    def heaviest_steps(self) -> range:
+        """Those of the selection whose heaviest ones begin last."""
+        return max((s.heaviest_steps(self.context(0)) for s in self.selections), key=lambda steps: steps.start,
+                   default=range(self.total_steps))
+
     def compute(self, batches: Sequence[dict[str, Any]], step: int, lr: float | None = None) -> StepResult:
         """Up to and with clipping: gradients are ready, the optimizer has not moved."""
         ctx, first = self.context(step), not self._begun

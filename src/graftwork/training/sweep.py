@@ -28,7 +28,7 @@ from ..recipe import Recipe, load_recipe
 from .run import Interrupted, recipe_differences, train_recipe
 
 #: metrics of which more is better; of all others (losses, perplexity, bytes, seconds) less is
-HIGHER = ("accuracy", "exact_match", "f1", "rouge", "bleu")
+HIGHER = ("accuracy", "exact_match", "f1", "rouge", "bleu", "chrf", "mcc", "pearson", "spearman")
 
 
 @dataclass

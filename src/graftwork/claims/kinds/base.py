@@ -50,6 +50,10 @@ class Kind:
     def seeds(self) -> range:
         return range(1 if self.quick else self.check.seeds)
 
+    def runs_in_common(self) -> set[Any]:
+        """What other claims may share runs by; a claim that has one of these in common with another should run in the same process."""
+        return set()
+
     def figures(self, cells: Cells) -> list[Figures]:
         """Measure everything. A claim with a function of its own is measured by that."""
         if self.claim.measure is not None:

@@ -33,13 +33,15 @@ class Options:
 
 
 class Metric:
-    """Base. name: as asked for. needs: observers. summary: one line for the documentation. package: a library that it uses. sees_all:
-    whether fit, also and notes are given the rows that do not count as well."""
+    """Base. name: as asked for. needs: observers. summary: one line for the documentation. package: a library that it uses. real:
+    whether it is of real numbers, and so suits the rows of a regression head. sees_all: whether fit, also and notes are given the rows
+    that do not count as well."""
 
     name: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ("answers",)
     summary: ClassVar[str] = ""
     package: ClassVar[str | None] = None
+    real: ClassVar[bool] = False
     sees_all: ClassVar[bool] = False
 
     def __init__(self, options: Options | None = None):

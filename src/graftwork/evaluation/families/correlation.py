@@ -1,6 +1,7 @@
-"""Pearson's and Spearman's correlation of the number in an answer with the true number (STS-B).
+"""Pearson's and Spearman's correlation of predicted numbers with the true ones (STS-B).
 
-The number is the whole answer, or what --extract finds in it. Answers that are no number are left out and counted (`not_numbers`).
+The number is what a regression head gives; else the whole answer that is written, or what --extract finds in it. Answers that are no
+number are left out and counted (`not_numbers`).
 Undefined (null) where all numbers of one side are equal. Spearman's is Pearson's of the ranks, ties sharing theirs; resamples are
 ranked anew: a row drawn c times stands c times, so its rank is
 
@@ -17,13 +18,15 @@ from ...errors import DataError
 from .base import Metric, metric, ratio
 
 
-class _Correlation(Metric):
-    sees_all = True
+class Numbers(Metric):
+    """A metric of pairs of numbers."""
+
+    sees_all, real = True, True
 
     def fit(self, rows):
         for row in rows:
             if row["references"] and number(row["references"][0]) is None:
-                raise DataError(f"{row['source']}: the reference {row['references'][0]!r} is no number",
+                raise DataError(f"{row['source']}: the reference {row['references'][0]!r} is no finite number",
                                 remedy=f"{self.name} compares numbers; mend the row or leave the metric out")
 
     def usable(self, row):
@@ -42,23 +45,23 @@ class _Correlation(Metric):
 
 
 @metric("pearson", summary="linear correlation with the true numbers")
-class Pearson(_Correlation):
+class Pearson(Numbers):
     def resampled(self, statistics, counts):
         return {"pearson": weighted_correlation(statistics[:, 0][None], statistics[:, 1][None], counts)}
 
 
 @metric("spearman", summary="rank correlation with the true numbers")
-class Spearman(_Correlation):
+class Spearman(Numbers):
     def resampled(self, statistics, counts):
         x, y = (weighted_ranks(column, counts) for column in statistics.T)
         return {"spearman": weighted_correlation(x, y, counts)}
 
 
-def number(text: str | None) -> float | None:
-    """The finite number that a text is, None otherwise."""
+def number(text: str | float | None) -> float | None:
+    """The finite number that a text or a number is, None otherwise."""
     try:
-        value = float(text.strip())
-    except (ValueError, AttributeError):
+        value = float(text.strip() if isinstance(text, str) else text)
+    except (ValueError, TypeError):
         return None
     return value if math.isfinite(value) else None
 

@@ -8,7 +8,7 @@ With a row r of tokens x_1 .. x_T of which the set A_r is trained (the answer; o
     byte_perplexity = 2^bits_per_byte
 
 The end token is among the trained tokens where training appends it; it has no bytes. For a run whose objective judges rows, not tokens
-(classification by label words), a term of the loss is a row.
+(classification by label words), a term of the loss is a row; of a regression head it is the squared error of a row.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from .base import Metric, metric, ratio
 
 @metric("loss", needs=("likelihood",), summary="nats per trained token (per row for classifiers), perplexity, share of tokens right")
 class Loss(Metric):
+    real = True
+
     def fit(self, rows):
         self.words = not any(row.get("classified") for row in rows)
 
@@ -27,7 +29,8 @@ class Loss(Metric):
         return row.get("terms") is not None
 
     def statistics(self, rows):
-        return np.array([[row["nll"], row["terms"], row["terms_right"]] for row in rows], dtype=np.float64)
+        return np.array([[row["squared_error"] if "squared_error" in row else row["nll"], row["terms"], row.get("terms_right", 0)]
+                         for row in rows], dtype=np.float64)
 
     def scores(self, sums):
         loss = ratio(sums[..., 0], sums[..., 1])

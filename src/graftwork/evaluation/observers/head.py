@@ -5,6 +5,9 @@ All grafts in one pass; the loss is the cross-entropy of the label, in float64.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from ...data import from_examples
@@ -15,11 +18,32 @@ from ..tasks import label_names
 
 
 def observe(view) -> None:
-    model, config, settings = view.model, view.settings.config, view.settings
+    check_head(view.model, "classification")
+    if getattr(view.model.config, "problem_type", None) == "regression":
+        raise IncompatibleError(f"the head gives one real number, and the labels are classes ({view.tasks[0].example.label!r} in "
+                                f"{view.tasks[0].source})", remedy="format=regression reads whole numbers as real ones")
+    known = tuple(view.settings.labels) if view.settings.labels is not None else _labels_of(view.model, view.tasks)
+    for part, logits, labels in outputs(view, known):
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").tolist()
+        for (_, row), guess, wanted, loss in zip(part, logits.argmax(-1).tolist(), labels.tolist(), losses):
+            name = known[guess] if guess < len(known) else str(guess)
+            row.update(classified=True, prediction=name, references=[known[wanted]], correct=guess == wanted, label=known[wanted],
+                       label_predicted=name, compared=name, compared_references=[known[wanted]], nll=loss, terms=1,
+                       terms_right=int(guess == wanted))
+    view.also["labels"] = list(known)
+
+
+def check_head(model: Any, objective: str) -> None:
+    """Raises IncompatibleError for a model without a score head."""
     if model.get_output_embeddings() is not None:
         raise IncompatibleError(f"{type(model).__name__} has no score head for rows with labels",
-                                remedy="evaluate a run with objective: classification, or write the labels as completions")
-    known = tuple(settings.labels) if settings.labels is not None else _labels_of(model, view.tasks)
+                                remedy=f"evaluate a run with objective: {objective}, or write the labels as completions")
+
+
+def outputs(view: Any, known: tuple[str, ...] | None) -> Iterator[tuple[list[tuple[int, dict]], torch.Tensor, torch.Tensor]]:
+    """([(task number, row to fill)], outputs of the head (N, C) float64, labels (N,)), a batch at a time. known: class names; None for
+    real labels. Rows that the data set leaves out are no rows of the view any more."""
+    model, config, settings = view.model, view.settings.config, view.settings
     dataset = from_examples(view.tokenizer, [task.example for task in view.tasks], max_length=config.max_length,
                             skip_bad=config.skip_bad, label_names=known)
     for note in dataset.statistics.notes:
@@ -42,19 +66,13 @@ def observe(view) -> None:
             rows = view.names([graft for *_, graft in part])
             with torch.no_grad(), state_of(model).scope(rows=None if rows is None else tuple(rows), labels=batch["labels"]):
                 logits = model(**forward_inputs(batch)).logits.double()
-            losses = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none").tolist()
-            for (_, row, _), guess, wanted, loss in zip(part, logits.argmax(-1).tolist(), batch["labels"].tolist(), losses):
-                name = known[guess] if guess < len(known) else str(guess)
-                row.update(classified=True, prediction=name, references=[known[wanted]], correct=guess == wanted, label=known[wanted],
-                           label_predicted=name, compared=name, compared_references=[known[wanted]], nll=loss, terms=1,
-                           terms_right=int(guess == wanted))
+            yield [(i, row) for i, row, _ in part], logits, batch["labels"]
             if say:
                 say(min(start + settings.batch_size, len(jobs)), len(jobs))
     finally:
         model.train(was_training)
     for name in view.rows:  # rows that the data set left out are no rows
         view.rows[name] = [row for i, row in enumerate(view.rows[name]) if i in kept]
-    view.also["labels"] = list(known)
 
 
 def _labels_of(model, tasks) -> tuple[str, ...]:

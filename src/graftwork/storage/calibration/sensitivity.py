@@ -57,7 +57,8 @@ def row_salience(model: nn.Module, found: Iterable[Place], batches: Iterable[Map
     def reduce(parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         for place in sites[parameter]:
-            own = gradient.T if is_conv1d(place.module) else gradient if place.expert is None else gradient[place.expert]
+            own = gradient if place.expert is None else gradient[place.expert]
+            own = own.T if (is_conv1d(place.module) if place.expert is None else place.product.transposed_source) else own
             weight = place.product.dense().float()
             a = (own.float() * (quantized(weight) - weight)).sum(1, dtype=torch.float64).cpu()
             salience[place.name] += (a + a.square() / 2).abs()

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ...errors import GraftworkError, UsageError
 from ...modeling.arithmetic import widen
 from ...modeling.blocks import repeated_blocks
-from ...modeling.experts import ATTRIBUTES
+from ...modeling.experts import ATTRIBUTES, expert_map
 from ...modeling.protocols import ExpertProduct
 from ...registry import lookup
 from ..base import Place, StorageConfig, places, store
@@ -337,7 +337,7 @@ def _pass(found: list[Place], needs: frozenset[str], forward: Callable[[Callable
             if (ATTRIBUTES[0], number) in mine:
                 statistics[mine[ATTRIBUTES[0], number]].add(x)
             if (ATTRIBUTES[1], number) in mine:
-                inner = module._apply_gate(ExpertProduct(module, ATTRIBUTES[0], number).product(x))
+                inner = module._apply_gate(expert_map(ExpertProduct(module, ATTRIBUTES[0], number), x))
                 statistics[mine[ATTRIBUTES[1], number]].add(inner)
 
     named, handles = {place.module: place.name for place in found if place.expert is None}, []

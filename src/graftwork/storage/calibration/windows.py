@@ -157,7 +157,8 @@ class Windows:
         try:
             for (module, name), weights in made.items():
                 whole = torch.stack(weights) if kept[module, name].dim() == 3 else weights[0]
-                module._parameters[name] = whole.T if is_conv1d(module) else whole  # not taken out: its place in the order would change
+                whole = whole.mT if is_conv1d(module) or getattr(module, "is_transposed", False) else whole
+                module._parameters[name] = whole  # not taken out: its place in the order would change
             yield
         finally:
             for (module, name), parameter in kept.items():
