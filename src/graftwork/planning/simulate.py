@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,13 +183,14 @@ def _unpacked(yes: bool) -> Iterator[None]:
 
 @contextmanager
 def _few_pieces(work: Work) -> Iterator[None]:
-    """MeZO draws and adds its noise, and optimizers update large tensors, in pieces of 2^20 values: 70,000 of them for 70B. All need
-    the memory of the second one (which begins while the first one's buffers are alive), so a large tensor moves by its first,
-    second and last piece here, and the work of the second counts for all between."""
+    """MeZO draws and adds its noise, optimizers update large tensors, and products decode stored weights in pieces of 2^20 values: 70,000
+    of them for 70B. All need the memory of the second one (which begins while the first one's buffers are alive), so a large tensor
+    moves by its first, second and last piece here, and the work of the second counts for all between."""
     from ..estimators import mezo
     from ..optim import base, pieces
+    from ..storage import _tiles
 
-    kept, kept_spans = mezo._pieces, base.spans
+    kept, kept_spans, kept_tiles = mezo._pieces, base.spans, _tiles.each
 
     def few(p: Tensor) -> Iterator[Tensor]:
         size = mezo.PIECE
@@ -204,17 +205,21 @@ def _few_pieces(work: Work) -> Iterator[None]:
         for start in counted(range(0, size, pieces.PIECE)):
             yield slice(start, min(start + pieces.PIECE, size))
 
+    def few_tiles(tiles: Sequence[slice]) -> Iterator[slice]:
+        for i in counted(range(len(tiles))):
+            yield tiles[i]
+
     def counted(every: range) -> Iterator[int]:
         for i, start in enumerate(sorted({*every[:2], every[-1]})):
             work.times = max(1, len(every) - 2) if i == 1 else 1
             yield start
         work.times = 1
 
-    mezo._pieces, base.spans = few, few_spans
+    mezo._pieces, base.spans, _tiles.each = few, few_spans, few_tiles
     try:
         yield
     finally:
-        mezo._pieces, base.spans = kept, kept_spans
+        mezo._pieces, base.spans, _tiles.each = kept, kept_spans, kept_tiles
 
 
 @contextmanager
