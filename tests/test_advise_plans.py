@@ -20,10 +20,9 @@ from test_plan import measured, planned
 DRAWS = 36
 #: of every run; the rest is for `make test-all`
 EVERY = 3
-#: (least, most) of planned / measured - 1 where it is not 2 %. increlora, welore: upper bounds, ranks are found in a run.
+#: (least, most) of planned / measured - 1 where it is not 2 %. Upper bounds: welore's ranks follow from singular values of weights, which
+#: a plan does not read; increlora's from gradients.
 BOUNDS = {"increlora": (-0.001, 0.03), "welore": (0.0, 0.25)}
-#: 136 kB of 6.6 MB and 88 kB of 3.7 MB were measured beyond the plan; where they come from is not known yet
-SHORT = ("prefix", "prompt")
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +71,9 @@ def test_recipes_of_the_space_are_planned_within_two_percent(space, candidates, 
     doc = candidate.document(space.base)
     try:
         expected = planned(doc)
-        # of adapters the second step is the heaviest: what the first one leaves is state
-        found = max(measured(doc, at) for at in ((0, 1, 8) if candidate.arm.selection else (1,) if candidate.arm.adapter else (0, 1)))
-    except GraftworkError as error:  # what rules see only once sites, shapes and rates are there; advice passes it over
+    except GraftworkError as error:  # what rules see only once sites and shapes are there; advice passes it over
         pytest.skip(f"{describe(candidate)}: {error.message}")
-    method = (doc["adapter"] or {}).get("method")
-    least, most = BOUNDS.get(method, (-0.02, 0.02))
-    if method in SHORT and expected.peak_bytes / found - 1 < least:
-        pytest.xfail(f"the plan of {method} lacks {found - expected.peak_bytes:,} bytes")
+    # of adapters the second step is the heaviest: what the first one leaves is state
+    found = max(measured(doc, at) for at in ((0, 1, 8) if candidate.arm.selection else (1,) if candidate.arm.adapter else (0, 1)))
+    least, most = BOUNDS.get((doc["adapter"] or {}).get("method"), (-0.02, 0.02))
     assert least <= expected.peak_bytes / found - 1 <= most, (describe(candidate), expected.peak_bytes, found, expected.categories)

@@ -46,10 +46,11 @@ def built(doc):
     """(step, batches) on real tensors, as a run builds them."""
     recipe = load_recipe(doc)
     model, _ = build_model(recipe)
-    grafts = build_grafts(recipe, model)
+    batches = simulate._from_shape(recipe)[0]
+    grafts = build_grafts(recipe, model, batches=lambda name: batches, first_rate=lambda name: 1e-3)
     step = build_step(recipe, model, grafts, 10)
     model.train()
-    return step, simulate._from_shape(recipe)[0]
+    return step, batches
 
 
 def measured(doc, at=1):

@@ -14,7 +14,7 @@ from graftwork.errors import ArtifactError, IncompatibleError, RecipeError
 from graftwork.interchange.merged import write_merged
 from graftwork.recipe import load_recipe
 from graftwork.registry import lookup, make_config
-from graftwork.storage import _coded
+from graftwork.storage import _tiles
 from graftwork.storage._packing import unpack
 from graftwork.storage.base import apply_storage
 
@@ -44,7 +44,7 @@ def codes(model):
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"zero_point": "float"}, {"group_size": -1}], ids=str)
 def test_output_and_gradients_are_those_of_the_equations(options, monkeypatch):
-    monkeypatch.setattr(_coded, "TILE", 7 * 40)  # tiles of 7 rows, and a shorter last one
+    monkeypatch.setattr(_tiles, "TILE", 7 * 40)  # tiles of 7 rows, and a shorter last one
     model, x, C, s, group = site(**options)
     bias = model[0].bias.double()
     graft = attach(model, "peqa")

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graftwork.registry import make_config
-from graftwork.storage import _affine, _coded, intk, nf4
+from graftwork.storage import _affine, _tiles, intk, nf4
 from graftwork.storage.base import make_storage
 
 INT4 = [{}, {"symmetric": True}, {"zero_point": "float"}, {"group_size": 128, "symmetric": True, "scale_dtype": "fp32"}, {"group_size": -1}]
@@ -25,8 +25,7 @@ def normal(*shape, seed=0, mean=0.0):
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(_affine, "TILE", 2000)
-    monkeypatch.setattr(_coded, "TILE", 2000)
+    monkeypatch.setattr(_tiles, "TILE", 2000)
     monkeypatch.setattr(nf4, "CHUNK", 512)
 
 

@@ -39,6 +39,22 @@ def test_peft_has_equal_logits(kind):
     close(got[0], wanted[0], 1e-6), close(got[1, :4], wanted[1, :4], 1e-6)
 
 
+@pytest.mark.parametrize("kind", tiny.CAUSAL)
+@torch.no_grad()
+def test_a_mask_without_padding_is_none(kind):
+    model, ids = tiny.CAUSAL[kind](), tiny.tokens(2, 6)
+    prompt(model)
+    ones, heard = torch.ones_like(ids), []
+    body = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    body.forward = lambda *args, _forward=body.forward, **kwargs: heard.append(kwargs) or _forward(*args, **kwargs)
+    got = model(ids, attention_mask=ones).logits
+    assert heard[0]["attention_mask"] is None and heard[0]["position_ids"] is None
+    assert torch.equal(got, model(ids).logits)
+    ones[1, 4:] = 0
+    model(ids, attention_mask=ones)
+    assert heard[-1]["attention_mask"].shape == (2, 6 + M)
+
+
 def test_gradients_in_float64():
     model, plain = tiny.llama(), tiny.llama().double()
     adapter = prompt(model).adapters["prefix"]

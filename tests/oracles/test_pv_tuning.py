@@ -20,7 +20,7 @@ from graftwork.recipe import load_recipe
 from graftwork.registry import make_config
 from graftwork.selection.base import SelectionContext
 from graftwork.selection.pv_tuning import PVCodes, PVTuningSelection
-from graftwork.storage import _coded
+from graftwork.storage import _tiles
 from graftwork.storage._packing import unpack
 from graftwork.storage.base import apply_storage
 from graftwork.storage.nf import levels
@@ -97,7 +97,7 @@ def noise(seed, *shape):
 
 @pytest.mark.parametrize("kind", ["int", *(pytest.param(k, marks=pytest.mark.slow) for k in STORAGES if k != "int")])
 def test_the_p_step_is_autograd_through_the_numbers(kind, monkeypatch):
-    monkeypatch.setattr(_coded, "TILE", 5 * IN)  # tiles of 5 rows, and a shorter last one
+    monkeypatch.setattr(_tiles, "TILE", 5 * IN)  # tiles of 5 rows, and a shorter last one
     model, graft, adapter = site(kind)
     for value in adapter.values.values():
         value.data += 0.01 * noise(1, *value.shape)

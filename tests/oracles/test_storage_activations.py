@@ -9,7 +9,7 @@ import tiny
 from adapter_support import attach, close, output
 from graftwork.errors import UsageError
 from graftwork.registry import lookup, make_config
-from graftwork.storage import _coded, apply_storage
+from graftwork.storage import _tiles, apply_storage
 from graftwork.storage._activations import TOP, group_sums, rounded
 from graftwork.storage.base import make_storage
 
@@ -37,7 +37,7 @@ def by_definition(x, kind):
 @pytest.mark.parametrize("columns", [96, 70])
 def test_products_of_whole_numbers_are_exact(symmetric, kind, columns, monkeypatch):
     """With powers of two for scales nothing is rounded after the inputs: equal to integers in float64, bit for bit."""
-    monkeypatch.setattr(_coded, "TILE", 200)
+    monkeypatch.setattr(_tiles, "TILE", 200)
     generator = torch.Generator().manual_seed(0)
     integers = torch.randint(-7, 8, (9, columns), generator=generator)
     integers[:, ::32], integers[:, 1::32] = 7, -8 + symmetric  # so that a group's scale is the power of two

@@ -207,7 +207,7 @@ def test_few_distinct_weights_are_exact_and_what_cannot_be_is_refused():
 def test_tiles_of_rows(options, monkeypatch):
     stored, x, g = kept(normal(40, 33), bits=3, **options), normal(6, 33, seed=1), normal(6, 40, seed=2)
     dense, y, dx = stored.dequantize(), stored(x), stored.transposed(g)
-    monkeypatch.setattr("graftwork.storage._coded.TILE", 33 * 9)
+    monkeypatch.setattr("graftwork.storage._tiles.TILE", 33 * 9)
     assert torch.equal(stored.dequantize(), dense)
     torch.testing.assert_close(stored(x), y)
     torch.testing.assert_close(stored.transposed(g), dx)

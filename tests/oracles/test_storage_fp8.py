@@ -5,7 +5,7 @@ import torch
 
 from graftwork.errors import UsageError
 from graftwork.registry import make_config
-from graftwork.storage import _coded
+from graftwork.storage import _tiles
 from graftwork.storage.base import make_storage
 from graftwork.storage.calibration.statistics import InputStatistics
 
@@ -30,7 +30,7 @@ def by_definition(block, kind, kept_as=torch.float32):
 @pytest.mark.parametrize(("rows", "group"), [(1, -1), (1, 32), (8, 16), (3, 50)])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_equals_casts_of_each_block(kind, rows, group, dtype, monkeypatch):
-    monkeypatch.setattr(_coded, "TILE", 500)  # several tiles, whose rows start within blocks
+    monkeypatch.setattr(_tiles, "TILE", 500)  # several tiles, whose rows start within blocks
     weight = normal(21, 70)
     stored = kept(weight, format=kind, group_size=group, block_rows=rows, scale_dtype=dtype)
     expected, step = torch.empty(21, 70, dtype=torch.float64), 70 if group < 0 else group

@@ -304,7 +304,7 @@ def test_tiles_of_rows(monkeypatch):
     stored = kept(normal(40, 64), statistics_of(inputs()), init="svdquant", smooth_steps=3)
     x, g = normal(6, 64, seed=1), normal(6, 40, seed=2)
     dense, y, dx = stored.dequantize(), stored(x), stored.transposed(g)
-    monkeypatch.setattr("graftwork.storage._coded.TILE", 64 * 9)
+    monkeypatch.setattr("graftwork.storage._tiles.TILE", 64 * 9)
     for now, before in ((stored.dequantize(), dense), (stored(x), y), (stored.transposed(g), dx), (y, x @ dense.T), (dx, g @ dense)):
         torch.testing.assert_close(now, before, atol=1e-4, rtol=1e-4)
 

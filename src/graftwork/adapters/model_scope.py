@@ -34,6 +34,7 @@ from transformers import DynamicCache
 
 from ..errors import IncompatibleError, UsageError
 from ..modeling.caches import cache_argument
+from ..modeling.protocols import has_values
 from ..modeling.state import state_of
 from ._prefix_fill import FILL, Fill, fill_attention, rooms
 from .base import Adapter
@@ -346,6 +347,8 @@ class Place:
     def __init__(self, width: int, lengths: list[int], call: dict, held: int):
         ids, self.given, self.width, self.held = call["input_ids"], call.get("attention_mask"), width, held
         (self.n, self.tokens), self.device = ids.shape, ids.device
+        if self.given is not None and has_values(self.given) and self.given.shape[1] == held + self.tokens and bool(self.given.all()):
+            self.given = None  # nothing is padded: no second copy of the embeddings, and one row of positions for all
         self.given_positions = call.get("position_ids")
         self.plain = self.given is None and all(length == width for length in lengths)  # nothing is padded
         self.shift = torch.tensor(lengths, device=self.device)[:, None]

@@ -18,6 +18,7 @@ def run(
     budget: str = typer.Option(None, "--budget", help="16GiB, 24GB, ... or auto: what this machine has. Exit 1 if it does not fit."),
     device: str = typer.Option(None, "--device", help="cuda or cpu (default: what this machine has)."),
     no_data: bool = typer.Option(False, "--no-data", help="Rows of max_length instead of the heaviest batch of the data."),
+    every_block: bool = typer.Option(False, "--every-block", help="Simulate every block, also where a few equal ones tell the same."),
     no_search: bool = typer.Option(False, "--no-search", help="Do not look for the nearest fit."),
     advise: bool = typer.Option(False, "--advise", help="Search storage, adapter, optimizer and schedule for what is worth using."),
     wishes: list[str] = typer.Option(None, "--for", help="With --advise: quality, speed, file-size, mergeable, servable; the first counts "
@@ -69,7 +70,7 @@ def run(
     from ..planning.simulate import plan
 
     say("simulating two steps on fake tensors")
-    made = plan(loaded, budget=limit, device=device, use_data=not no_data)
+    made = plan(loaded, budget=limit, device=device, use_data=not no_data, every_block=every_block)
     advice = None
     if made.fits is False and not no_search:
         from ..planning.advise import nearest_fit

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ..errors import GraftworkError
@@ -46,7 +47,7 @@ class Advice:
 
 
 def nearest_fit(recipe: Recipe, budget: int, first: Plan, *, device: str | None = None, say: Callable[[str], None] | None = None,
-                simulate: Callable[..., Plan] = plan) -> Advice:
+                simulate: Callable[..., Plan] = partial(plan, every_block=False)) -> Advice:
     """Search from `first`, the plan of `recipe`, which does not fit `budget` bytes."""
     return _Search(recipe, budget, device, say or (lambda text: None), simulate).run(first)
 

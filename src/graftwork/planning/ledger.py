@@ -47,6 +47,7 @@ from .accumulation import adds_in_place, last_reference
 from .blocks import Block, Snapshot, device_of, tensors_in
 
 CATEGORIES = ("weights", "adapters", "gradients", "optimizer_state", "activations", "logits", "kv", "other")
+POOLS = ("small", "medium", "large")
 _INDEX = {name: i for i, name in enumerate(CATEGORIES)}
 _GRADIENTS, _STATE, _ACTIVATIONS, _LOGITS, _OTHER = (
     _INDEX[n] for n in ("gradients", "optimizer_state", "activations", "logits", "other"))
@@ -348,7 +349,12 @@ class Ledger(TorchDispatchMode):
     @property
     def peak_pools(self) -> dict[str, int]:
         """Bytes at the peak, rounded as CUDA's allocator rounds: blocks up to 1 MiB, below 10 MiB, and larger ones."""
-        return dict(zip(("small", "medium", "large"), self._peak.pools))
+        return dict(zip(POOLS, self._peak.pools))
+
+    @property
+    def points(self) -> list[Snapshot]:
+        """The kept points, in order."""
+        return self._points
 
     @property
     def timeline(self) -> list[tuple[int, str, dict[str, int]]]:

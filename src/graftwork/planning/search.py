@@ -66,11 +66,11 @@ def planned(document: dict[str, Any], device: str) -> dict[str, Any]:
     cannot be built."""
     stamp = file_stamp(document["model"]) if Path(document["model"]).exists() else document["model"]
     told = {k: v for k, v in document.items() if k != "output_dir"}
-    key = ["advice 1", told, device, stamp, [version(p) for p in ("graftwork", "torch", "transformers")]]
+    key = ["advice 2", told, device, stamp, [version(p) for p in ("graftwork", "torch", "transformers")]]
 
     def compute() -> dict[str, Any]:
         try:
-            made = plan(load_recipe(document), use_data=False, estimate_time=False, device=device)
+            made = plan(load_recipe(document), use_data=False, estimate_time=False, device=device, every_block=False)
         except GraftworkError as error:
             return {"refused": error.message}
         return {**{k: getattr(made, k) for k in ("peak_bytes", "categories", "device", "trained", "batch", "flops", "saved_bytes", "work",

@@ -15,8 +15,9 @@ the plan decides by the real batch.
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,8 +33,9 @@ from ..modeling import arithmetic
 from ..recipe import Recipe, load_recipe
 from ..training.batches import FleetBatches, StepBatches, heaviest_step, total_steps
 from ..training.build import build_grafts, build_model, build_step, reads_data
-from .ledger import Ledger
+from .ledger import CATEGORIES, POOLS, Ledger
 from .measure import expected_device_bytes
+from .repeat import Recorder, Trace
 from .work import Work
 
 
@@ -72,9 +74,10 @@ class Plan:
 
 
 def plan(recipe: Recipe | str | Path | dict[str, Any], *, overrides: list[str] | None = None, budget: int | None = None,
-         device: str | None = None, use_data: bool = True, estimate_time: bool = True) -> Plan:
+         device: str | None = None, use_data: bool = True, estimate_time: bool = True, every_block: bool = True) -> Plan:
     """Simulate a recipe. budget in bytes: sets `fits` (device bytes with their reserve against it). device: 'cpu' or 'cuda',
-    for the bytes beside the tensors (default: what this machine has).
+    for the bytes beside the tensors (default: what this machine has). every_block: False takes the step of a model of many equal blocks
+    from those of three shallow ones where that gives the same figures (planning.repeat); such a plan has no timeline.
 
     Raises what building the recipe raises; nothing is downloaded and no weight is read."""
     if not isinstance(recipe, Recipe):
@@ -86,17 +89,66 @@ def plan(recipe: Recipe | str | Path | dict[str, Any], *, overrides: list[str] |
     batches, steps, names, labels, notes = _batches(recipe, use_data)
     timed = estimate_time and device == here
     chosen = [(batch, has_no_padding(batch)) for batch in (batches if recipe.is_fleet else telling(batches))]
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, products_of(device):
-        ledger, work, operations, trained, saved = _simulate(recipe, mode, chosen, steps or 1, names, labels, notes)
     share = sum(map(_padded, batches)) / sum(_padded(batch) for batch, _ in chosen)
-    flops, operations = round(work.flops * share), round(operations * len(batches) / len(chosen))
-    expected = expected_device_bytes(ledger.peak_bytes, device, pools=ledger.peak_pools, blocks=ledger.peak_blocks)
-    made = Plan(ledger.peak_bytes, ledger.peak_categories, expected, trained, _shape(batches), flops, steps,
-                step_seconds(flops, operations, recipe.train.precision) if timed else None, notes, ledger.timeline,
-                simulated_in=round(time.monotonic() - start, 3), saved_bytes=saved, work=work.step(share))
+    found = None if every_block else _few_blocks(recipe, device, chosen, steps or 1, names, labels, notes)
+    if found is None:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, products_of(device):
+            ledger, work, operations, trained, saved = _simulate(recipe, mode, chosen, steps or 1, names, labels, notes)
+        found = Whole(ledger.peak_bytes, ledger.peak_categories, ledger.peak_pools, ledger.peak_blocks, operations, trained, saved, work,
+                      ledger.timeline)
+    flops, operations = round(found.work.flops * share), round(found.operations * len(batches) / len(chosen))
+    expected = expected_device_bytes(found.peak, device, pools=found.pools, blocks=found.blocks)
+    made = Plan(found.peak, found.categories, expected, found.trained, _shape(batches), flops, steps,
+                step_seconds(flops, operations, recipe.train.precision) if timed else None, notes, found.timeline,
+                simulated_in=round(time.monotonic() - start, 3), saved_bytes=found.saved, work=found.work.step(share))
     if budget is not None:
         made.budget, made.fits = budget, expected["total_bytes"] <= budget
     return made
+
+
+@dataclass
+class Whole:
+    """What a plan takes from a simulated step."""
+
+    peak: int
+    categories: dict[str, int]
+    pools: dict[str, int]
+    blocks: int
+    operations: int
+    trained: int
+    saved: int
+    work: Work
+    timeline: list[Any] = field(default_factory=list)
+
+
+def _few_blocks(recipe: Recipe, device: str, batches: list[tuple[dict[str, Any], bool]], steps: int, names: list[str],
+                labels: int | None, notes: list[str]) -> Whole | None:
+    """The figures of a model of many equal blocks from its shallow ones; None where every block has to be simulated."""
+    from . import repeat
+    from .screen import shallow
+
+    traces: list[repeat.Trace] = []
+    try:
+        layers = repeat.blocks_of(recipe)
+        models = [shallow(recipe.model, depth) for depth in repeat.DEPTHS] if layers else [None]
+        if None in models:
+            return None
+        for model in models:
+            said: list[str] = []
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode, products_of(device):
+                cut = recipe.model_copy(update={"model": model})
+                traces.append(_simulate(cut, mode, batches, steps, names, labels, said, trace=True))
+        found = repeat.grown(traces, layers)
+    except (GraftworkError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+        return None  # the whole model says what is wrong, if anything is
+    if found is None:
+        return None
+    notes += [*said, f"figures of {layers} equal blocks from simulated steps of {', '.join(map(str, repeat.DEPTHS))}, by whose "
+              "differences each grows"]
+    work = Work()
+    work.cells, work.update = found.cells, found.update
+    return Whole(found.peak, dict(zip(CATEGORIES, found.categories)), dict(zip(POOLS, found.pools)), found.blocks, found.operations,
+                 found.trained, found.saved, work)
 
 
 def count_parameters(recipe: Recipe, names: list[str] | None = None, labels: int | None = None) -> tuple[int, int, int]:
@@ -131,13 +183,14 @@ def _unpacked(yes: bool) -> Iterator[None]:
 
 @contextmanager
 def _few_pieces(work: Work) -> Iterator[None]:
-    """MeZO draws and adds its noise, and optimizers update large tensors, in pieces of 2^20 values: 70,000 of them for 70B. All need
-    the memory of the second one (which begins while the first one's buffers are alive), so a large tensor moves by its first,
-    second and last piece here, and the work of the second counts for all between."""
+    """MeZO draws and adds its noise, optimizers update large tensors, and products decode stored weights in pieces of 2^20 values: 70,000
+    of them for 70B. All need the memory of the second one (which begins while the first one's buffers are alive), so a large tensor
+    moves by its first, second and last piece here, and the work of the second counts for all between."""
     from ..estimators import mezo
     from ..optim import base, pieces
+    from ..storage import _tiles
 
-    kept, kept_spans = mezo._pieces, base.spans
+    kept, kept_spans, kept_tiles = mezo._pieces, base.spans, _tiles.each
 
     def few(p: Tensor) -> Iterator[Tensor]:
         size = mezo.PIECE
@@ -152,17 +205,21 @@ def _few_pieces(work: Work) -> Iterator[None]:
         for start in counted(range(0, size, pieces.PIECE)):
             yield slice(start, min(start + pieces.PIECE, size))
 
+    def few_tiles(tiles: Sequence[slice]) -> Iterator[slice]:
+        for i in counted(range(len(tiles))):
+            yield tiles[i]
+
     def counted(every: range) -> Iterator[int]:
         for i, start in enumerate(sorted({*every[:2], every[-1]})):
             work.times = max(1, len(every) - 2) if i == 1 else 1
             yield start
         work.times = 1
 
-    mezo._pieces, base.spans = few, few_spans
+    mezo._pieces, base.spans, _tiles.each = few, few_spans, few_tiles
     try:
         yield
     finally:
-        mezo._pieces, base.spans = kept, kept_spans
+        mezo._pieces, base.spans, _tiles.each = kept, kept_spans, kept_tiles
 
 
 @contextmanager
@@ -192,9 +249,9 @@ def _mark_new_heads(recipe: Recipe, model: Any) -> None:
 
 
 def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str, Any], bool]], steps: int,
-              names: list[str], labels: int | None, notes: list[str]):
-    """(ledger, work and operations of the second step, trained parameters, bytes of what is saved at the end). batches: (batch,
-    whether it has no padding)."""
+              names: list[str], labels: int | None, notes: list[str], trace: bool = False):
+    """(ledger, work and operations of the second step, trained parameters, bytes of what is saved at the end), or all of that as a
+    repeat.Trace. batches: (batch, whether it has no padding)."""
     from ..objectives import base as objectives
 
     model, _ = build_model(recipe, num_labels=labels, fake=True)
@@ -202,10 +259,13 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
         notes.append("calibrating the weights comes before the steps and is not in the peak: hidden states of "
                      f"{recipe.data.calibration_rows} rows and the statistics of one block")
     _mark_new_heads(recipe, model)
-    ledger = Ledger(logits_width=getattr(model.config.get_text_config(), "vocab_size", None))
+    ledger = Ledger(logits_width=getattr(model.config.get_text_config(), "vocab_size", None),
+                    **({"timeline_points": sys.maxsize} if trace else {}))
+    recorder = Recorder(ledger) if trace else None
     grafts = _grafts(recipe, model, names, notes)
     step, saved = build_step(recipe, model, grafts, steps), _saved_bytes(model, grafts)
     work = Work(lambda: ledger._stepping > 0)
+    ledger.on_operation = recorder
     with ledger, _few_pieces(work), _unpacked(not any("position_ids" in batch for batch, _ in batches)):
         ledger.track(model, "weights")
         for graft in grafts:
@@ -235,11 +295,17 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
             ledger.track(step.estimator.state_dict(), "optimizer_state")
             ledger.refresh()
             before = ledger.events
-            ledger.on_operation = work
+            if recorder is None:
+                ledger.on_operation = work
+            else:
+                recorder.inner = work
             step.run(fake, first + 1)
         finally:
             objectives.logits_scope = scope
-    return ledger, work, ledger.events - before, sum(p.numel() for _, p in step.parameters), saved
+    operations, trained = ledger.events - before, sum(p.numel() for _, p in step.parameters)
+    if recorder is not None:
+        return Trace(ledger.points, recorder.kinds, work, operations, trained, saved)
+    return ledger, work, operations, trained, saved
 
 
 @torch.no_grad()

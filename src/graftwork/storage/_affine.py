@@ -4,8 +4,8 @@ With codes c (out, in), groups j of inputs that share scale and zero, and x_j th
 
     y_n = sum_j s_nj (c_nj . x_j)  -  sum_j s_nj z_nj sum(x_j)
 
-The second sum is a product as narrow as there are groups. For the first, TILE codes at a time become floats in one buffer, which stays in
-the processor's cache; it is multiplied by the scales in place (a scale of a whole row is applied to y instead) and by x.
+The second sum is a product as narrow as there are groups. For the first, `_tiles.TILE` codes at a time become floats in one buffer,
+which stays in the processor's cache; it is multiplied by the scales in place (a scale of a whole row is applied to y instead) and by x.
 
 Codes of b = 2 or 4 bits that share a byte B = sum_i c_i 2^(b i) are not taken apart either. With the planes P_i = B mod 2^(b (i+1)),
 of which the last is the byte as it is,
@@ -27,10 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling.arithmetic import product_dtype
-from ..modeling.protocols import has_values
+from . import _tiles
 
-#: codes at a time: their floats fit into the cache that all cores share, and a call costs little beside its tile
-TILE = 1 << 20
 #: columns of scales are spread over at least so many codes, or they would be half of the work
 NARROWEST = 16
 
@@ -51,13 +49,13 @@ def affine_product(x: Tensor, codes: Tensor, bits: int, group: int, numbers: Cal
     wide = x.reshape(-1, x.shape[-1]).float()
     planes, sums = _planes(wide, bits), _group_sums(wide, group)
     (out, width), each = codes.shape, 8 // bits
-    step = min(out, max(1, TILE // wide.shape[-1]))
+    tiles = _tiles.row_tiles(out, wide.shape[-1])
+    step = tiles[0].stop
     floats = torch.empty(step, each, width, device=x.device)
     masked = torch.empty(step, width, dtype=torch.uint8, device=x.device) if each > 1 else None
     # A call takes as long as thousands of codes, which one row of x by a small matrix feels: no copy for a single tile.
     y = None if step == out else torch.empty(wide.shape[0], out, device=x.device)
-    for start in range(0, out if has_values(codes) else step, step):  # in a plan the first tile has all shapes
-        rows = slice(start, min(start + step, out))
+    for rows in _tiles.each(tiles):
         own, (scale, shift) = codes[rows], numbers(rows)
         tile = floats[: own.shape[0]]
         for i in range(each - 1):

@@ -1,7 +1,7 @@
 """What the formats of codes share: leaves as frozen bytes with a shape each, and products tile by tile.
 
 A format gives `leaf_kinds` (shape and dtype of every leaf) and `decode` (rows of W in fp32 from the leaves). A forward decodes about
-TILE weights at a time, multiplies by them and drops them, so that no float copy of a large matrix ever exists; so does the
+`_tiles.TILE` weights at a time, multiplies by them and drops them, so that no float copy of a large matrix ever exists; so does the
 backward pass, which saves nothing of the weight.
 """
 
@@ -17,11 +17,9 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..modeling.arithmetic import dtype_for, product_dtype
+from . import _tiles
 from ._packing import pack, unpack
 from .base import Storage, StorageConfig, bytes_parameter, differentiated, view_as
-
-#: weights decoded at a time
-TILE = 1 << 20
 
 
 class CodedStorage(Storage):
@@ -96,7 +94,7 @@ class CodedStorage(Storage):
         return leaves
 
     def _tiles(self):
-        return row_tiles(self.out_features, self.in_features)
+        return _tiles.row_tiles(self.out_features, self.in_features)
 
     def _rounded(self, leaves: dict[str, Tensor], rows: slice, dtype: torch.dtype) -> Tensor:
         # Rounded to the compute dtype on the way, so that every product is by the same numbers.
@@ -108,7 +106,7 @@ class CodedStorage(Storage):
         if len(tiles) == 1:
             return self._rounded(leaves, tiles[0], dtype)
         dense = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
-        for rows in tiles:
+        for rows in _tiles.each(tiles):
             dense[rows] = self._rounded(leaves, rows, dtype)
         return dense
 
@@ -140,12 +138,6 @@ class CodedStorage(Storage):
         return tiled_transposed(grad, self._tiles(), lambda rows, dtype: self._rounded(leaves, rows, dtype))
 
 
-def row_tiles(out_features: int, in_features: int, together: int = 1) -> list[slice]:
-    """Slices of the rows of W: about TILE weights, and a multiple of `together` rows; in a plan, too, all of them: they are few."""
-    step = max(1, TILE // (in_features * together)) * together
-    return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
-
-
 def tiled_product(x: Tensor, tiles: list[slice], decode: Callable[[slice, torch.dtype], Tensor]) -> Tensor:
     """x W^T, (..., in) -> (..., out) in x's dtype; decode(rows, dtype): these rows of W."""
     dtype = dtype_for(x)
@@ -153,7 +145,7 @@ def tiled_product(x: Tensor, tiles: list[slice], decode: Callable[[slice, torch.
     if len(tiles) == 1:
         return F.linear(wide, decode(tiles[0], dtype)).to(x.dtype)
     y = torch.empty(*x.shape[:-1], tiles[-1].stop, dtype=x.dtype, device=x.device)
-    for rows in tiles:
+    for rows in _tiles.each(tiles):
         y[..., rows] = F.linear(wide, decode(rows, dtype))
     return y
 
@@ -162,7 +154,7 @@ def tiled_transposed(grad: Tensor, tiles: list[slice], decode: Callable[[slice, 
     """grad W, (..., out) -> (..., in) in grad's dtype."""
     dtype = product_dtype(grad.dtype, grad.device)
     wide, found = grad.to(dtype), None
-    for rows in tiles:
+    for rows in _tiles.each(tiles):
         part = wide[..., rows] @ decode(rows, dtype)
         found = part if found is None else found.add_(part)
     return found.to(grad.dtype)

@@ -21,8 +21,9 @@ from ..errors import UsageError
 from ..modeling.gguf_blocks import BLOCK_TYPES, decode_rows
 from ..modeling.protocols import has_values
 from ..registry import register
-from ._coded import TILE, CodedStorage
+from ._coded import CodedStorage
 from ._gguf_quantizers import QUANTIZERS
+from ._tiles import TILE
 from .base import StorageConfig, check_weight
 
 #: what `auto` makes of a weight that has no blocks yet

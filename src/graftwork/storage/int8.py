@@ -28,7 +28,8 @@ from ..modeling.arithmetic import product_dtype
 from ..modeling.trained_codes import blank, codes_of, stand_in
 from ..registry import register
 from ._affine import affine_product, serves
-from ._coded import row_tiles, tiled_product, tiled_transposed
+from ._coded import tiled_product, tiled_transposed
+from ._tiles import row_tiles
 from .base import Storage, StorageConfig, bytes_parameter, check_weight, view_as
 
 _LEAVES = ("codes", "scale", "zero")

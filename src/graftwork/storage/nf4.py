@@ -35,7 +35,8 @@ from ..errors import ModelError, UsageError
 from ..modeling.blockwise import BLOCK as NESTED_BLOCK
 from ..modeling.blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
 from ..registry import register
-from ._coded import row_tiles, tiled_product, tiled_transposed
+from ._coded import tiled_product, tiled_transposed
+from ._tiles import row_tiles
 from .base import Storage, StorageConfig, bytes_parameter, check_weight, has_values, view_as
 
 #: the 16 values of the code book (exact in fp32)
