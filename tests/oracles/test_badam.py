@@ -35,6 +35,18 @@ def test_every_cycle_visits_every_block_once_in_the_order_asked():
     assert turns["random"] != [BAdamSelection(BAdam()).active_block(6, t, 4) for t in range(40)]
 
 
+@pytest.mark.parametrize("order", ["random", "ascending", "descending"])
+def test_the_heaviest_steps_are_the_first_turn_of_the_lowest_of_the_largest_blocks(order):
+    step = built(BAdam(interval=4, order=order, embeddings=True))
+    selection, ctx = step.selections[0], step.context(0)
+    sizes = [sum(p.numel() for p in step.model.parameters() if id(p) in block) for block in selection.blocks(ctx)]
+    turn = next(t for t in range(LAYERS + 2) if selection.active_block(5, t, LAYERS + 2) == sizes.index(max(sizes)))
+    assert step.heaviest_steps() == range(4 * turn, 4 * turn + 4)
+    step.total_steps = 6  # two turns, the second of two steps
+    reached = max((0, 1), key=lambda t: (sizes[b := selection.active_block(5, t, LAYERS + 2)], -b))
+    assert step.heaviest_steps() == range(4 * reached, min(4 * reached + 4, 6))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["random", "descending"])
 def test_equals_a_loop_with_a_fresh_torch_optimizer_for_each_block(order):

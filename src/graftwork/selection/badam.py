@@ -51,6 +51,15 @@ class BAdamSelection(Selection):
         if ctx.step // self.config.interval != self._turn:
             self._apply(ctx)
 
+    def heaviest_steps(self, ctx: SelectionContext) -> range:
+        """The first turn of the largest block; of equal ones that of the lowest, whose backward pass is the longest."""
+        sizes, interval = {id(p): p.numel() for _, p in ctx.parameters}, self.config.interval
+        blocks = self.blocks(ctx)
+        turns = range(len(blocks) if ctx.total_steps <= 1 else min(len(blocks), -(-ctx.total_steps // interval)))  # a run of unknown length
+        trained = {turn: self.active_block(ctx.seed, turn, len(blocks)) for turn in turns}
+        turn = max(trained, key=lambda turn: (sum(sizes.get(key, 0) for key in blocks[trained[turn]]), -trained[turn]))
+        return range(turn * interval, max(ctx.total_steps, turn * interval + 1))[:interval]
+
     def active_block(self, seed: int, turn: int, total: int) -> int:
         """Which of `total` blocks trains in that turn."""
         cycle, place = divmod(turn, total)
