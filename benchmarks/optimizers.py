@@ -43,6 +43,7 @@ SEEDS = (0, 1, 2)
 BASELINE = "adamw"
 TUNED = (BASELINE, "galore", "apollo_mini", "fira", "adam_mini", "lisa", "mezo")
 QUICK = (BASELINE, "galore", "lisa", "mezo")
+QUICK_STEPS = 20
 #: the middle one of a method's three rates, from scratch and in fine-tuning, where it is not that of Adam
 ADAM = (9.49e-4, 3e-5)
 RATES: dict[str, tuple[float, float]] = {
@@ -111,7 +112,7 @@ def run_task(bench: Bench, methods: dict[str, dict[str, Any]], out: Path, end: f
         first, below, above = rates_of(method, bench.task.base is None, beyond)
         if quick:
             first, below, above = first[1:2], [], []
-        steps, tried = 20 if quick else None, {}
+        steps, tried = QUICK_STEPS if quick else None, {}
         for rate in candidates(first, tried, below, above):
             if time.monotonic() > end:
                 return print(f"stopped in {method}: the minutes are over; the same command goes on from here", file=sys.stderr)
@@ -147,7 +148,7 @@ def mean_loss(entry: dict[str, Any]) -> float:
     return math.inf if any(order(x) == -math.inf for x in losses) else statistics.mean(losses)
 
 
-def table(task: str, found: dict[str, dict[str, Any]]) -> str:
+def table(task: str, found: dict[str, dict[str, Any]], quick: bool = False) -> str:
     """Markdown, best first."""
     if BASELINE not in found:
         return ""
@@ -167,8 +168,9 @@ def table(task: str, found: dict[str, dict[str, Any]]) -> str:
                      f"{plan['state_bytes'] / base['plan']['state_bytes']:.3f} | {peak:,} | {peak / first:.2f} | "
                      f"{plan['peak_bytes'] / peak:.4f} |")
     t = TASKS[task]
-    return "\n".join([*lines, "", f"{len(found)} methods; {t.steps} steps of {t.batch} rows of at most {t.length} tokens; nats a token "
-                      f"over {t.test} test rows, mean of {len(base['finals'])} seeds."])
+    steps = QUICK_STEPS if quick else t.steps
+    return "\n".join([*lines, "", f"{len(found)} methods; {steps} steps of {t.batch} rows of at most {t.length} tokens; nats a token over "
+                      f"{t.test} test rows, mean of {len(base['finals'])} seeds."])
 
 
 def plot(task: str, found: dict[str, dict[str, Any]], path: Path) -> None:
@@ -196,7 +198,7 @@ def main() -> int:
                 mine = {method: methods[method] for method in shared(wanted, arguments.share)}
                 run_task(Bench(TASKS[task], Path(folder)), mine, out, end, quick, arguments.beyond)
             found = read(out, task, list(methods), 1 if quick else 3)
-            texts.append(table(task, found))
+            texts.append(table(task, found, quick))
             if not quick and BASELINE in found:
                 plot(task, found, out / f"{task}.svg")
     text = "\n\n".join(filter(None, texts))
