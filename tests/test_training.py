@@ -18,7 +18,6 @@ from graftwork.errors import DataError, GraftworkError, TrainingError, UsageErro
 from graftwork.evaluation.targets import find_target
 from graftwork.files import FileLock
 from graftwork.modeling.state import state_of
-from graftwork.planning.simulate import plan
 from graftwork.recipe import load_recipe
 from graftwork.registry import make_config
 from graftwork.training import checkpoint as ckpt
@@ -227,8 +226,9 @@ def test_the_heaviest_step_has_the_largest_padded_micro_batch():
 
 def test_the_peak_of_gradual_unfreezing_is_measured_when_all_trains(llama, rows, tmp_path):
     document = recipe(llama, rows, tmp_path / "run", adapter=None, selection=[{"method": "freeze", "interval": 2}], train={"max_steps": 10})
-    measured = run(document, measure=True).peak_bytes
-    assert abs(plan(document, estimate_time=False).peak_bytes / measured - 1) <= 0.02
+    run(document, measure=True)
+    measured = json.loads((tmp_path / "run" / "run.json").read_text())["measured"]
+    assert 6 <= measured["step"] <= 10  # two layers and the input side: all trains from the fifth step, with state from the sixth
 
 
 # -- log, evaluation, checkpoints ----------------------------------------------------------------------------------------
