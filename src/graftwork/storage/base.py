@@ -141,12 +141,15 @@ class Storage(nn.Module):
         raise UsageError(f"storage '{cls.method}' does not put maps together", remedy="give the dense model")
 
     @classmethod
-    def alike(cls, parts: Sequence[Storage]) -> Storage:
-        """The first of `parts`. Raises UsageError where `joined` has parts of several kinds."""
+    def alike(cls, parts: Sequence[Storage], run: int = 1) -> Storage:
+        """The first of `parts`. run: codes in memory order that share a scale. Raises UsageError where `joined` has parts of several kinds,
+        or one but the last that ends within a run."""
         first = parts[0]
         if any((part.in_features, part.options, set(part.leaves())) != (first.in_features, first.options, set(first.leaves()))
                for part in parts):
             raise UsageError(f"maps that the model keeps as one are coded as {cls.method} in different ways", remedy="give the dense model")
+        if any(part.out_features * part.in_features % run for part in parts[:-1]):
+            raise UsageError(f"maps that the model keeps as one end within a group of {run} codes", remedy="give the dense model")
         return first
 
     def train_weight(self) -> nn.Parameter:

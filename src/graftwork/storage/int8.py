@@ -65,9 +65,7 @@ class Int8Storage(Storage):
     @classmethod
     @torch.no_grad()
     def joined(cls, parts):
-        first, group = cls.alike(parts), parts[0].options.group_size
-        if any(part.out_features * part.in_features % group for part in parts[:-1]):
-            raise UsageError(f"maps that the model keeps as one end within a group of {group} codes", remedy="give the dense model")
+        first = cls.alike(parts, parts[0].options.group_size)
         leaves = {name: torch.cat([part.leaves()[name] for part in parts]) for name in _LEAVES}
         return cls(sum(part.out_features for part in parts), first.in_features, first.options, leaves, None, first.compute_dtype)
 

@@ -134,9 +134,7 @@ class NF4Storage(Storage):
     @torch.no_grad()
     def joined(cls, parts):
         """Scales that were quantised are kept as what they stand for, in fp32: each part has an offset of its own."""
-        first, block = cls.alike(parts), parts[0].options.block_size
-        if any(part.out_features * part.in_features % block for part in parts[:-1]):
-            raise UsageError(f"maps that the model keeps as one end within a block of {block} codes", remedy="give the dense model")
+        first = cls.alike(parts, parts[0].options.block_size)
         leaves = {"codes": torch.cat([part.leaves()["codes"] for part in parts]), "absmax": torch.cat([part.scales() for part in parts])}
         options = first.options.model_copy(update={"double_quant": False})
         return cls(sum(part.out_features for part in parts), first.in_features, options, leaves, None, first.compute_dtype)
