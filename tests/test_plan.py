@@ -132,6 +132,26 @@ def test_the_peak_of_every_method_is_planned_within_two_percent(shallow, axis, n
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("always_on", [True, False])
+def test_owlore_is_planned_with_the_draws_of_its_scores_and_as_the_heaviest_without_them(folder, always_on):
+    def of(scores):
+        section = {"method": "owlore", "layers": 1, "interval": 2, "always_on": always_on, "scores": scores}
+        return document(folder, **FULL, selection=[section])
+
+    ends = {where: of([float(i == where) for i in range(4)]) for where in (0, 3)}
+    peaks = {where: planned(doc).peak_bytes for where, doc in ends.items()}
+    for where, doc in ends.items():
+        found = measured(doc, 1)
+        assert abs(peaks[where] - found) <= 0.02 * found
+    # with a frozen embedding the activations below the lowest trained layer are not kept
+    assert peaks[3] >= peaks[0] if always_on else peaks[0] > 1.02 * peaks[3]
+    assert planned(of(None)).peak_bytes == max(peaks.values())
+    drawn = of([1.0, 2.0, 2.0, 2.0])  # the run's heaviest draw of several
+    steps = built(drawn)[0].heaviest_steps()
+    assert len(steps) == 2 and steps.start > 1 and planned(drawn).peak_bytes == max(peaks.values())
+
+
+@pytest.mark.slow
 def test_classifier_heads_that_a_run_draws_are_planned_as_trained(folder):
     doc = document(folder, objective="classification")
     expected = planned(doc)

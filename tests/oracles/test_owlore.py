@@ -14,7 +14,7 @@ from graftwork.errors import UsageError
 from graftwork.estimators.backprop import Backprop, BackpropEstimator
 from graftwork.objectives.causal_lm import CausalLMObjective
 from graftwork.selection.lisa import LISA, LISASelection
-from graftwork.selection.owlore import OwLore, OwLoreSelection, outlier_shares
+from graftwork.selection.owlore import SCORED, OwLore, OwLoreSelection, outlier_shares
 from graftwork.training import checkpoint as ckpt
 from graftwork.training.step import TrainStep
 from training_support import completions, folder, recipe, run
@@ -67,11 +67,15 @@ def test_scores_are_the_share_of_outliers_among_the_wanda_scores():
     assert got[1] > got[0] and got[3] > got[0]
 
 
+def probabilities(mode, scores):
+    return OwLoreSelection(OwLore(mode=mode, scores=scores if mode in SCORED else None)).probabilities(len(scores))
+
+
 @pytest.mark.parametrize("mode, expected", [
     ("owl", [0.1, 0.2, 0.3, 0.4]), ("owl_reverse", [3 / 6, 2 / 6, 1 / 6, 0]), ("uniform", [0.25] * 4),
     ("increase", [0.1, 0.2, 0.3, 0.4]), ("decrease", [0.4, 0.3, 0.2, 0.1])])
 def test_probabilities_of_each_mode(mode, expected):
-    np.testing.assert_allclose(OwLoreSelection(OwLore(mode=mode), [1, 2, 3, 4]).probabilities(4), expected)
+    np.testing.assert_allclose(probabilities(mode, [1, 2, 3, 4]), expected)
 
 
 def test_norm_follows_the_weights_and_no_outlier_at_all_is_uniform():
@@ -84,13 +88,13 @@ def test_norm_follows_the_weights_and_no_outlier_at_all_is_uniform():
                for layer in step.model.model.layers]
     np.testing.assert_allclose(step.selections[0].scores, np.sqrt(squares))
     assert np.argmax(step.selections[0].probabilities(LAYERS)) == 2
-    assert OwLoreSelection(OwLore(), [0, 0, 0]).probabilities(3) == [1 / 3] * 3
+    assert probabilities("owl", [0, 0, 0]) == [1 / 3] * 3
 
 
 @pytest.mark.slow
 def test_the_draw_has_the_law_of_numpys_choice_without_replacement():
     scores, gamma, draws = [0.3, 0.05, 0.02, 0.1, 0.53], 2, 3000
-    selection = OwLoreSelection(OwLore(layers=gamma), scores)
+    selection = OwLoreSelection(OwLore(layers=gamma, scores=scores))
     p, source = np.array(selection.probabilities(5)), np.random.default_rng(0)
     mine, theirs = {}, {}
     for interval in range(draws):
@@ -101,9 +105,9 @@ def test_the_draw_has_the_law_of_numpys_choice_without_replacement():
     exact = {(i, j): p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j]) for i in range(5) for j in range(i + 1, 5)}
     for counts in (mine, theirs):
         assert stats.chisquare([counts.get(k, 0) for k in exact], [draws * v for v in exact.values()]).pvalue > 1e-3
-    zero = OwLoreSelection(OwLore(layers=2), [0, 1, 0, 1])
+    zero = OwLoreSelection(OwLore(layers=2, scores=[0, 1, 0, 1]))
     assert {tuple(zero.active_layers(1, k, 4)) for k in range(50)} == {(1, 3)}
-    used_up = OwLoreSelection(OwLore(layers=3), [0, 1, 0, 1])
+    used_up = OwLoreSelection(OwLore(layers=3, scores=[0, 1, 0, 1]))
     assert {tuple(used_up.active_layers(1, k, 4)) for k in range(50)} == {(0, 1, 3), (1, 2, 3)}
 
 
@@ -147,7 +151,10 @@ def test_projector_and_moments_of_a_layer_drawn_again_are_new():
 
 
 @pytest.mark.parametrize("options, match", [(dict(mode="uniform", tau=3.0), "tau: mode uniform looks at no data"),
-                                            (dict(mode="norm", max_batches=2), "max_batches: mode norm")])
+                                            (dict(mode="norm", max_batches=2), "max_batches: mode norm"),
+                                            (dict(tau=3.0, scores=[1.0]), "tau: scores are given"),
+                                            (dict(mode="decrease", scores=[1.0]), "scores: finite numbers"),
+                                            (dict(scores=[-1.0]), "scores: finite numbers")])
 def test_options_that_no_mode_reads_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
         OwLore(**options)
@@ -157,7 +164,7 @@ def test_bad_numbers_of_layers_and_missing_data_are_refused():
     step = built(OwLoreSelection(OwLore(layers=9)))
     with pytest.raises(UsageError, match="the model has 4"):
         step.selections[0].begin(step.context(0))
-    step.selections = [OwLoreSelection(OwLore(layers=2), [1, 2])]
+    step.selections = [OwLoreSelection(OwLore(layers=2, scores=[1, 2]))]
     with pytest.raises(UsageError, match="scores of 2 layers"):
         step.selections[0].begin(step.context(0))
     step.selections = [OwLoreSelection(OwLore(layers=2))]

@@ -287,7 +287,8 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
         ledger.track([fake, unread], "other")
         scope, objectives.logits_scope = objectives.logits_scope, lambda: ledger.category("logits")
         try:
-            first = step.heaviest_steps().start
+            heaviest = step.heaviest_steps()  # the second of the two steps has the optimizer's state from the start
+            first = heaviest.start if len(heaviest) > 1 else max(heaviest.start - 1, 0)
             if _state_alone(step):
                 _allocate_state(step)
             else:

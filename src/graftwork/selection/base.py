@@ -60,7 +60,8 @@ class Selection:
                                     remedy=f"adapter: {self.adapters[0]}, or remove this selection")
 
     def heaviest_steps(self, ctx: SelectionContext) -> range:
-        """The steps of the run in which most trains: the planner simulates the first two, a run's peak is measured in one of them."""
+        """The steps of the run in which most trains: the planner simulates the first two (one alone
+        after that before it), a run's peak is measured in one of them."""
         return range(ctx.total_steps)
 
     def begin(self, ctx: SelectionContext) -> None:

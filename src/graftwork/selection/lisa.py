@@ -13,6 +13,8 @@ that: activation checkpointing is non-reentrant here).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from pydantic import Field
 
@@ -50,6 +52,11 @@ class LISASelection(Selection):
         if ctx.step // self.config.interval != self._drawn:
             self._apply(ctx)
 
+    def heaviest_steps(self, ctx: SelectionContext) -> range:
+        """The interval whose draw takes the most memory (`weight_of_draw`)."""
+        total = len(decoder_blocks(ctx.model))
+        return heaviest_interval(ctx, self.config, lambda interval: self.active_layers(ctx.seed, interval, total))
+
     def active_layers(self, seed: int, interval: int, total: int) -> list[int]:
         """The layers drawn for one interval, sorted."""
         if self.config.layers > total:
@@ -63,6 +70,21 @@ class LISASelection(Selection):
         inside = {id(p) for block in blocks for p in block.parameters()}
         chosen = {id(p) for i in active for p in blocks[i].parameters()}
         train_only(ctx, chosen | {id(p) for _, p in ctx.parameters if self.config.always_on and id(p) not in inside})
+
+
+def weight_of_draw(active: Sequence[int], always_on: bool) -> tuple[int, int]:
+    """What orders draws of equal blocks by the peak of their step: how deep the backward pass goes (to the embedding if that trains),
+    then how high the layers are, whose gradients are there while the activations below them still are."""
+    return (0 if always_on else -min(active)), sum(active)
+
+
+def heaviest_interval(ctx: SelectionContext, config: Any, active: Callable[[int], Sequence[int]]) -> range:
+    """The steps of the heaviest of the run's first 200 intervals. config: with `interval` and `always_on`; active: the layers drawn for
+    an interval."""
+    length = config.interval
+    intervals = range(max(1, min(200, -(-ctx.total_steps // length))))
+    start = length * max(intervals, key=lambda interval: (*weight_of_draw(active(interval), config.always_on), -interval))
+    return range(start, max(ctx.total_steps, start + 1))[:length]
 
 
 def draw(seed: int, interval: int, layer: int) -> float:

@@ -12,14 +12,15 @@ smallest -log(u_l) / p_l, u_l uniform: the law of drawing one by one and taking 
 replace=False)). Layers with p_l = 0 are drawn only where the others are used up. uniform draws what `lisa` draws.
 
 Scores are taken once, before the first draw, and kept for the whole run (L numbers in the checkpoint). The data: up to max_batches batches
-of the run (a step without a run around it uses its own); padding does not count. A plan has no values: it draws uniformly. Fused
-experts are not scored. Not in the paper's text: the weights `norm` measures are here all tensors of a layer with two dimensions or more.
+of the run (a step without a run around it uses its own); padding does not count. A plan has no values, so what is drawn by scores is not
+known: it counts the heaviest layers, an upper bound. With `scores` in the recipe it knows the draws of the run. Fused experts are not
+scored. Not in the paper's text: the weights `norm` measures are here all tensors of a layer with two dimensions or more.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any, Literal
 
@@ -32,10 +33,11 @@ from ..modeling.protocols import has_values
 from ..modeling.sites import linear_modules
 from ..registry import MethodConfig, register
 from .base import SHARE, Selection, SelectionContext, decoder_blocks, parts_of_model, train_only
-from .lisa import draw
+from .lisa import draw, heaviest_interval
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 DATA = ("owl", "owl_reverse")
+SCORED = (*DATA, "norm")
 
 
 class OwLore(MethodConfig):
@@ -46,13 +48,17 @@ class OwLore(MethodConfig):
     mode: Literal["owl", "owl_reverse", "uniform", "increase", "decrease", "norm"] = Field("owl", description="what p_l follows")
     tau: float = Field(13.0, gt=0.0, description="an outlier is larger than tau times the layer's mean")
     max_batches: int = Field(16, ge=1, description="calibration batches")
+    scores: list[float] | None = Field(None, description="D_l of each layer where they are known (`outlier_shares`): no data is looked at")
     always_on: bool = Field(True, description="train embeddings, head and final norm all the time")
 
     @model_validator(mode="after")
     def _read_by_the_mode(self):
         idle = [name for name in ("tau", "max_batches") if getattr(self, name) != type(self).model_fields[name].default]
-        if idle and self.mode not in DATA:
-            raise ValueError(f"{', '.join(idle)}: mode {self.mode} looks at no data; choose {' or '.join(DATA)}")
+        if idle and (self.mode not in DATA or self.scores):
+            why = "scores are given" if self.mode in DATA else f"mode {self.mode} looks at no data; choose {' or '.join(DATA)}"
+            raise ValueError(f"{', '.join(idle)}: {why}")
+        if self.scores is not None and (self.mode not in SCORED or not all(0 <= s < math.inf for s in self.scores)):
+            raise ValueError(f"scores: finite numbers of 0 or more, read by mode {', '.join(SCORED)}")
         return self
 
 
@@ -66,10 +72,9 @@ class OwLoreSelection(Selection):
     full_tuning_only = True
     shows = SHARE
 
-    def __init__(self, config: OwLore | None = None, scores: Sequence[float] | None = None):
-        """scores: D_l of each layer where they are known already (`outlier_shares`): no data is looked at then."""
+    def __init__(self, config: OwLore | None = None):
         super().__init__(config or OwLore())
-        self.scores: Tensor | None = None if scores is None else torch.tensor(scores, dtype=torch.float64)
+        self.scores: list[float] | None = self.config.scores
         self._drawn = -1
 
     def begin(self, ctx: SelectionContext) -> None:
@@ -78,8 +83,8 @@ class OwLoreSelection(Selection):
         if self.config.layers > len(blocks):
             raise UsageError(f"owlore: layers = {self.config.layers}, but the model has {len(blocks)}",
                              remedy=f"choose at most {len(blocks)}")
-        if self.scores is None and self.config.mode in (*DATA, "norm") and has_values(next(ctx.model.parameters())):
-            self.scores = self._measure(ctx, blocks)
+        if self._unknown() and has_values(next(ctx.model.parameters())):
+            self.scores = self._measure(ctx, blocks).tolist()
         if self.scores is not None and len(self.scores) != len(blocks):
             raise UsageError(f"owlore has scores of {len(self.scores)} layers, and the model has {len(blocks)}",
                              remedy="give one number a layer")
@@ -89,9 +94,19 @@ class OwLoreSelection(Selection):
         if ctx.step // self.config.interval != self._drawn:
             self._apply(ctx)
 
+    def heaviest_steps(self, ctx: SelectionContext) -> range:
+        """The interval whose draw takes the most memory; the whole run while the scores are not known."""
+        if self._unknown():
+            return super().heaviest_steps(ctx)
+        total = len(decoder_blocks(ctx.model))
+        return heaviest_interval(ctx, self.config, lambda interval: self.active_layers(ctx.seed, interval, total))
+
+    def _unknown(self) -> bool:
+        return self.scores is None and self.config.mode in SCORED
+
     def probabilities(self, total: int) -> list[float]:
         """p of each layer, from 0; they sum to 1."""
-        kept = [1.0] * total if self.scores is None else self.scores.tolist()
+        kept = self.scores or [1.0] * total
         weights = {"uniform": [1.0] * total, "increase": list(range(1, total + 1)), "decrease": list(range(total, 0, -1)),
                    "owl_reverse": [max(kept) - d for d in kept]}.get(self.config.mode, kept)
         return [w / sum(weights) for w in weights] if sum(weights) else [1.0 / total] * total
@@ -109,8 +124,13 @@ class OwLoreSelection(Selection):
     def _apply(self, ctx: SelectionContext) -> None:
         self._drawn = ctx.step // self.config.interval
         before, layers, after = parts_of_model(ctx)
-        active = self.active_layers(ctx.seed, self._drawn, len(layers))
+        active = self._heaviest(len(layers)) if self._unknown() else self.active_layers(ctx.seed, self._drawn, len(layers))
         train_only(ctx, set().union(*(layers[i] for i in active), *([before, after] if self.config.always_on else [])))
+
+    def _heaviest(self, total: int) -> list[int]:
+        """The draw of the largest `weight_of_draw`."""
+        highest = list(range(total - self.config.layers, total))
+        return highest if self.config.always_on else [0, *highest[1:]]
 
     def _measure(self, ctx: SelectionContext, blocks: list[nn.Module]) -> Tensor:
         if self.config.mode == "norm":
@@ -118,14 +138,14 @@ class OwLoreSelection(Selection):
             return torch.stack(squares).sqrt().cpu()
         if ctx.batches is None:
             raise UsageError(f"owlore: mode {self.config.mode} looks at data, and this trainer offers none",
-                             remedy="mode: decrease, or OwLoreSelection(config, scores=outlier_shares(model, batches))")
+                             remedy="mode: decrease, or scores of outlier_shares(model, batches)")
         return outlier_shares(ctx.model, islice(ctx.batches(), self.config.max_batches), tau=self.config.tau)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.scores is None else {"scores": self.scores}
+        return {} if self.scores is None else {"scores": torch.tensor(self.scores, dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scores = state["scores"].clone() if "scores" in state else None
+        self.scores = state["scores"].tolist() if "scores" in state else None
 
 
 @torch.no_grad()
