@@ -9,9 +9,7 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": {}, "awq": {}, "hq
 QUICK = ("dense", "int4, rtn", "int4, gptq", "int2, rtn", "int2, gptq")
 #: what a fit of a code book takes by default is most of an hour for jlcm (100 steps over the nearest 7 codes), ten minutes for edkm
 FITS: dict[str, dict[str, Any]] = {"edkm": {"iterations": 25}, "jlcm": {"iterations": 10, "reach": 1}}
-#: of the paper's search for a smoothing (20 steps, 41 decompositions a map, then 20 rounds), which did not end in 20 minutes of a core
-SMOOTHED = {"smooth_steps": 4, "iterations": 4}
-#: variants that come last, in this order
+#: variants that come last, in this order; svdquant decomposes a map 61 times, which took above 20 minutes of a core
 LATER = ("lowrank_plus2, lq_lora", "vptq, 2 + 2 bits", "codebook2, edkm", "int4, adaquant", "lowrank_plus2, lorc", "codebook2, jlcm",
          "bitmod3, rtn", "bitmod4, gptq", "codebook4", "fp4, awq", "mixllm4", "nf3, groups", "nf2, groups", "codebook3, weighted",
          "codebook2, weighted", "int3, gptq, act order", "int2, gptq, act order", "lowrank_plus4, lq_lora", "fp8, e5m2",
@@ -50,8 +48,7 @@ def _all() -> dict[str, dict[str, Any]]:
     found["vptq, 2 + 2 bits"] = {"method": "vptq", "residual_bits": 8}
     for base in (3, 2):
         for init in ("lq_lora", "lorc", "svdquant"):
-            found[f"lowrank_plus{base}, {init}"] = {"method": "lowrank_plus", "base": {"method": f"int{base}"}, "init": init,
-                                                     **(SMOOTHED if init == "svdquant" else {})}
+            found[f"lowrank_plus{base}, {init}"] = {"method": "lowrank_plus", "base": {"method": f"int{base}"}, "init": init}
         found[f"nf{base}, groups"] = {"method": "nf", "bits": base}
     for wide in (4, 3):
         found[f"mixllm{wide}"] = {"method": "mixllm", "bits": wide}
