@@ -150,7 +150,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         losses, failed = [f["test"] for f in finals], any(order(f["test"]) == -math.inf for f in finals)
         error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 and not failed else math.nan
         near = "" if label in UNSIZED else f"{1 + size['off']:.3f}" + (" (not equal)" if abs(size["off"]) > EQUAL else "")
-        shown = "failed" if failed else f"{statistics.mean(losses):.3f} ± {error:.3f} ({len(losses)})"
+        around = "" if math.isnan(error) else f" ± {error:.3f}"
+        shown = "failed" if failed else f"{statistics.mean(losses):.3f}{around} ({len(losses)})"
         against = "" if failed or label == BASELINE or not base or not base["finals"][0]["rows"] else compared(entry, base)
         measured = "" if failed else f"{finals[0]['peak_bytes'] / size['peak_bytes']:.3f}"
         rate = f"{finals[0]['rate']:g}{' (edge)' if entry['edge'] else ''}"
