@@ -167,6 +167,8 @@ def test_bad_numbers_of_layers_and_missing_data_are_refused():
     step.selections = [OwLoreSelection(OwLore(layers=2, scores=[1, 2]))]
     with pytest.raises(UsageError, match="scores of 2 layers"):
         step.selections[0].begin(step.context(0))
+    with pytest.raises(UsageError, match="scores of 2 layers"):
+        step.heaviest_steps()  # what a plan and the meter of a run ask first
     step.selections = [OwLoreSelection(OwLore(layers=2))]
     with pytest.raises(UsageError, match="offers none") as caught:
         step.selections[0].begin(step.context(0))

@@ -85,9 +85,6 @@ class OwLoreSelection(Selection):
                              remedy=f"choose at most {len(blocks)}")
         if self._unknown() and has_values(next(ctx.model.parameters())):
             self.scores = self._measure(ctx, blocks).tolist()
-        if self.scores is not None and len(self.scores) != len(blocks):
-            raise UsageError(f"owlore has scores of {len(self.scores)} layers, and the model has {len(blocks)}",
-                             remedy="give one number a layer")
         self._apply(ctx)
 
     def before_step(self, ctx: SelectionContext) -> None:
@@ -105,7 +102,9 @@ class OwLoreSelection(Selection):
         return self.scores is None and self.config.mode in SCORED
 
     def probabilities(self, total: int) -> list[float]:
-        """p of each layer, from 0; they sum to 1."""
+        """p of each layer, from 0; they sum to 1. Raises UsageError for scores of another number of layers."""
+        if self.scores is not None and len(self.scores) != total:
+            raise UsageError(f"owlore has scores of {len(self.scores)} layers, and the model has {total}", remedy="give one number a layer")
         kept = self.scores or [1.0] * total
         weights = {"uniform": [1.0] * total, "increase": list(range(1, total + 1)), "decrease": list(range(total, 0, -1)),
                    "owl_reverse": [max(kept) - d for d in kept]}.get(self.config.mode, kept)
