@@ -123,8 +123,9 @@ def read(out: Path) -> dict[str, dict[str, Any]]:
         finals = [json.loads(path.read_text()) for path in sorted((out / slug(label)).glob("final-seed*.json"))]
         if finals:
             cells = {kind: json.loads((out / slug(label) / f"{kind}.json").read_text()) for kind in ("size", "start")}
-            tried = [json.loads(path.read_text())["rate"] for path in (out / slug(label)).glob("search-lr*.json")]
-            found[label] = {**cells, "finals": finals, "edge": len(tried) > 1 and finals[0]["rate"] in (min(tried), max(tried))}
+            tried = {c["rate"]: c for c in (json.loads(path.read_text()) for path in (out / slug(label)).glob("search-lr*.json"))}
+            rate = finals[0]["rate"]
+            found[label] = {**cells, "finals": finals, "searched": tried[rate], "edge": len(tried) > 1 and rate in (min(tried), max(tried))}
     return found
 
 
@@ -153,7 +154,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         around = "" if math.isnan(error) else f" ± {error:.3f}"
         shown = "failed" if failed else f"{statistics.mean(losses):.3f}{around} ({len(losses)})"
         against = "" if failed or label == BASELINE or not base or not base["finals"][0]["rows"] else compared(entry, base)
-        measured = "" if failed else f"{finals[0]['peak_bytes'] / size['peak_bytes']:.3f}"
+        # of the run that was planned: another seed has other rows in its heaviest step
+        measured = f"{entry['searched']['peak_bytes'] / size['peak_bytes']:.4f}" if entry["searched"].get("peak_bytes") else ""
         rate = f"{finals[0]['rate']:g}{' (edge)' if entry['edge'] else ''}"
         lines.append(f"| **{label}** | {size_of(label, size['size'])} | {start['bits']:.3f} | {size['peak_bytes'] / 1e6:.0f} | {near} | "
                      f"{measured} | {rate} | {shown} | {against} | {PATHS[label].result} |")
