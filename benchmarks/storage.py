@@ -39,7 +39,7 @@ import torch
 from figures import scatter
 from matrix import cell, parser_of, shared, slug
 from rows import data_folder, read_rows
-from storage_formats import QUICK, configurations
+from storage_formats import QUICK, ROWS_OF, configurations
 from storage_tasks import losses, questions, right, texts
 from torch import nn
 
@@ -64,13 +64,14 @@ class Bench:
         root, share = data_folder(), 1 / 16 if quick else 1
         self.texts = texts(root, self.tokenizer, WINDOW, int(TOKENS * share) // WINDOW)
         self.questions = questions(root, 10 if quick else ITEMS)
-        rows = [row["text"] for row in read_rows(root / "lm/c4_sample/calibration.jsonl.gz")]
-        self.calibration = calibration_rows(rows, self.tokenizer, samples=2 if quick else ROWS, length=WINDOW)
+        self.rows = [row["text"] for row in read_rows(root / "lm/c4_sample/calibration.jsonl.gz")]
+        self.samples = 2 if quick else ROWS
 
     def stored(self, label: str, section: dict[str, Any]) -> nn.Module:
         """The model in a storage; the dense copy becomes that of it."""
         model, options = copy.deepcopy(self.dense), dict(section)
-        apply_storage(model, make_config("storage", options.pop("method"), **options), batches=self.calibration.batches, notes=[])
+        given = calibration_rows(self.rows, self.tokenizer, samples=ROWS_OF.get(label, self.samples), length=WINDOW)
+        apply_storage(model, make_config("storage", options.pop("method"), **options), batches=given.batches, notes=[])
         with torch.no_grad():
             for name, module in model.named_modules():
                 if isinstance(module, Storage):

@@ -5,6 +5,7 @@ One recipe of each of 36 draws: an arm that was not drawn before, a storage, a s
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -22,14 +23,16 @@ DRAWS = 36
 EVERY = 3
 #: (least, most) of planned / measured - 1 where it is not 2 %. Upper bounds: welore's ranks follow from singular values of weights, which
 #: a plan does not read; increlora's from gradients.
-BOUNDS = {"increlora": (-0.001, 0.03), "welore": (0.0, 0.25)}
+BOUNDS = {"increlora": (-0.02, 0.03), "welore": (0.0, 0.25)}
 
 
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
     folder = tiny.save(tiny.llama(hidden_size=128, intermediate_size=352, num_hidden_layers=2, vocab_size=1024),
-                       tmp_path_factory.mktemp("advise") / "model", with_tokenizer=False)
-    base = load_recipe({"model": str(folder), "data": {"train": "absent.jsonl", "max_length": 48},
+                       tmp_path_factory.mktemp("advise") / "model")
+    rows = folder.with_name("rows.jsonl")  # for storages that are calibrated; plans and steps are of the shape alone
+    rows.write_text("".join(json.dumps({"text": f"row {n} of {n * 7} words to calibrate on"}) + "\n" for n in range(16)))
+    base = load_recipe({"model": str(folder), "data": {"train": str(rows), "format": "text", "max_length": 48},
                         "train": {"batch_size": 4, "max_steps": 10, "precision": "fp32"}})
     return Space(base.document(), packaged(), "causal_lm", 4, ("fp32", "bf16"))
 
