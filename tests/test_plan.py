@@ -67,12 +67,15 @@ def measured(doc, at=1):
 
 
 FULL = {"adapter": None, "optimizer": {"method": "adamw"}}
+SHORT = {"train": {"batch_size": 1}, "data": {"max_length": 16}}
 RECIPES = {
     "lora": {},
     "lora bf16": {"train": {"precision": "bf16"}},
     "lora accumulated": {"train": {"grad_accumulation": 3, "batch_size": 2}, "adapter": {"method": "lora", "dropout": 0.1}},
     "checkpointing": {"train": {"gradient_checkpointing": True}},
     "qlora": {"storage": "nf4"},
+    "qpissa": {"storage": "nf4", "initializer": "pissa", **SHORT},  # the codes that it replaces stay
+    "lq_lora": {"storage": {"method": "int3", "group_size": 32}, "initializer": "lq_lora", **SHORT},
     "distill": {"storage": "int2", "objective": "distill", "data": {"train_on": "all"}},
     "paca": {"adapter": "paca"},
     "mixlora": {"adapter": "mixlora"},

@@ -184,6 +184,20 @@ def test_a_storage_rounds_reassembled_inputs():
     assert torch.equal(turned[:3], stored.dequantize()[:3]) and not torch.equal(turned[3], stored.dequantize()[3])
 
 
+@pytest.mark.parametrize("group", [16, -1])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_products_of_codes_are_of_reassembled_inputs_where_nothing_is_rounded(bits, group):
+    weight, x, other = normal(OUT, IN, seed=1), inputs(), normal(7, IN, seed=9)
+    config = config_of(bits, activations="none", r=0, group=group)
+    stored = make_storage(weight, f"int{bits}", config, statistics=statistics_of(x))
+    channels = table(x.abs().amax(0), distances(x, weight), 3)  # whatever the search would take
+    assert not torch.equal(channels, identity(IN))
+    plain = type(stored)(OUT, IN, config, {**stored.leaves(), "channels": channels}, None, torch.float32)
+    torch.testing.assert_close(plain(other), other @ plain.dequantize().T, rtol=1e-4, atol=1e-4)
+    given = other.clone().requires_grad_()
+    torch.testing.assert_close(plain(given), other @ plain.dequantize().T, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("correction", ["inside", "beside"])
 def test_the_correction_and_its_gradients(correction):
     config = config_of(correction=correction)

@@ -131,8 +131,9 @@ def test_the_v_step_by_a_loop(kind, options):
 
     first, second = ((w.T @ x).double().flatten() for w in weights)
     k = math.ceil(options["max_code_change"] * (OUT * IN))
-    at = sorted(range(OUT * IN), key=lambda i: -abs(first[i]))[:k]
-    G = {i: float(first[i] + second[i]) for i in at}
+    norms = [math.dist([0] * IN, row) * math.dist([0] * OUT, column) for row in first.view(OUT, IN) for column in first.view(OUT, IN).T]
+    at = sorted(range(OUT * IN), key=lambda i: -abs(first[i]) / norms[i])[:k]
+    G = {i: float(first[i] + second[i]) / norms[i] for i in at}
     rms = math.sqrt(sum(g * g for g in G.values()) / k)
     expected, spent = before.clone().flatten(), 0.0
     bound = math.inf if options["trust_ratio"] is None else options["trust_ratio"] * float(D.norm())
@@ -157,8 +158,25 @@ def test_all_codes_of_a_book_are_the_nearest_to_the_target():
     D, book = adapter.weight().double(), adapter.values["book"].detach().double()[0]
     x = v_step(model, graft, [noise(4)], max_code_change=1.0, trust_ratio=None, code_lr=0.7)
     G = (noise(4).T @ x).double()
+    G = G / G.norm(dim=1, keepdim=True) / G.norm(dim=0, keepdim=True)
     target = D - 0.7 * D.square().mean().sqrt() * G / G.square().mean().sqrt()
     assert torch.equal(numbers(adapter, "book")[1], (target[..., None] - book).abs().argmin(-1))
+
+
+def test_an_input_far_above_the_others_does_not_take_all_moves():
+    """Its gradients are, so by them alone every code that moves would be in its column."""
+    model, graft, adapter = site("int")
+    before, column = numbers(adapter, "int")[1], 7
+    x = noise(3, 6, IN)
+    x[:, column] *= 1000
+    selection = PVTuningSelection(PVCodes(code_lr=2.0, trust_ratio=None, max_code_change=OUT / (OUT * IN)))
+    selection.begin(context(graft))
+    selection.before_step(context(graft))
+    (model(x) * noise(4)).sum().backward()
+    assert sorted(i % IN for i in (noise(4).T @ x).flatten().abs().topk(OUT).indices.tolist()) == [column] * OUT
+    selection.after_step(context(graft))
+    moved = (numbers(adapter, "int")[1] != before).sum(0)
+    assert moved.sum() > OUT // 2 and moved[column] <= 2
 
 
 def test_one_change_is_always_allowed_and_other_steps_move_nothing():
@@ -257,7 +275,7 @@ def tuned(model, selections, steps=30):
 
 @pytest.mark.slow
 def test_codes_and_values_recover_more_than_values_alone(tmp_path):
-    """Held-out loss of a tiny model, 0.794: in 2 bits 1.000, after 30 P steps 0.842, with V steps 0.833."""
+    """Held-out loss of a tiny model, 0.794: in 2 bits 1.000, after 30 P steps 0.842, with V steps 0.828."""
     def loss(model):
         ids = chain(32, 1)
         with torch.no_grad():
@@ -274,9 +292,9 @@ def test_codes_and_values_recover_more_than_values_alone(tmp_path):
     models = [graftwork.load(place, storage={"method": "int2", "group_size": 32}, dtype="fp32")[0] for _ in range(3)]
     before = loss(models[0])
     tuned(models[0], [])
-    graft = tuned(models[1], [PVTuningSelection(PVCodes(code_lr=0.8, max_code_change=0.02))])
+    graft = tuned(models[1], [PVTuningSelection(PVCodes(code_lr=0.8, max_code_change=0.05, trust_ratio=0.03))])
     found = before, loss(models[0]), loss(models[1])
-    assert found[2] < found[1] - 0.005 and found[1] < before - 0.1, found
+    assert found[2] < found[1] - 0.01 and found[1] < before - 0.1, found
     assert sum(int((a.codes != models[1].get_submodule(n).leaves()["codes"]).sum()) for n, a in graft.adapters.items()) > 100
     graft.save(tmp_path / "saved")
     graftwork.attach_saved(models[2], tmp_path / "saved")

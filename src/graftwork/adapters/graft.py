@@ -248,13 +248,13 @@ class Graft:
         save_graft(self, folder, **options)
 
     def edit_storage(self, name: str, stored: nn.Module, site: Site | None = None) -> None:
-        """Run a site on another storage while this graft is attached; detach puts the old one back."""
-        self.edited_storage[name] = swap_storage(site or self.sites[name], stored)
+        """Run a site on another storage while this graft is attached; detach puts the old one back, which waits in host memory."""
+        self.edited_storage[name] = on_device(swap_storage(site or self.sites[name], stored), torch.device("cpu"))
 
     def _restore_storage(self, site: Site) -> None:
         kept = self.edited_storage.pop(site.name, None)
         if kept is not None:
-            swap_storage(site, kept)
+            swap_storage(site, on_device(kept, site.product.device))
 
     def __repr__(self) -> str:
         return f"Graft('{self.name}', method='{self.method}', sites={len(self.adapters)}, parameters={self.parameter_count():,})"

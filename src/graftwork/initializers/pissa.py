@@ -7,8 +7,9 @@ Dense storage: nothing is rewritten. The adapter subtracts its frozen start, s B
 `disabled()` still see the pristine base. That costs one more rank-r product and a frozen copy of the start.
 Quantised storage (QPiSSA): the residual is quantised instead, with `iterations` alternations
     R = W;  repeat { L = rank-r SVD of R;  Q = quant(W - L);  R = W - dequant(Q) }
-(1: quantise the residual once). The graft then owns the stored weight: no other graft may share its sites. A site that is a part
-of a larger stored weight (q of a fused qkv) starts as on dense storage.
+(1: quantise the residual once). The graft then owns the stored weight: no other graft may share its sites. The codes that it replaces
+wait in host memory for `detach`, so on a CPU they count twice. A site that is a part of a larger stored weight (q of a fused qkv) starts
+as on dense storage.
 
 Differs from the official code: the base is not overwritten (above); the fast SVD (`niter`) draws from a private generator.
 Export as LoRA: rank 2r on the pristine base, [s B | -s B0], [A ; A0].
@@ -70,8 +71,11 @@ class PiSSAInitializer(Initializer):
 
     def plan_extra(self, graft):
         for name, adapter in graft.adapters.items():
-            adapter.set_pair(torch.empty_like(adapter.lora_B), torch.empty_like(adapter.lora_A),
-                             in_storage=requantizable(graft.sites[name]))
+            site = graft.sites[name]
+            stored = requantizable(site)
+            adapter.set_pair(torch.empty_like(adapter.lora_B), torch.empty_like(adapter.lora_A), in_storage=stored)
+            if stored:
+                graft.edit_storage(name, quantized_like(graft.model, site, torch.empty(site.out_features, site.in_features)))
 
     @classmethod
     def restore(cls, graft) -> None:

@@ -93,7 +93,7 @@ def plan(recipe: Recipe | str | Path | dict[str, Any], *, overrides: list[str] |
     found = None if every_block else _few_blocks(recipe, device, chosen, steps or 1, names, labels, notes)
     if found is None:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, products_of(device):
-            ledger, work, operations, trained, saved = _simulate(recipe, mode, chosen, steps or 1, names, labels, notes)
+            ledger, work, operations, trained, saved = _simulate(recipe, mode, device, chosen, steps or 1, names, labels, notes)
         found = Whole(ledger.peak_bytes, ledger.peak_categories, ledger.peak_pools, ledger.peak_blocks, operations, trained, saved, work,
                       ledger.timeline)
     flops, operations = round(found.work.flops * share), round(found.operations * len(batches) / len(chosen))
@@ -137,7 +137,7 @@ def _few_blocks(recipe: Recipe, device: str, batches: list[tuple[dict[str, Any],
             said: list[str] = []
             with FakeTensorMode(allow_non_fake_inputs=True) as mode, products_of(device):
                 cut = recipe.model_copy(update={"model": model})
-                traces.append(_simulate(cut, mode, batches, steps, names, labels, said, trace=True))
+                traces.append(_simulate(cut, mode, device, batches, steps, names, labels, said, trace=True))
         found = repeat.grown(traces, layers)
     except (GraftworkError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
         return None  # the whole model says what is wrong, if anything is
@@ -248,7 +248,7 @@ def _mark_new_heads(recipe: Recipe, model: Any) -> None:
             not name.startswith(trunk) or (name.startswith(f"{trunk}pooler.") and stored and name.removeprefix(trunk) not in stored)))
 
 
-def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str, Any], bool]], steps: int,
+def _simulate(recipe: Recipe, mode: FakeTensorMode, device: str, batches: list[tuple[dict[str, Any], bool]], steps: int,
               names: list[str], labels: int | None, notes: list[str], trace: bool = False):
     """(ledger, work and operations of the second step, trained parameters, bytes of what is saved at the end), or all of that as a
     repeat.Trace. batches: (batch, whether it has no padding)."""
@@ -271,6 +271,8 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, batches: list[tuple[dict[str
         for graft in grafts:
             for _, module in graft.named_modules():
                 ledger.track(module, "adapters")
+            for replaced in graft.edited_storage.values() if device == "cpu" else ():  # elsewhere it waits in the host's memory
+                ledger.track(replaced, "weights")
         if step.optimizer is not None:
             ledger.track(step.optimizer)
         for other in step.objective.modules():

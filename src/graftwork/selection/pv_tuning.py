@@ -2,7 +2,8 @@
 
 Every `interval` steps, at each site, D (out, in) the weight after the step, n = out in, G = dL/dD of the step's batch:
 
-    candidates  the k = ceil(max_code_change n) entries with the largest |G|;  u = G / rms of G over them
+    direction   U_ij = G_ij / (|G_i.| |G_.j|),  norms of its row and column
+    candidates  the k = ceil(max_code_change n) entries with the largest |U|;  u = U / rms of U over them
     target      W+ = D - code_lr rms(D) u   at the candidates, which are those with the largest |W+ - D|
     codes       of the candidates: nearest to W+;  in falling order of |W+ - D| the longest prefix with
                 ||D_new - D|| <= trust_ratio ||D|| is kept, and the first change in any case. All other codes stay.
@@ -10,13 +11,16 @@ Every `interval` steps, at each site, D (out, in) the weight after the step, n =
 So a step is large for the few codes that move, and none for the rest: a small step for all would round back to the same codes.
 A candidate moves when code_lr |u| rms(D) is over half a gap between codes: at about 0.8 for 2-bit integers, 0.2 for 4 bits.
 
-Memory between backward and the move: an index and a gradient a candidate, 12 max_code_change bytes a weight; the dense G and W+
-exist one site at a time. No state stays from step to step (the codes are in the checkpoint as what the adapter `moves`).
+Memory between backward and the move: an index and a gradient a candidate, 12 max_code_change bytes a weight, and the norms, 4 bytes a
+row and a column; the dense G and W+ exist one site at a time. No state stays from step to step (the codes are in the checkpoint as what
+the adapter `moves`).
 
-Departures. u is the gradient over its rms and not Adam's direction without momentum, whose second moment would be 4 bytes a
-weight; rates are relative to the weights, so that one fits all sites. There is no straight-through buffer (`delta_decay` 1 in the
-official code). With micro-batches the candidates are those of the first and their gradients are summed. A code is one weight here, so
-the beam search over several books is the nearest code. Entries that saw no gradient (an expert without tokens) stay.
+Departures. U has the second moment of Adam's direction without momentum as the product of its rows' and columns', of this step alone;
+a whole one would be 4 bytes a weight. It cannot be left out: by G itself all candidates meet the few inputs that are hundreds of times
+the others in a language model, and to move those destroys it. Rates are relative to the weights, so that one fits all sites. There is no
+straight-through buffer (`delta_decay` 1 in the official code). With micro-batches candidates and norms are those of the first and the
+gradients are summed. A code is one weight here, so the beam search over several books is the nearest code. Entries that saw no gradient
+(an expert without tokens) stay.
 """
 
 from __future__ import annotations
@@ -32,6 +36,9 @@ from torch import Tensor
 
 from ..registry import MethodConfig, register
 from .base import Selection, SelectionContext
+
+#: what a norm of no gradient at all is divided by
+TINY = 1e-30
 
 
 class PVCodes(MethodConfig):
@@ -55,7 +62,8 @@ class PVTuningSelection(Selection):
 
     def __init__(self, config: PVCodes | None = None):
         super().__init__(config or PVCodes())
-        self._seen: dict[str, tuple[Tensor, Tensor]] = {}  # site -> candidates (k,) int64, the sum of their gradients (k,)
+        # site -> candidates (k,) int64, the sum of their gradients (k,), norms of rows (out, 1) and columns (1, in)
+        self._seen: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def begin(self, ctx: SelectionContext) -> None:
         self.check_graft(ctx)
@@ -73,11 +81,13 @@ class PVTuningSelection(Selection):
     def _see(self, name: str, gradient: Tensor) -> None:
         flat = gradient.flatten()
         if name in self._seen:
-            at, before = self._seen[name]
-            self._seen[name] = (at, before + flat.index_select(0, at))
+            at, before, *norms = self._seen[name]
+            self._seen[name] = (at, before + flat.index_select(0, at), *norms)
         else:
-            at = flat.abs().topk(math.ceil(self.config.max_code_change * flat.numel())).indices
-            self._seen[name] = (at, flat.index_select(0, at))
+            rows, columns = (torch.linalg.vector_norm(gradient, dim=dim, keepdim=True).clamp(min=TINY) for dim in (1, 0))
+            direction = (gradient / rows).div_(columns).abs_().flatten()
+            at = direction.topk(math.ceil(self.config.max_code_change * flat.numel())).indices
+            self._seen[name] = (at, flat.index_select(0, at), rows, columns)
 
     @torch.no_grad()
     def after_step(self, ctx: SelectionContext) -> None:
@@ -86,11 +96,12 @@ class PVTuningSelection(Selection):
             if name in self._seen:
                 self._move(adapter, *self._seen.pop(name))
 
-    def _move(self, adapter: Any, at: Tensor, gradient: Tensor) -> None:
+    def _move(self, adapter: Any, at: Tensor, gradient: Tensor, rows: Tensor, columns: Tensor) -> None:
         """Shapes depend on the number of candidates only: the same step runs while a run is planned."""
         D = adapter.weight().flatten()
         shape = (adapter.out_features, adapter.in_features)
-        step = self.config.code_lr * D.square().mean().sqrt() * gradient / gradient.square().mean().sqrt().clamp(min=1e-30)
+        u = gradient / rows.flatten()[at // shape[1]] / columns.flatten()[at % shape[1]]
+        step = self.config.code_lr * D.square().mean().sqrt() * u / u.square().mean().sqrt().clamp(min=TINY)
         order = step.abs().argsort(descending=True, stable=True)
         at, step = at.index_select(0, order), step.index_select(0, order)
         target = D.index_add(0, at, -step)

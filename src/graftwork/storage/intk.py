@@ -101,8 +101,7 @@ class IntStorage(GroupStorage):
             scale = leaves["scale"][rows].float()
             return scale, scale * (leaves["zero"][rows] if "zero" in leaves else 2 ** (bits - 1))
 
-        inner = x if "input_scale" not in leaves else x.float() / leaves["input_scale"].float()
-        return affine_product(inner, leaves["codes"], bits, group, numbers).to(x.dtype)
+        return affine_product(self._placed(x.float(), leaves), leaves["codes"], bits, group, numbers).to(x.dtype)
 
     def integers(self, leaves, rows):
         return None if "group_index" in leaves else super().integers(leaves, rows)
