@@ -79,6 +79,7 @@ def test_table_has_a_row_before_each(tmp_path):
         place.mkdir()
         (place / "size.json").write_text(json.dumps({"size": 24, "off": 0.01, "peak_bytes": 100}))
         (place / "start.json").write_text(json.dumps({"test": 4.0, "bits": 4.1}))
+        (place / "search-lr0.001.json").write_text(json.dumps({"rate": 1e-3, "validation": 2.2, "peak_bytes": 102}))
         for seed in (1, 2):
             (place / f"final-seed{seed}.json").write_text(json.dumps(
                 {"rate": 1e-3, "test": test + seed / 10, "rows": [test, test + seed / 5], "peak_bytes": 101}))
