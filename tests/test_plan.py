@@ -14,7 +14,7 @@ import tiny
 from graftwork import registry
 from graftwork.adapters.lora import LoRA, LoRAAdapter
 from graftwork.cli.main import main
-from graftwork.estimators import mezo
+from graftwork.estimators import _spsa, mezo
 from graftwork.modeling import arithmetic
 from graftwork.modeling.blockwise import quantize_blockwise
 from graftwork.optim.adamw import AdamWOptimizer
@@ -236,11 +236,13 @@ def test_mezo_needs_the_forward_and_one_tensor(folder, precision):
     assert planned(doc).peak_bytes <= forward + largest
 
 
+@pytest.mark.parametrize("estimator", ["mezo", "sparse_mezo"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.slow
-def test_a_few_pieces_of_noise_stand_for_all(folder, precision, monkeypatch):
+def test_a_few_pieces_of_noise_stand_for_all(folder, precision, estimator, monkeypatch):
     monkeypatch.setattr(mezo, "PIECE", 40000)  # four pieces of the embedding, and their buffers are the peak
-    doc = document(folder, adapter=None, estimator="mezo", train={"precision": precision, "batch_size": 1}, data={"max_length": 16})
+    monkeypatch.setattr(_spsa, "SLICE", 4000)
+    doc = document(folder, adapter=None, estimator=estimator, train={"precision": precision, "batch_size": 1}, data={"max_length": 16})
     drawn, plain = [], torch.randn
     monkeypatch.setattr(torch, "randn", lambda *a, **k: drawn.append(1) or plain(*a, **k))
     few = planned(doc)

@@ -139,9 +139,7 @@ class SPSAEstimator(MeZOEstimator):
                 g = next(draws[0]).mul_(coefficients[0] / n)
                 for draw, c in zip(draws[1:], coefficients[1:]):
                     g += next(draw).mul_(c / n)
-                rows = max(1, SLICE * piece.shape[0] // piece.numel())
-                for start in range(0, piece.shape[0], rows):
-                    part = slice(start, start + rows)
+                for part in _parts(piece):
                     new = piece[part].to(kind) * decay
                     new -= self.rule(g[part], {slot: t[part] for slot, t in zip(state, view)}, count) * rate
                     if mask is not None:
@@ -165,6 +163,12 @@ class SPSAEstimator(MeZOEstimator):
     def state_bytes(cls, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> int:
         """Bytes of the state of one tensor of that shape and dtype."""
         return len(cls.slots) * torch.Size(shape).numel() * torch.promote_types(dtype, torch.float32).itemsize
+
+
+def _parts(piece: Tensor) -> list[slice]:
+    """The rows of a piece, about SLICE values at a time."""
+    rows = max(1, SLICE * piece.shape[0] // piece.numel())
+    return [slice(start, start + rows) for start in range(0, piece.shape[0], rows)]
 
 
 def blocks_of(moving: Named, by: str) -> list[list[tuple[str, nn.Parameter]]]:

@@ -186,11 +186,11 @@ def _few_pieces(work: Work) -> Iterator[None]:
     """MeZO draws and adds its noise, optimizers update large tensors, and products decode stored weights in pieces of 2^20 values: 70,000
     of them for 70B. All need the memory of the second one (which begins while the first one's buffers are alive), so a large tensor
     moves by its first, second and last piece here, and the work of the second counts for all between."""
-    from ..estimators import mezo
+    from ..estimators import _spsa, mezo
     from ..optim import base, pieces
     from ..storage import _tiles
 
-    kept, kept_spans, kept_tiles = mezo._pieces, base.spans, _tiles.each
+    kept, kept_parts, kept_spans, kept_tiles = mezo._pieces, _spsa._parts, base.spans, _tiles.each
 
     def few(p: Tensor) -> Iterator[Tensor]:
         size = mezo.PIECE
@@ -201,6 +201,11 @@ def _few_pieces(work: Work) -> Iterator[None]:
         for start in counted(range(0, p.numel(), size)):
             yield flat[start:start + size]
 
+    def few_parts(piece: Tensor) -> Iterator[slice]:
+        every = kept_parts(piece)
+        for i in counted(range(len(every))):
+            yield every[i]
+
     def few_spans(size: int) -> Iterator[slice]:
         for start in counted(range(0, size, pieces.PIECE)):
             yield slice(start, min(start + pieces.PIECE, size))
@@ -210,16 +215,17 @@ def _few_pieces(work: Work) -> Iterator[None]:
             yield tiles[i]
 
     def counted(every: range) -> Iterator[int]:
+        around = work.times  # of the piece that these are parts of
         for i, start in enumerate(sorted({*every[:2], every[-1]})):
-            work.times = max(1, len(every) - 2) if i == 1 else 1
+            work.times = around * (max(1, len(every) - 2) if i == 1 else 1)
             yield start
-        work.times = 1
+        work.times = around
 
-    mezo._pieces, base.spans, _tiles.each = few, few_spans, few_tiles
+    mezo._pieces, _spsa._parts, base.spans, _tiles.each = few, few_parts, few_spans, few_tiles
     try:
         yield
     finally:
-        mezo._pieces, base.spans, _tiles.each = kept, kept_spans, kept_tiles
+        mezo._pieces, _spsa._parts, base.spans, _tiles.each = kept, kept_parts, kept_spans, kept_tiles
 
 
 @contextmanager
