@@ -79,12 +79,16 @@ def context(graft, step=0):
     return SelectionContext(graft.model, graft, list(graft.named_parameters()), None, step, 100, 0)
 
 
-def v_step(model, graft, weights, **options):
+def inputs():
+    return torch.randn(6, IN, generator=torch.Generator().manual_seed(3))
+
+
+def v_step(model, graft, weights, x=None, **options):
     """One V step on sum(y * weight) for every weight; returns x."""
+    x = inputs() if x is None else x
     selection = PVTuningSelection(PVCodes(**options))
     selection.begin(context(graft))
     selection.before_step(context(graft))
-    x = torch.randn(6, IN, generator=torch.Generator().manual_seed(3))
     for weight in weights:
         (model(x) * weight).sum().backward()
     selection.after_step(context(graft))
@@ -167,14 +171,10 @@ def test_an_input_far_above_the_others_does_not_take_all_moves():
     """Its gradients are, so by them alone every code that moves would be in its column."""
     model, graft, adapter = site("int")
     before, column = numbers(adapter, "int")[1], 7
-    x = noise(3, 6, IN)
+    x = inputs()
     x[:, column] *= 1000
-    selection = PVTuningSelection(PVCodes(code_lr=2.0, trust_ratio=None, max_code_change=OUT / (OUT * IN)))
-    selection.begin(context(graft))
-    selection.before_step(context(graft))
-    (model(x) * noise(4)).sum().backward()
     assert sorted(i % IN for i in (noise(4).T @ x).flatten().abs().topk(OUT).indices.tolist()) == [column] * OUT
-    selection.after_step(context(graft))
+    v_step(model, graft, [noise(4)], x, code_lr=2.0, trust_ratio=None, max_code_change=1 / IN)
     moved = (numbers(adapter, "int")[1] != before).sum(0)
     assert moved.sum() > OUT // 2 and moved[column] <= 2
 

@@ -185,7 +185,8 @@ def _unpacked(yes: bool) -> Iterator[None]:
 def _few_pieces(work: Work) -> Iterator[None]:
     """MeZO draws and adds its noise, optimizers update large tensors, and products decode stored weights in pieces of 2^20 values: 70,000
     of them for 70B. All need the memory of the second one (which begins while the first one's buffers are alive), so a large tensor
-    moves by its first, second and last piece here, and the work of the second counts for all between."""
+    moves by its first, second and last piece here, and the work of the second counts for all between; so do the parts of a piece that the
+    rules of zeroth order work on."""
     from ..estimators import _spsa, mezo
     from ..optim import base, pieces
     from ..storage import _tiles
@@ -201,18 +202,13 @@ def _few_pieces(work: Work) -> Iterator[None]:
         for start in counted(range(0, p.numel(), size)):
             yield flat[start:start + size]
 
-    def few_parts(piece: Tensor) -> Iterator[slice]:
-        every = kept_parts(piece)
-        for i in counted(range(len(every))):
-            yield every[i]
-
     def few_spans(size: int) -> Iterator[slice]:
         for start in counted(range(0, size, pieces.PIECE)):
             yield slice(start, min(start + pieces.PIECE, size))
 
-    def few_tiles(tiles: Sequence[slice]) -> Iterator[slice]:
-        for i in counted(range(len(tiles))):
-            yield tiles[i]
+    def few_of(every: Sequence[slice]) -> Iterator[slice]:
+        for i in counted(range(len(every))):
+            yield every[i]
 
     def counted(every: range) -> Iterator[int]:
         around = work.times  # of the piece that these are parts of
@@ -221,7 +217,7 @@ def _few_pieces(work: Work) -> Iterator[None]:
             yield start
         work.times = around
 
-    mezo._pieces, _spsa._parts, base.spans, _tiles.each = few, few_parts, few_spans, few_tiles
+    mezo._pieces, _spsa._parts, base.spans, _tiles.each = few, lambda piece: few_of(kept_parts(piece)), few_spans, few_of
     try:
         yield
     finally:
