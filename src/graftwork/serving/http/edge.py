@@ -49,12 +49,18 @@ class Edge:
 
         async def receiving() -> Message:
             nonlocal received, whole
+            if whole:
+                return await receive()
+            waiting = asyncio.ensure_future(receive())
             try:
-                async with asyncio.timeout_at(None if whole else until):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, f"the request's body did not come within {self.body_seconds:g} seconds",
-                                    headers={"connection": "close"}) from None
+                # Not asyncio.timeout: after a stall of the server's own it would cancel a message that has come in the meantime.
+                await asyncio.wait({waiting}, timeout=until - asyncio.get_running_loop().time())
+                if not waiting.done():
+                    raise HTTPException(408, f"the request's body did not come within {self.body_seconds:g} seconds",
+                                        headers={"connection": "close"})
+                message = waiting.result()
+            finally:
+                waiting.cancel()
             whole = not message.get("more_body", False)
             received += len(message.get("body", b""))
             if received > self.max_body:
