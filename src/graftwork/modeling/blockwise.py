@@ -56,7 +56,7 @@ def quantize_blockwise(x: Tensor, signed: bool = True, *, grid: bool = False) ->
 
 def dequantize_blockwise(codes: Tensor, scale: Tensor, signed: bool = True) -> Tensor:
     """The inverse: fp32 of the shape of `codes`, differentiable in `scale`."""
-    book = _map_on(codes.device, signed) if has_values(codes) else scale.new_empty(256)
+    book = map_on(codes.device, signed) if has_values(codes) else scale.new_empty(256)
     values = book.index_select(0, codes.reshape(-1).int())
     if values.numel() % BLOCK == 0:
         values = (values.view(-1, BLOCK) * scale[:, None]).view(-1)
@@ -67,7 +67,8 @@ def dequantize_blockwise(codes: Tensor, scale: Tensor, signed: bool = True) -> T
 
 @cache
 @torch.inference_mode(False)
-def _map_on(device: torch.device, signed: bool) -> Tensor:
+def map_on(device: torch.device, signed: bool = True) -> Tensor:
+    """`dynamic_map` there; not to be written to."""
     return dynamic_map(signed).to(device)
 
 

@@ -20,7 +20,7 @@ Numbers are fp32, those of D(W) before they are rounded to a compute dtype of 16
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ NARROWEST = 16
 def serves(x: Tensor, bits: int, group: int, columns: int) -> bool:
     """Whether x is multiplied here: in fp32 on a CPU (other processors, and 16-bit types on those with products of them, multiply
     decoded tiles), by codes that fill bytes, in groups of whole bytes."""
-    if x.device.type != "cpu" or product_dtype(x.dtype, x.device) != torch.float32 or 8 % bits:
+    if x.device.type != "cpu" or 8 % bits or x.dtype != torch.float32 and product_dtype(x.dtype, x.device) != torch.float32:
         return False
     return group >= columns or (group >= NARROWEST and group * bits % 8 == 0)
 
@@ -45,31 +45,42 @@ def affine_product(x: Tensor, codes: Tensor, bits: int, group: int, numbers: Cal
     """x (..., in) times D(W)^T: (..., out) fp32, without gradient.
 
     codes (out, ceil(in bits / 8)) uint8, packed; group: columns that share a scale, the last of a row may be short;
-    numbers(rows) -> scale and scale * zero of these rows, (n, groups) fp32."""
+    numbers(rows) -> scale (n, groups) fp32 of these rows, and what a code of 0 stands for in scales: (n, groups), or one number."""
     wide = x.reshape(-1, x.shape[-1]).float()
     planes, sums = _planes(wide, bits), _group_sums(wide, group)
     (out, width), each = codes.shape, 8 // bits
     tiles = _tiles.row_tiles(out, wide.shape[-1])
-    step = tiles[0].stop
-    floats = torch.empty(step, each, width, device=x.device)
-    masked = torch.empty(step, width, dtype=torch.uint8, device=x.device) if each > 1 else None
-    # A call takes as long as thousands of codes, which one row of x by a small matrix feels: no copy for a single tile.
-    y = None if step == out else torch.empty(wide.shape[0], out, device=x.device)
+    if sums.shape[1] == 1:
+        scale, zero = numbers(slice(0, out))
+        shift = sums * (scale.new_full((1, out), zero) if isinstance(zero, int) else zero.view(1, -1))
+        # A call takes as long as thousands of codes, which one row of x by a small matrix feels: nothing is set up for a single tile.
+        if len(tiles) == each == 1:
+            y = torch.addmm(shift, planes, codes.float().T, beta=-1)
+        else:
+            y = shift
+            for rows, tile in _float_tiles(codes, bits, tiles):
+                torch.addmm(y[:, rows], planes, tile.flatten(1).T, beta=-1, out=y[:, rows])
+        y.mul_(scale.view(1, -1))
+    else:
+        y = torch.empty(wide.shape[0], out, device=x.device)
+        for rows, tile in _float_tiles(codes, bits, tiles):
+            scale, zero = numbers(rows)
+            _multiply(tile, scale, group * bits // 8)
+            torch.addmm(torch.mm(sums, (scale * zero).T), planes, tile.flatten(1).T, beta=-1, out=y[:, rows])
+    return y.view(*x.shape[:-1], out)
+
+
+def _float_tiles(codes: Tensor, bits: int, tiles: list[slice]) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, the planes of their bytes (n, planes, bytes) fp32, which the next tile overwrites)."""
+    width, each, step = codes.shape[1], 8 // bits, tiles[0].stop
+    floats = torch.empty(step, each, width, device=codes.device)
+    masked = torch.empty(step, width, dtype=torch.uint8, device=codes.device) if each > 1 else None
     for rows in _tiles.each(tiles):
-        own, (scale, shift) = codes[rows], numbers(rows)
-        tile = floats[: own.shape[0]]
+        own, tile = codes[rows], floats[: rows.stop - rows.start]
         for i in range(each - 1):
             tile[:, i].copy_(torch.bitwise_and(own, 2 ** (bits * (i + 1)) - 1, out=masked[: own.shape[0]]))
         tile[:, -1].copy_(own)
-        if sums.shape[1] > 1:
-            _multiply(tile, scale, group * bits // 8)
-        part = F.linear(planes, tile.view(own.shape[0], -1))
-        if sums.shape[1] == 1:
-            part.mul_(scale.view(1, -1))
-        part.sub_(F.linear(sums, shift))
-        if y is not None:
-            y[:, rows] = part
-    return (part if y is None else y).view(*x.shape[:-1], out)
+        yield rows, tile
 
 
 def _planes(x: Tensor, bits: int) -> Tensor:

@@ -144,20 +144,24 @@ def tiled_product(x: Tensor, tiles: list[slice], decode: Callable[[slice, torch.
     wide = x.to(dtype)
     if len(tiles) == 1:
         return F.linear(wide, decode(tiles[0], dtype)).to(x.dtype)
-    y = torch.empty(*x.shape[:-1], tiles[-1].stop, dtype=x.dtype, device=x.device)
+    flat = wide.reshape(-1, wide.shape[-1])
+    y = torch.empty(flat.shape[0], tiles[-1].stop, dtype=x.dtype, device=x.device)
     for rows in _tiles.each(tiles):
-        y[..., rows] = F.linear(wide, decode(rows, dtype))
-    return y
+        if dtype == x.dtype:
+            torch.mm(flat, decode(rows, dtype).T, out=y[:, rows])
+        else:
+            y[:, rows] = F.linear(flat, decode(rows, dtype))
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def tiled_transposed(grad: Tensor, tiles: list[slice], decode: Callable[[slice, torch.dtype], Tensor]) -> Tensor:
     """grad W, (..., out) -> (..., in) in grad's dtype."""
     dtype = product_dtype(grad.dtype, grad.device)
-    wide, found = grad.to(dtype), None
+    wide, found = grad.to(dtype).reshape(-1, grad.shape[-1]), None
     for rows in _tiles.each(tiles):
-        part = wide[..., rows] @ decode(rows, dtype)
-        found = part if found is None else found.add_(part)
-    return found.to(grad.dtype)
+        tile = decode(rows, dtype)
+        found = wide[:, rows] @ tile if found is None else found.addmm_(wide[:, rows], tile)
+    return found.to(grad.dtype).view(*grad.shape[:-1], found.shape[1])
 
 
 class _TiledProduct(torch.autograd.Function):
@@ -171,7 +175,9 @@ class _TiledProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return (_TransposedProduct.apply(grad, ctx.storage) if ctx.needs_input_grad[0] else None), None
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        return (_TransposedProduct.apply(grad, ctx.storage) if torch.is_grad_enabled() else ctx.storage.transposed(grad)), None
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, _):

@@ -108,20 +108,16 @@ class Int8Storage(Storage):
         if not serves(x, 8, run, columns):
             return tiled_product(x, self._tiles(), self._rounded)
 
-        codes, scale, zero = self.leaves().values()
 
         def numbers(rows):
-            if run == group:
-                first, last = rows.start * columns // run, rows.stop * columns // run
-                own = scale[first:last].view(-1, columns // run)
-                return own, own * zero[first:last].view(-1, columns // run)
             first, last = rows.start * columns, rows.stop * columns
-            own, far = self._groups(first, last)
-            skipped, many = first % group // run, (last - first) // run
-            return tuple(value.repeat_interleave(group // run)[skipped: skipped + many].view(-1, columns // run)
-                         for value in (own, own * far))
+            own = self._groups(first, last)
+            if run < group:
+                skipped, many = first % group // run, (last - first) // run
+                own = (value.repeat_interleave(group // run)[skipped: skipped + many] for value in own)
+            return tuple(value.view(-1, columns // run) for value in own)
 
-        return affine_product(x, codes.view(-1, columns), 8, run, numbers).to(x.dtype)
+        return affine_product(x, self.codes.detach().view(-1, columns), 8, run, numbers).to(x.dtype)
 
     def transposed(self, grad):
         return tiled_transposed(grad, self._tiles(), self._rounded)

@@ -98,8 +98,7 @@ class IntStorage(GroupStorage):
         leaves = self.leaves()
 
         def numbers(rows):
-            scale = leaves["scale"][rows].float()
-            return scale, scale * (leaves["zero"][rows] if "zero" in leaves else 2 ** (bits - 1))
+            return leaves["scale"][rows].float(), leaves["zero"][rows] if "zero" in leaves else 2 ** (bits - 1)
 
         return affine_product(self._placed(x.float(), leaves), leaves["codes"], bits, group, numbers).to(x.dtype)
 

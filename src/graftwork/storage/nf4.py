@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
 from ..modeling.blockwise import BLOCK as NESTED_BLOCK
-from ..modeling.blockwise import dequantize_blockwise, dynamic_map, quantize_blockwise
+from ..modeling.blockwise import dequantize_blockwise, dynamic_map, map_on, quantize_blockwise
 from ..registry import register
 from ._coded import tiled_product, tiled_transposed
 from ._tiles import row_tiles
@@ -153,7 +153,10 @@ class NF4Storage(Storage):
 
         if not self.options.double_quant:
             return leaf("absmax")
-        return dequantize_absmax(leaf("absmax_codes", torch.uint8), leaf("absmax_scale"), leaf("absmax_offset"))
+        codes, scale, offset = leaf("absmax_codes", torch.uint8), leaf("absmax_scale"), leaf("absmax_offset")
+        if leaves is None and self._library(codes.device) and has_values(codes):
+            return _operation("dequantize_blockwise")(codes, scale, map_on(codes.device), NESTED_BLOCK, torch.float32).add_(offset)
+        return dequantize_absmax(codes, scale, offset)
 
     def dequantize(self, leaves=None):
         """W (out, in) in the compute dtype. leaves: any of `leaves()`, or `absmax` (blocks,) fp32 for the scales as a
@@ -204,6 +207,8 @@ class NF4Storage(Storage):
         columns, absmax, block = self.in_features, self.scales(), self.options.block_size
 
         def decode(rows: slice, dtype: torch.dtype) -> Tensor:
+            if rows.stop - rows.start == self.out_features:
+                return self._decode(self.codes, absmax, self.out_features, dtype)
             first, last = rows.start * columns, rows.stop * columns
             codes, own = self.codes[first // 2: -(-last // 2)], absmax[first // block: -(-last // block)]
             return self._decode(codes, own, rows.stop - rows.start, dtype)
@@ -322,10 +327,16 @@ def _look_up(packed: Tensor, scale: Tensor, block: int, index: Tensor, scratch: 
 def _bitsandbytes(codes: Tensor, absmax: Tensor, shape: tuple[int, int], block: int, dtype: torch.dtype) -> Tensor:
     if not has_values(codes):
         return torch.empty(shape, dtype=dtype, device=codes.device)
-    from bitsandbytes import functional
+    return _operation("dequantize_4bit")(codes, absmax, block, "nf4", shape, dtype)
 
-    state = functional.QuantState(absmax=absmax, shape=torch.Size(shape), blocksize=block, quant_type="nf4", dtype=dtype)
-    return functional.dequantize_4bit(codes.view(-1, 1), state).view(shape)
+
+@cache
+def _operation(name: str) -> Callable[..., Tensor]:
+    """An operation of bitsandbytes as PyTorch knows it: what its functions end in after half a dozen calls and checks, which a small
+    matrix feels."""
+    import bitsandbytes  # noqa: F401 (registers them)
+
+    return getattr(torch.ops.bitsandbytes, name).default
 
 
 def _nearest(unit: Tensor) -> Tensor:
