@@ -133,3 +133,15 @@ def test_no_copy_of_the_whole_matrix_in_floats(method, monkeypatch):
     assert largest() < 20_000
     with FakeTensorMode():
         assert largest() < 20_000
+
+
+@pytest.mark.parametrize("method", ["int4", "int8", "nf4", "fp4"])
+def test_a_tangent_can_be_differentiated_again(method):
+    """Forward-mode over a product of several tiles, then a gradient of its tangent: D(W)^T 1."""
+    stored = make_storage(normal(37, 384), method, make_config("storage", method))
+    x, tangent = normal(3, 384, seed=1), normal(3, 384, seed=2).requires_grad_()
+    with torch.autograd.forward_ad.dual_level():
+        y = torch.autograd.forward_ad.unpack_dual(stored(torch.autograd.forward_ad.make_dual(x, tangent)))
+        y.tangent.sum().backward()
+    assert error(y.tangent.detach(), tangent.detach(), stored.dequantize()) < 1e-5
+    assert torch.allclose(tangent.grad, stored.dequantize().sum(0).expand(3, -1), atol=1e-4)

@@ -48,7 +48,7 @@ def affine_product(x: Tensor, codes: Tensor, bits: int, group: int, numbers: Cal
     numbers(rows) -> scale (n, groups) fp32 of these rows, and what a code of 0 stands for in scales: (n, groups), or one number."""
     wide = x.reshape(-1, x.shape[-1]).float()
     planes, sums = _planes(wide, bits), _group_sums(wide, group)
-    (out, width), each = codes.shape, 8 // bits
+    out, each = codes.shape[0], 8 // bits
     tiles = _tiles.row_tiles(out, wide.shape[-1])
     if sums.shape[1] == 1:
         scale, zero = numbers(slice(0, out))

@@ -181,7 +181,7 @@ class _TiledProduct(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, _):
-        return ctx.storage.forward_product(tangent)
+        return ctx.storage.product(tangent)  # differentiable once more, if tangents are
 
 
 class _TransposedProduct(torch.autograd.Function):

@@ -225,7 +225,7 @@ class _DequantizedProduct(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, _):
-        return ctx.storage.forward_product(tangent)
+        return ctx.storage.product(tangent)  # differentiable once more, if tangents are
 
 
 def frozen_linear(x: Tensor, storage: Storage) -> Tensor:
