@@ -1,6 +1,6 @@
 """Formats and calibrations of weights: perplexity, bits, time to quantise, speed of decoding, and zero-shot answers of the best.
 
-    GRAFTWORK_DATA=... python benchmarks/storage.py [--quick] [--only int4 spqr ...] [--share 1/2] [--minutes 105] [--table]
+    GRAFTWORK_DATA=... python benchmarks/storage.py [--quick] [--only int4 spqr ...] [--later] [--share 1/2] [--minutes 105] [--table]
 
 SmolLM2-135M-Instruct, all linear maps of its blocks. Calibration: 16 rows of 512 tokens of `lm/c4_sample` (calibration split).
 Perplexity: 16,384 tokens each of `lm/wikitext2_raw` (test) and of `lm/c4_sample` (test), in windows of 512. Decoding: one token through
@@ -39,7 +39,7 @@ import torch
 from figures import scatter
 from matrix import cell, parser_of, shared, slug
 from rows import data_folder, read_rows
-from storage_formats import QUICK, ROWS_OF, configurations
+from storage_formats import LATER, QUICK, ROWS_OF, configurations
 from storage_tasks import losses, questions, right, texts
 from torch import nn
 
@@ -187,11 +187,13 @@ def run(bench: Bench, mine: list[str], known: dict[str, dict[str, Any]], out: Pa
 def main() -> int:
     parser = parser_of(__doc__, 105)
     parser.add_argument("--only", nargs="+", help="labels, or beginnings of them")
+    parser.add_argument("--later", action="store_true", help=f"the {len(LATER)} rows too for which the minutes have no room")
     arguments = parser.parse_args()
     end, known = time.monotonic() + 60 * arguments.minutes, configurations()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) if arguments.quick else OUT
-        wanted = [x for x in known if any(x.startswith(each) for each in arguments.only)] if arguments.only else list(known)
+        wanted = [x for x in known if any(x.startswith(each) for each in arguments.only)] if arguments.only else [
+            x for x in known if arguments.later or x not in LATER]
         wanted = list(QUICK) if arguments.quick else wanted
         if not arguments.table:
             run(Bench(arguments.quick), shared(wanted, arguments.share), known, out, end)
