@@ -119,18 +119,18 @@ def test_packing_puts_the_even_index_in_the_high_nibble():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_bitsandbytes_path_is_taken_and_changes_no_bit(dtype, monkeypatch):
-    calls = []
-    plain = functional.dequantize_4bit
-    monkeypatch.setattr(functional, "dequantize_4bit", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    calls, plain = [], nf4._operation
+    monkeypatch.setattr(nf4, "_operation", lambda name: calls.append(name) or plain(name))
+    both = ["dequantize_blockwise", "dequantize_4bit"]  # the scales, and by them the weights
     weight, x = matrix((96, 128), dtype), matrix((5, 128), dtype, 1)
     ours = stored(weight)
     fast = NF4Storage.from_weight(weight, NF4(compute="bitsandbytes"))
-    assert torch.equal(ours.dequantize(), fast.dequantize()) and len(calls) == 1
-    assert torch.equal(ours(x), fast(x)) and len(calls) == 2
-    assert torch.equal(ours.rows(torch.tensor([3, 90, 3])), fast.rows(torch.tensor([3, 90, 3]))) and len(calls) == 3
+    assert torch.equal(ours.dequantize(), fast.dequantize()) and calls == both
+    assert torch.equal(ours(x), fast(x)) and calls == 2 * both
+    assert torch.equal(ours.rows(torch.tensor([3, 90, 3])), fast.rows(torch.tensor([3, 90, 3]))) and calls == 3 * both
     ragged = NF4Storage.from_weight(matrix((96, 72), dtype), NF4(compute="bitsandbytes"))
     assert torch.equal(ragged.dequantize(), stored(matrix((96, 72), dtype)).dequantize())
-    assert len(calls) == 3  # blocks that run over the end of a row are not for its vector code
+    assert calls == 3 * both  # blocks that run over the end of a row are not for its vector code
 
 
 def test_auto_chooses_by_installation_and_processor(monkeypatch):
