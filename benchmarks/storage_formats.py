@@ -11,10 +11,10 @@ QUICK = ("dense", "int4, rtn", "int4, gptq", "int2, rtn", "int2, gptq")
 FITS: dict[str, dict[str, Any]] = {"edkm": {"iterations": 25}, "jlcm": {"iterations": 10, "reach": 1}}
 #: rows of calibration where they are not those of the others
 ROWS_OF = {"int4, gptq, 64 rows": 64}
-#: variants for which the minutes of the matrix have no room (they took 106 minutes of a core to quantise alone, the others 85), in this
-#: order: `--later`; svdquant decomposes a map 61 times
-LATER = ("int4, adaquant", "int4, qllm", "int4, repquant", "vptq, 2 + 2 bits", "bitmod3, rtn", "codebook4", "nf3, groups", "nf2, groups",
-         "fp8, e5m2", "int2, cbq", *ROWS_OF, "lowrank_plus3, svdquant")
+#: variants for which the minutes of the matrix have no room (they took longer to quantise than all others together), in this order:
+#: `--later`; svdquant decomposes a map 61 times
+LATER = ("int2, adaquant", "bitmod3, gptq", "spqr2", "fp4, gptq", "int4, adaquant", "int4, qllm", "int4, repquant", "vptq, 2 + 2 bits",
+         "bitmod3, rtn", "codebook4", "nf3, groups", "nf2, groups", "fp8, e5m2", "int2, cbq", *ROWS_OF, "lowrank_plus3, svdquant")
 
 
 def configurations() -> dict[str, dict[str, Any]]:
