@@ -23,6 +23,7 @@ from graftwork.planning.ledger import CATEGORIES
 from graftwork.planning.measure import MIB, measure_peak
 from graftwork.planning.simulate import plan, telling
 from graftwork.recipe import load_recipe
+from graftwork.storage import _groups, _tiles
 from graftwork.training.build import build_grafts, build_model, build_step
 
 SIZES = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, vocab_size=1024)
@@ -251,6 +252,20 @@ def test_a_few_pieces_of_noise_stand_for_all(folder, precision, estimator, monke
     every = planned(doc)
     assert few.peak_bytes == every.peak_bytes and few.categories == every.categories and len(drawn) - count > count
     assert few.work == every.work  # the one between counts for all between
+
+
+@pytest.mark.parametrize("adapter", ["peqa", "lora"])
+def test_a_few_tiles_of_stored_weights_stand_for_all(folder, adapter, monkeypatch):
+    monkeypatch.setattr(_tiles, "TILE", 512)  # eight rows of 64
+    doc = document(folder, storage={"method": "int4"}, adapter={"method": adapter, "target_modules": "all-linear"}, optimizer="adamw")
+    decoded, plain = [], _groups.GroupStorage.decode
+    monkeypatch.setattr(_groups.GroupStorage, "decode", lambda *given: decoded.append(1) or plain(*given))
+    few = planned(doc)
+    monkeypatch.setattr(simulate, "_few_pieces", nullcontext)
+    count = len(decoded)
+    every = planned(doc)
+    assert few.peak_bytes == every.peak_bytes and few.categories == every.categories and few.work == every.work
+    assert len(decoded) - count > 1.5 * count
 
 
 def test_lisa_s_optimizer_bytes_after_a_switch_equal_the_formula(folder):

@@ -206,7 +206,8 @@ class _LeafProduct(torch.autograd.Function):
     def forward(ctx, x: Tensor, storage: CodedStorage, names: tuple[str, ...], *given: Tensor) -> Tensor:
         ctx.storage, ctx.names = storage, names
         ctx.save_for_backward(x, *given)
-        return storage._product_with(x, storage._given(dict(zip(names, given))))
+        leaves = storage._given(dict(zip(names, given)))
+        return tiled_product(x, storage._tiles(), lambda rows, dtype: storage._rounded(leaves, rows, dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -217,13 +218,13 @@ class _LeafProduct(torch.autograd.Function):
         wanted = [needed for needed in ctx.needs_input_grad[3:]]
         found = [torch.zeros_like(leaf) if needed else None for leaf, needed in zip(given, wanted)]
         dx = None
-        for tile in storage._tiles():
+        for tile in _tiles.each(storage._tiles()):
             with torch.enable_grad():
                 own = [leaf.detach().requires_grad_(needed) for leaf, needed in zip(given, wanted)]
                 dense = storage.decode(storage._given(dict(zip(ctx.names, own))), tile)
             if ctx.needs_input_grad[0]:
-                part = g[:, tile] @ dense.detach().to(storage.compute_dtype).to(dtype)
-                dx = part if dx is None else dx.add_(part)
+                rounded = dense.detach().to(storage.compute_dtype).to(dtype)
+                dx = g[:, tile] @ rounded if dx is None else dx.addmm_(g[:, tile], rounded)
             if any(wanted):
                 learned = [leaf for leaf, needed in zip(own, wanted) if needed]
                 parts = iter(torch.autograd.grad(dense, learned, (g[:, tile].T @ rows).to(dense.dtype)))
