@@ -192,9 +192,9 @@ def main() -> int:
     end, known = time.monotonic() + 60 * arguments.minutes, configurations()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) if arguments.quick else OUT
-        wanted = [x for x in known if any(x.startswith(each) for each in arguments.only)] if arguments.only else [
-            x for x in known if arguments.later or x not in LATER]
-        wanted = list(QUICK) if arguments.quick else wanted
+        wanted = list(QUICK) if arguments.quick else [x for x in known if arguments.later or x not in LATER]
+        if arguments.only:
+            wanted = [x for x in known if any(x.startswith(each) for each in arguments.only)]
         if not arguments.table:
             run(Bench(arguments.quick), shared(wanted, arguments.share), known, out, end)
         found = read(out, list(known))

@@ -256,7 +256,7 @@ def test_a_few_pieces_of_noise_stand_for_all(folder, precision, estimator, monke
 
 @pytest.mark.parametrize("adapter", ["peqa", "lora"])
 def test_a_few_tiles_of_stored_weights_stand_for_all(folder, adapter, monkeypatch):
-    monkeypatch.setattr(_tiles, "TILE", 512)  # eight rows of 64
+    monkeypatch.setattr(_tiles, "TILE", 512)  # four rows of 128
     doc = document(folder, storage={"method": "int4"}, adapter={"method": adapter, "target_modules": "all-linear"}, optimizer="adamw")
     decoded, plain = [], _groups.GroupStorage.decode
     monkeypatch.setattr(_groups.GroupStorage, "decode", lambda *given: decoded.append(1) or plain(*given))

@@ -262,14 +262,16 @@ def test_heads_that_are_too_long_or_no_http(served):
     assert status_of(exchange(where, head("/health", "GET", expect="100-continue", upgrade="websocket", x_request_id="\x7f"))) in (200, 400)
 
 
-def test_clients_that_are_slow_are_cut_off(tmp_path, monkeypatch):
-    # a server of its own: with half a second for a body, a busy machine makes every client slow now and then
+@pytest.fixture
+def impatient(tmp_path):
+    """A server of its own: with half a second for a body, a busy machine makes every client slow now and then."""
     saved_adapters(tmp_path, tiny.llama(), 1)
-    with healthy(tmp_path, body_seconds=0.5) as (app, where):
-        slow_clients(app, where, monkeypatch)
+    with healthy(tmp_path, body_seconds=0.5) as served:
+        yield served
 
 
-def slow_clients(app, where, monkeypatch):
+def test_clients_that_are_slow_are_cut_off(impatient, monkeypatch):
+    app, where = impatient
     body = json.dumps({**ROUTES["/v1/completions"], "stream": False}).encode()
     half = head(content_length=len(body))
     assert status_of(exchange(where, half, *(body[i: i + 1] for i in range(10)), pause=0.02)) == 408  # body_seconds is 0.5

@@ -45,7 +45,7 @@ def affine_product(x: Tensor, codes: Tensor, bits: int, group: int, numbers: Cal
     """x (..., in) times D(W)^T: (..., out) fp32, without gradient.
 
     codes (out, ceil(in bits / 8)) uint8, packed; group: columns that share a scale, the last of a row may be short;
-    numbers(rows) -> scale (n, groups) fp32 of these rows, and what a code of 0 stands for in scales: (n, groups), or one number."""
+    numbers(rows) -> scale (n, groups) fp32 of these rows, and zero: (n, groups), or one int for all."""
     wide = x.reshape(-1, x.shape[-1]).float()
     planes, sums = _planes(wide, bits), _group_sums(wide, group)
     out, each = codes.shape[0], 8 // bits

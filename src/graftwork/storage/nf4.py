@@ -207,7 +207,7 @@ class NF4Storage(Storage):
         columns, absmax, block = self.in_features, self.scales(), self.options.block_size
 
         def decode(rows: slice, dtype: torch.dtype) -> Tensor:
-            if rows.stop - rows.start == self.out_features:
+            if rows.stop - rows.start == self.out_features:  # slices are calls, which a small matrix feels
                 return self._decode(self.codes, absmax, self.out_features, dtype)
             first, last = rows.start * columns, rows.stop * columns
             codes, own = self.codes[first // 2: -(-last // 2)], absmax[first // block: -(-last // block)]
