@@ -2,14 +2,15 @@
 
     nf4 and fp4         bitsandbytes' Linear4bit, block 64 (nf4 also forward and backward)
     int8, a scale a row torchao's Int8WeightOnlyConfig as it comes, which has one scale a row; our default of 256 beside it
-    int8, groups of 64  torchao's Int8WeightOnlyConfig with PerGroup(64)
+    int8, groups of ... torchao's Int8WeightOnlyConfig with PerGroup(256), our default, and PerGroup(64)
     int4, groups of 64  torchao's Int4OpaqueTensor (PyTorch's _weight_int4pack_mm_for_cpu): asymmetric, with float zero points
     int8, kernel        torch._weight_int8pack_mm, one scale a row: what torch.compile makes of torchao's module (bf16 is its fast type)
 
 Ours and the peer of a family take turns, in another order every time (whoever comes after a product of another size finds a colder
-cache); a ratio is the median of peer / ours in the same turn, above 1 when ours is faster. One thread is timed by processor time, so a
-busy machine does less harm; several threads by the wall clock. Before nf4 is timed, both must return the same D(W), bit for bit; all
-products must be as near the dense one as 4 bits allow.
+cache); a ratio is the median of peer / ours in the same turn, above 1 when ours is faster. Where the memory of a process lies shifts a
+ratio by more than its turns scatter, so each is measured in several processes (--runs): given is their median, and their range. One
+thread is timed by processor time, so a busy machine does less harm; several threads by the wall clock. Before nf4 is timed, both must
+return the same D(W), bit for bit; all products must be as near the dense one as 4 bits allow.
 
 torchao wants an environment of its own (`make test-ao` makes .venv-ao; `pip install bitsandbytes` into it for all families in one run).
 A peer that is not installed is skipped and named. Cells that are in the file already are kept, so that parts can be measured one by one,
@@ -27,8 +28,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +50,7 @@ FAMILIES = {
     "nf4 forward and backward": ("bitsandbytes", {"nf4": ("nf4", {})}),
     "fp4": ("bitsandbytes", {"fp4, book bnb": ("fp4", {"book": "bnb"}), "fp4": ("fp4", {})}),
     "int8, a scale a row": ("torchao", {"int8, a row": ("int8", {"group_size": 0}), "int8, 256": ("int8", {})}),
+    "int8, groups of 256": ("torchao", {"int8, 256": ("int8", {})}),
     "int8, groups of 64": ("torchao", {"int8, 64": ("int8", {"group_size": 64})}),
     "int4, groups of 64": ("torchao", {"int4": ("int4", {}), "int4, symmetric": ("int4", {"symmetric": True}),
                                        "int4, float zero": ("int4", {"zero_point": "float"})}),
@@ -96,7 +101,7 @@ def peer(family: str, weight: torch.Tensor) -> Call:
         return linear
     from torchao.quantization import Int8WeightOnlyConfig, PerGroup, PerRow, quantize_
 
-    granularity = PerRow() if family == "int8, a scale a row" else PerGroup(64)
+    granularity = PerRow() if family == "int8, a scale a row" else PerGroup(int(family.split()[-1]))
     quantize_(linear, Int8WeightOnlyConfig(granularity=granularity, set_inductor_config=False))
     return linear
 
@@ -124,14 +129,16 @@ def in_turns(calls: dict[str, Call], x: torch.Tensor, seconds: float, clock: Cal
             calls[name](x)
             times[name].append((clock() - start) * 1e3)
     *own, other = times
-    return {name: {"ours_ms": round(statistics.median(times[name]), 4), "peer_ms": round(statistics.median(times[other]), 4),
-                   "ratio": round(statistics.median(theirs / mine for mine, theirs in zip(times[name], times[other])), 3),
+    return {name: {"ours_ms": statistics.median(times[name]), "peer_ms": statistics.median(times[other]),
+                   "ratio": statistics.median(theirs / mine for mine, theirs in zip(times[name], times[other])),
                    "turns": len(times[name])} for name in own}
 
 
 @torch.no_grad()
-def measure(family: str, shape: tuple[int, int], dtype: torch.dtype, rows: tuple[int, ...], seconds: float, clock) -> dict[str, dict]:
-    """{rows: {ours: ...}} of a family."""
+def measure(family: str, shape: tuple[int, int], dtype: torch.dtype, rows: tuple[int, ...], seconds: float, threads: int) -> dict:
+    """{rows: {ours: ...}} of a family, in this process."""
+    torch.set_num_threads(threads)
+    clock = time.process_time if threads == 1 else time.perf_counter
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(shape, generator=generator) * 0.02).to(dtype)
     calls: dict[str, Call] = {name: ours(weight, *spec) for name, spec in FAMILIES[family][1].items()}
@@ -145,10 +152,25 @@ def measure(family: str, shape: tuple[int, int], dtype: torch.dtype, rows: tuple
     return {str(count): in_turns(calls, torch.randn(count, shape[1], generator=generator).to(dtype), seconds, clock) for count in rows}
 
 
+def several(runs: int, *arguments: Any) -> dict[str, dict[str, dict[str, Any]]]:
+    """What `measure` finds, over so many processes."""
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        found = list(pool.map(measure, *([argument] * runs for argument in arguments)))
+
+    def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+        ratios = [part["ratio"] for part in parts]
+        return {**{key: round(statistics.median(part[key] for part in parts), 4) for key in ("ours_ms", "peer_ms")},
+                "ratio": round(statistics.median(ratios), 3), "range": [round(min(ratios), 3), round(max(ratios), 3)],
+                "runs": runs, "turns": sum(part["turns"] for part in parts)}
+
+    return {count: {who: joined([run[count][who] for run in found]) for who in cell} for count, cell in found[0].items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=0.5, help="for every family, shape and number of rows")
+    parser.add_argument("--runs", type=int, default=3, help="processes")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of a process, for every family, shape and number of rows")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
     parser.add_argument("--family", choices=FAMILIES, action="append", help="default: all")
     parser.add_argument("--shape", choices=["x".join(map(str, shape)) for shape in SHAPES], action="append", help="default: all")
@@ -157,9 +179,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure what is in the file already, too")
     options = parser.parse_args()
     if options.quick:
-        options.shape, options.dtype, options.seconds = ["576x1536"], ["fp32"], 0.1
-    torch.set_num_threads(options.threads)
-    clock = time.process_time if options.threads == 1 else time.perf_counter
+        options.shape, options.dtype, options.seconds, options.runs = ["576x1536"], ["fp32"], 0.1, 1
     path, found = RESULTS / f"packed_product{'-quick' if options.quick else ''}.json", installed()
     report = json.loads(path.read_text()) if path.exists() else {"results": {}}
     report["machine"] = {"cpu": platform.processor() or platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(),
@@ -174,14 +194,16 @@ def main() -> None:
                 if not found[package]:
                     print(f"{family}: {package} is not installed, skipped", file=sys.stderr)
                     continue
-                if family == "int8, kernel" and name == "fp32":  # a scalar loop there, for no one to use
+                if not rows or family == "int8, kernel" and name == "fp32":  # that is a scalar loop, for no one to use
                     continue
                 size = tuple(map(int, shape.split("x")))
-                cells.update(measure(family, size, DTYPES[name], rows, options.seconds, clock))
+                cells.update(several(options.runs, family, size, DTYPES[name], rows, options.seconds, options.threads))
                 path.write_text(json.dumps(report, indent=1) + "\n")
                 for count in rows:
                     for who, values in cells[str(count)].items():
-                        print(f"{name} {shape} rows {count:3d}  {who:18s} {values['ratio']:7.2f} of {package} ({family})", flush=True)
+                        low, high = values["range"]
+                        print(f"{name} {shape} rows {count:3d}  {who:18s} {values['ratio']:7.2f} ({low:.2f} to {high:.2f}) of {package} "
+                              f"({family})", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graftwork.registry import make_config
-from graftwork.storage import _affine, _tiles, intk, nf4
+from graftwork.storage import _affine, _tiles, int8, intk, nf4
 from graftwork.storage.base import make_storage
 
 INT4 = [{}, {"symmetric": True}, {"zero_point": "float"}, {"group_size": 128, "symmetric": True, "scale_dtype": "fp32"}, {"group_size": -1}]
@@ -90,9 +90,10 @@ def test_scales_of_the_inputs_and_columns_in_another_order():
 def test_which_products_take_the_short_way(monkeypatch):
     """Whole codes in fp32, for any number of rows; never float64, nor codes that do not fill bytes."""
     seen = []
-    real = _affine.affine_product
-    for module in (intk, __import__("graftwork.storage.int8", fromlist=["int8"])):
-        monkeypatch.setattr(module, "affine_product", lambda *given: seen.append(1) or real(*given))
+    for name in ("row_product", "group_product"):
+        real = getattr(_affine, name)
+        for module in (intk, int8):
+            monkeypatch.setattr(module, name, lambda *given, real=real: seen.append(1) or real(*given))
 
     def ways(method, columns, dtype=torch.float32, **options):
         seen.clear()

@@ -36,43 +36,49 @@ NARROWEST = 16
 def serves(x: Tensor, bits: int, group: int, columns: int) -> bool:
     """Whether x is multiplied here: in fp32 on a CPU (other processors, and 16-bit types on those with products of them, multiply
     decoded tiles), by codes that fill bytes, in groups of whole bytes."""
-    if x.device.type != "cpu" or 8 % bits or x.dtype != torch.float32 and product_dtype(x.dtype, x.device) != torch.float32:
+    if not x.is_cpu or 8 % bits or x.dtype != torch.float32 and product_dtype(x.dtype, x.device) != torch.float32:
         return False
     return group >= columns or (group >= NARROWEST and group * bits % 8 == 0)
 
 
-def affine_product(x: Tensor, codes: Tensor, bits: int, group: int, numbers: Callable[[slice], tuple[Tensor, Tensor]]) -> Tensor:
-    """x (..., in) times D(W)^T: (..., out) fp32, without gradient.
-
-    codes (out, ceil(in bits / 8)) uint8, packed; group: columns that share a scale, the last of a row may be short;
-    numbers(rows) -> scale (n, groups) fp32 of these rows, and zero: (n, groups), or one int for all."""
-    wide = x.reshape(-1, x.shape[-1]).float()
-    planes, sums = _planes(wide, bits), _group_sums(wide, group)
-    out, each = codes.shape[0], 8 // bits
-    tiles = _tiles.row_tiles(out, wide.shape[-1])
-    if sums.shape[1] == 1:
-        scale, zero = numbers(slice(0, out))
-        shift = sums * (scale.new_full((1, out), zero) if isinstance(zero, int) else zero.view(1, -1))
-        # A call takes as long as thousands of codes, which one row of x by a small matrix feels: nothing is set up for a single tile.
-        if len(tiles) == each == 1:
-            y = torch.addmm(shift, planes, codes.float().T, beta=-1)
-        else:
-            y = shift
-            for rows, tile in _float_tiles(codes, bits, tiles):
-                torch.addmm(y[:, rows], planes, tile.flatten(1).T, beta=-1, out=y[:, rows])
-        y.mul_(scale.view(1, -1))
+def row_product(x: Tensor, codes: Tensor, bits: int, scale: Tensor, zero: Tensor | int) -> Tensor:
+    """x (..., in) times D(W)^T where every row of W has one scale and zero, (out,) fp32 (or one int for all zeros): (..., out) fp32,
+    without gradient. codes (out, ceil(in bits / 8)) uint8, packed."""
+    wide = x if x.dtype == torch.float32 else x.float()
+    # A call takes as long as thousands of codes, which one row of x by a small matrix feels: this is what the smallest need, no more.
+    if bits == 8 and codes.numel() <= _tiles.TILE:
+        y = F.linear(wide, codes.float())
     else:
-        y = torch.empty(wide.shape[0], out, device=x.device)
-        for rows, tile in _float_tiles(codes, bits, tiles):
-            scale, zero = numbers(rows)
-            _multiply(tile, scale, group * bits // 8)
-            torch.addmm(torch.mm(sums, (scale * zero).T), planes, tile.flatten(1).T, beta=-1, out=y[:, rows])
-    return y.view(*x.shape[:-1], out)
+        planes = _planes(wide.reshape(-1, wide.shape[-1]), bits)
+        y = planes.new_empty(planes.shape[0], codes.shape[0])
+        for rows, tile in _float_tiles(codes, bits, _tiles.row_tiles(codes.shape[0], wide.shape[-1])):
+            torch.mm(planes, tile.flatten(1).T, out=y[:, rows])
+        y = y.view(*x.shape[:-1], codes.shape[0])
+    sums = wide.sum(-1, keepdim=True)
+    y = y.sub_(sums, alpha=zero) if isinstance(zero, int) else y.addcmul_(sums, zero, value=-1)
+    return y.mul_(scale)
+
+
+def group_product(x: Tensor, codes: Tensor, bits: int, group: int, numbers: Callable[[slice], tuple[Tensor, Tensor | int]]) -> Tensor:
+    """As `row_product`, with a scale for every `group` columns, of which the last of a row may be short.
+
+    numbers(rows) -> fp32 scale of these rows, (n, groups), and zero, (n, groups) or one int for all."""
+    wide = x.reshape(-1, x.shape[-1]).float()
+    planes, sums, span = _planes(wide, bits), _group_sums(wide, group), group * bits // 8
+    y = planes.new_empty(planes.shape[0], codes.shape[0])
+    for rows, tile in _float_tiles(codes, bits, _tiles.row_tiles(codes.shape[0], wide.shape[1])):
+        scale, zero = numbers(rows)
+        _multiply(tile, scale, span)
+        torch.addmm(torch.mm(sums, (scale * zero).T), planes, tile.flatten(1).T, beta=-1, out=y[:, rows])
+    return y.view(*x.shape[:-1], codes.shape[0])
 
 
 def _float_tiles(codes: Tensor, bits: int, tiles: list[slice]) -> Iterator[tuple[slice, Tensor]]:
     """(rows, the planes of their bytes (n, planes, bytes) fp32, which the next tile overwrites)."""
     width, each, step = codes.shape[1], 8 // bits, tiles[0].stop
+    if len(tiles) == each == 1:
+        yield tiles[0], codes.float().unsqueeze(1)
+        return
     floats = torch.empty(step, each, width, device=codes.device)
     masked = torch.empty(step, width, dtype=torch.uint8, device=codes.device) if each > 1 else None
     for rows in _tiles.each(tiles):
@@ -96,8 +102,6 @@ def _planes(x: Tensor, bits: int) -> Tensor:
 
 def _group_sums(x: Tensor, group: int) -> Tensor:
     """x (m, in) -> (m, groups)."""
-    if group >= x.shape[1]:
-        return x.sum(1, keepdim=True)
     if short := -x.shape[1] % group:
         x = F.pad(x, (0, short))
     return x.unflatten(1, (x.shape[1] // group, group)).sum(-1)

@@ -157,7 +157,10 @@ def tiled_product(x: Tensor, tiles: list[slice], decode: Callable[[slice, torch.
 def tiled_transposed(grad: Tensor, tiles: list[slice], decode: Callable[[slice, torch.dtype], Tensor]) -> Tensor:
     """grad W, (..., out) -> (..., in) in grad's dtype."""
     dtype = product_dtype(grad.dtype, grad.device)
-    wide, found = grad.to(dtype).reshape(-1, grad.shape[-1]), None
+    wide = grad.to(dtype)
+    if len(tiles) == 1:
+        return (wide @ decode(tiles[0], dtype)).to(grad.dtype)
+    wide, found = wide.reshape(-1, grad.shape[-1]), None
     for rows in _tiles.each(tiles):
         tile = decode(rows, dtype)
         found = wide[:, rows] @ tile if found is None else found.addmm_(wide[:, rows], tile)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..errors import UsageError
 from ..modeling.arithmetic import dtype_for, product_dtype
@@ -208,7 +209,8 @@ class Storage(nn.Module):
 
 def differentiated(x: Tensor) -> bool:
     """Whether a derivative of what is computed from x may be asked for; otherwise a custom function costs time for nothing."""
-    return torch.is_grad_enabled() or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+    # Below level 0 nothing has a tangent: unpack_dual says so too, in calls that a small product feels.
+    return torch.is_grad_enabled() or getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(x).tangent is not None
 
 
 class _DequantizedProduct(torch.autograd.Function):
@@ -247,9 +249,10 @@ def view_as(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of bytes_parameter: its bytes read as dtype, flat."""
     if dtype == torch.uint8:
         return parameter
-    if parameter.storage_offset() % dtype.itemsize:  # a slice of a larger buffer (a flat shard) may start anywhere
-        parameter = parameter.clone()
-    return parameter.view(dtype)
+    try:
+        return parameter.view(dtype)
+    except RuntimeError:  # a slice of a larger buffer (a flat shard) may start anywhere
+        return parameter.clone().view(dtype)
 
 
 def check_weight(weight: Tensor, name: str) -> None:

@@ -27,10 +27,10 @@ from ..modeling.affine import dequantize_affine, per_number, quantize_affine
 from ..modeling.arithmetic import product_dtype
 from ..modeling.trained_codes import blank, codes_of, stand_in
 from ..registry import register
-from ._affine import affine_product, serves
+from ._affine import group_product, row_product, serves
 from ._coded import tiled_product, tiled_transposed
 from ._tiles import row_tiles
-from .base import Storage, StorageConfig, bytes_parameter, check_weight, view_as
+from .base import Storage, StorageConfig, bytes_parameter, check_weight, differentiated, view_as
 
 _LEAVES = ("codes", "scale", "zero")
 
@@ -97,17 +97,23 @@ class Int8Storage(Storage):
 
     def _groups(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """scale and zero of the groups that hold the codes first ... last."""
-        groups = slice(first // self.options.group_size, -(-last // self.options.group_size))
-        return view_as(self.scale, torch.float32)[groups], view_as(self.zero, torch.float32)[groups]
+        kept, group = self._parameters, self.options.group_size
+        scale, zero = view_as(kept["scale"], torch.float32), view_as(kept["zero"], torch.float32)
+        if last - first == kept["codes"].shape[0]:
+            return scale, zero
+        groups = slice(first // group, -(-last // group))
+        return scale[groups], zero[groups]
 
     # -- products ---------------------------------------------------------------------------------------------------
     def forward_product(self, x):
+        kept, columns, group = self._parameters, self.in_features, self.options.group_size
+        if group == columns and x.dtype == torch.float32 and x.is_cpu:
+            return row_product(x, kept["codes"].view(-1, columns), 8, view_as(kept["scale"], torch.float32),
+                               view_as(kept["zero"], torch.float32))
         # A group may run over the end of a row: what never does is a run as long as group and row have in common.
-        columns, group = self.in_features, self.options.group_size
         run = math.gcd(columns, group)
         if not serves(x, 8, run, columns):
             return tiled_product(x, self._tiles(), self._rounded)
-
 
         def numbers(rows):
             first, last = rows.start * columns, rows.stop * columns
@@ -117,7 +123,7 @@ class Int8Storage(Storage):
                 own = (value.repeat_interleave(group // run)[skipped: skipped + many] for value in own)
             return tuple(value.view(-1, columns // run) for value in own)
 
-        return affine_product(x, self.codes.detach().view(-1, columns), 8, run, numbers).to(x.dtype)
+        return group_product(x, kept["codes"].view(-1, columns), 8, run, numbers).to(x.dtype)
 
     def transposed(self, grad):
         return tiled_transposed(grad, self._tiles(), self._rounded)
@@ -156,6 +162,8 @@ class Int8Storage(Storage):
 
     def product(self, x, leaves=None):
         weight = self._parameters.get("weight")
+        if weight is None and leaves is None and not differentiated(x):
+            return self.forward_product(x)
         if weight is None or leaves is not None or not weight.requires_grad:
             return super().product(x, leaves)
         if codes_of(weight) is not self:

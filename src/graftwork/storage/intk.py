@@ -24,7 +24,7 @@ import torch
 
 from ..errors import UsageError
 from ..registry import register
-from ._affine import affine_product, serves
+from ._affine import group_product, row_product, serves
 from ._groups import Grid, GroupConfig, GroupStorage
 from ._packing import unpack
 from ._scales import SCALES, positive
@@ -98,9 +98,13 @@ class IntStorage(GroupStorage):
         leaves = self.leaves()
 
         def numbers(rows):
-            return leaves["scale"][rows].float(), leaves["zero"][rows] if "zero" in leaves else 2 ** (bits - 1)
+            return leaves["scale"][rows].float(), leaves["zero"][rows].float() if "zero" in leaves else 2 ** (bits - 1)
 
-        return affine_product(self._placed(x.float(), leaves), leaves["codes"], bits, group, numbers).to(x.dtype)
+        placed = self._placed(x.float(), leaves)
+        if group < columns:
+            return group_product(placed, leaves["codes"], bits, group, numbers).to(x.dtype)
+        scale, zero = (value if isinstance(value, int) else value.flatten() for value in numbers(slice(None)))
+        return row_product(placed, leaves["codes"], bits, scale, zero).to(x.dtype)
 
     def integers(self, leaves, rows):
         return None if "group_index" in leaves else super().integers(leaves, rows)
