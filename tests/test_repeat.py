@@ -24,8 +24,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS = 9
 SIZES = dict(hidden_size=64, intermediate_size=176, vocab_size=512)
 CASES = {name: RECIPES[name] for name in ("lora", "lora accumulated", "checkpointing", "qlora", "paca", "galore")}
+CASES["mezo on int4"] = {"storage": "int4", "adapter": {"method": "lora", "r": 4}, "estimator": "mezo"}
 #: those of every run; the rest is for `make test-all`
-EVERYWHERE = ("checkpointing",)
+EVERYWHERE = ("checkpointing", "mezo on int4")
 
 
 @pytest.fixture(scope="module")

@@ -51,12 +51,14 @@ class Trace:
     saved: int
 
     def moments(self) -> dict[tuple, list[Any]]:
-        """{kind: its points in order}. A pass begins where a forward follows something else."""
+        """{kind: its points in order}. A pass begins where a forward follows something else, and where tokens are embedded: estimators
+        without a backward pass go forward several times in a row."""
         found, number, last = defaultdict(list), 0, None
         for point in self.points:
-            number += point.phase == "forward" and last != "forward"
+            kind = self.kinds.get(point.event, ())
+            number += point.phase == "forward" and (last != "forward" or kind[:1] == ("aten.embedding.default",))
             last = point.phase
-            found[number, point.phase, *self.kinds.get(point.event, ())].append(point)
+            found[number, point.phase, *kind].append(point)
         return found
 
 
