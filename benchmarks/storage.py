@@ -15,9 +15,9 @@ inputs, where the two would differ.
 
 The model's file was once coded in 4 bits with groups of 32, so no row here uses 4 bits in groups of 32 or fewer (gguf q4_k and q5_k and
 spqr at 4 bits are left out). Every cell is a file under results/storage/; a cell that is there is not run again, and rows that matter most
-come first: --minutes is when a process begins no further cell. Two processes with OMP_NUM_THREADS=1, --share 1/2 and 2/2. Processor time
-of a row, measured on parts of it on a loaded machine with AVX2: 157 s for the texts (2.45 s a window, the products at their rate of 75
-GFLOP/s), 6 s to quantise by rtn, 80 s by awq and 100 s by gptq with 4 of the 16 rows of calibration, more for fits of books and factors.
+come first: --minutes is when a process begins no further cell. Two processes with OMP_NUM_THREADS=1, --share 1/2 and 2/2: on a loaded
+machine with AVX2 they took 108 and 75 minutes of processor time for the 35 rows. Of a row, 157 s are for the texts (2.45 s a window, the
+products at their rate of 75 GFLOP/s), 2 s for rtn, 180 to 340 s for calibrations and fits of books and factors.
 
 --quick: dense, int4 and int2 by rtn and gptq, a sixteenth of the text, 10 items a task, written nowhere.
 """
