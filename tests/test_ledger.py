@@ -287,6 +287,22 @@ def test_adapters_inside_a_tracked_model_can_be_named(mode):
                             "activations": x.numel() * F32}
 
 
+def test_refreshing_moves_no_bytes_of_what_two_modules_hold():
+    """Each move would go through all points of a trace, which are as many as operations."""
+    class Watched(list):
+        def __setitem__(self, index, value):
+            raise AssertionError(f"{CATEGORIES[index]} moved")
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with Ledger() as ledger:
+        ledger.track(model, "weights")
+        ledger.track(model[1], "adapters")
+        ledger._by_category = Watched(ledger._by_category)
+        ledger.refresh()
+        assert ledger._by_category[CATEGORIES.index("adapters")] == 20 * F32
+        ledger._by_category = list(ledger._by_category)
+
+
 def test_only_one_device_type_counts_when_asked():
     with Ledger(device="meta") as ledger:
         torch.zeros(100)

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,7 +116,7 @@ class Ledger(TorchDispatchMode):
         elif isinstance(what, nn.Module):
             index = _index(category or "weights")
             self._modules.append((weakref.ref(what), index))
-            self._mark_module(what, index)
+            self._mark_modules([(what, index)])
         else:
             if category is None:
                 raise UsageError("tensors need a category", remedy=f"one of: {', '.join(CATEGORIES)}")
@@ -128,9 +128,8 @@ class Ledger(TorchDispatchMode):
 
     def refresh(self) -> None:
         """Look again at tracked modules and optimizers: parameters replaced, added, or given a `.grad` by hand."""
-        for reference, index in self._modules:
-            if (module := reference()) is not None:
-                self._mark_module(module, index)
+        alive = [(module, index) for reference, index in self._modules if (module := reference()) is not None]
+        self._mark_modules(alive)
         for reference in self._optimizers:
             if (optimizer := reference()) is not None:
                 self._mark_state(optimizer)
@@ -172,12 +171,16 @@ class Ledger(TorchDispatchMode):
             if block is not None and block.category not in _OWNED:
                 self._mark(tensor, index)
 
-    def _mark_module(self, module: nn.Module, index: int) -> None:
-        for tensor in tensors_in([*module.parameters(), *module.buffers()]):
+    def _mark_modules(self, modules: Sequence[tuple[nn.Module, int]]) -> None:
+        # What several modules hold is of the last one's category: marked once, as a change goes through all points of a trace.
+        wanted = {id(tensor): (tensor, index) for module, index in modules
+                  for tensor in tensors_in([*module.parameters(), *module.buffers()])}
+        for tensor, index in wanted.values():
             self._mark(tensor, index)
-        for parameter in module.parameters():
-            if parameter.grad is not None:
-                self._mark_unowned(parameter.grad, _GRADIENTS)
+        for module, _ in modules:
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    self._mark_unowned(parameter.grad, _GRADIENTS)
 
     def _mark_state(self, optimizer: torch.optim.Optimizer) -> None:
         for state in optimizer.state.values():
