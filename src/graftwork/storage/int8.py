@@ -107,7 +107,7 @@ class Int8Storage(Storage):
     # -- products ---------------------------------------------------------------------------------------------------
     def forward_product(self, x):
         kept, columns, group = self._parameters, self.in_features, self.options.group_size
-        if group == columns and x.dtype == torch.float32 and x.is_cpu:
+        if group == columns and x.dtype == torch.float32 and x.is_cpu:  # `serves` would say so too
             return row_product(x, kept["codes"].view(-1, columns), 8, view_as(kept["scale"], torch.float32),
                                view_as(kept["zero"], torch.float32))
         # A group may run over the end of a row: what never does is a run as long as group and row have in common.
@@ -162,7 +162,7 @@ class Int8Storage(Storage):
 
     def product(self, x, leaves=None):
         weight = self._parameters.get("weight")
-        if weight is None and leaves is None and not differentiated(x):
+        if weight is None and leaves is None and not differentiated(x):  # the commonest, in the fewest calls
             return self.forward_product(x)
         if weight is None or leaves is not None or not weight.requires_grad:
             return super().product(x, leaves)
