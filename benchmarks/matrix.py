@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,25 @@ def parser_of(doc: str | None, minutes: float = 150) -> argparse.ArgumentParser:
     """The options that every matrix has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--share", default="1/1", help="i/n: every n-th row of the table from the i-th, for n processes")
     parser.add_argument("--minutes", type=float, default=minutes)
     parser.add_argument("--table", action="store_true", help="the table of the cells that exist, run nothing")
     return parser
 
 
-def shared(labels: list[str], share: str) -> list[str]:
-    """Those of one process."""
-    part, parts = map(int, share.split("/"))
-    return labels[part - 1::parts]
+def unclaimed(labels: Iterable[str], out: Path) -> Iterator[str]:
+    """Those that no other process is at, each claimed until the next is asked for; a process that ends, however, lets go of its own."""
+    for label in labels:
+        lock = out / slug(label) / "claimed"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            try:
+                yield label
+            finally:
+                lock.unlink(missing_ok=True)
 
 
 def slug(label: str) -> str:

@@ -1,7 +1,7 @@
 """Which optimizer is worth its memory: every method of full tuning on a small model from scratch, the main ones on SmolLM2.
 
     GRAFTWORK_DATA=... python benchmarks/optimizers.py [--quick] [--tasks shakespeare e2e ...] [--methods adamw galore ...]
-                                                       [--share 1/2] [--beyond 1] [--minutes 150] [--table]
+                                                       [--beyond 1] [--minutes 150] [--table]
 
 (a) shakespeare: a Llama of 1.9 million parameters (4 blocks, width 192, one token a byte) from random weights, 200 steps of
 8 x 128 tokens of `lm/tinyshakespeare`, every optimizer, estimator and selection of full weights. (b) e2e and word_problems:
@@ -15,7 +15,7 @@ Short runs: they compare how fast methods learn, not where they end; and a metho
 it is made for.
 
 Every cell is one file under results/optimizers/; a cell that is there is not run again, so the matrix can be finished in pieces
-(--minutes stops between cells) and by several processes (--share 1/2 and --share 2/2). --quick: shakespeare, AdamW and three
+(--minutes stops between cells), by several processes (each takes methods that no other is at). --quick: shakespeare, AdamW and three
 others, one rate and seed, 20 steps, written nowhere. The table and the plot (loss against bytes) are written beside the cells.
 """
 
@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from figures import scatter
-from matrix import best_rate, candidates, cell, interval, order, parser_of, shared, slug, verdict
+from matrix import best_rate, candidates, cell, interval, order, parser_of, slug, unclaimed, verdict
 from optimizer_tasks import HIDDEN, TASKS, VOCABULARY, Bench
 
 import graftwork
@@ -107,7 +107,8 @@ def rates_of(method: str, scratch: bool, count: int) -> tuple[list[float], list[
 
 def run_task(bench: Bench, methods: dict[str, dict[str, Any]], out: Path, end: float, quick: bool, beyond: int) -> None:
     """All cells of one task, method by method, until `end`."""
-    for method, sections in methods.items():
+    for method in unclaimed(methods, out / bench.task.name):
+        sections = methods[method]
         place = out / bench.task.name / slug(method)
         first, below, above = rates_of(method, bench.task.base is None, beyond)
         if quick:
@@ -195,7 +196,7 @@ def main() -> int:
             methods = sections_of(HIDDEN[task])
             wanted = arguments.methods or (QUICK if quick else list(methods) if TASKS[task].base is None else TUNED)
             if not arguments.table:
-                mine = {method: methods[method] for method in shared(wanted, arguments.share)}
+                mine = {method: methods[method] for method in wanted}
                 run_task(Bench(TASKS[task], Path(folder)), mine, out, end, quick, arguments.beyond)
             found = read(out, task, list(methods), 1 if quick else 3)
             texts.append(table(task, found, quick))

@@ -1,6 +1,6 @@
 """Formats and calibrations of weights: perplexity, bits, time to quantise, speed of decoding, and zero-shot answers of the best.
 
-    GRAFTWORK_DATA=... python benchmarks/storage.py [--quick] [--only int4 spqr ...] [--later] [--share 1/2] [--minutes 105] [--table]
+    GRAFTWORK_DATA=... python benchmarks/storage.py [--quick] [--only int4 spqr ...] [--later] [--minutes 93] [--table]
 
 SmolLM2-135M-Instruct, all linear maps of its blocks. Calibration: 16 rows of 512 tokens of `lm/c4_sample` (calibration split).
 Perplexity: 16,384 tokens each of `lm/wikitext2_raw` (test) and of `lm/c4_sample` (test), in windows of 512. Decoding: one token through
@@ -15,9 +15,9 @@ inputs, where the two would differ.
 
 The model's file was once coded in 4 bits with groups of 32, so no row here uses 4 bits in groups of 32 or fewer (gguf q4_k and q5_k and
 spqr at 4 bits are left out). Every cell is a file under results/storage/; a cell that is there is not run again, and rows that matter most
-come first: --minutes is when a process begins no further cell. Two processes with OMP_NUM_THREADS=1, --share 1/2 and 2/2: on a loaded
-machine with AVX2 they took 108 and 75 minutes of processor time for the 35 rows. Of a row, 157 s are for the texts (2.45 s a window, the
-products at their rate of 75 GFLOP/s), 2 s for rtn, 180 to 340 s for calibrations and fits of books and factors.
+come first: --minutes is when a process begins no further cell. Start as many processes as there are cores (OMP_NUM_THREADS=1): each takes
+rows that no other is at. On a loaded machine with AVX2 the 35 rows took 183 minutes of processor time. Of a row, 157 s are for the texts
+(2.45 s a window, the products at their rate of 75 GFLOP/s), 2 s for rtn, 180 to 340 s for calibrations and fits of books and factors.
 
 --quick: dense, int4 and int2 by rtn and gptq, a sixteenth of the text, 10 items a task, written nowhere.
 """
@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 from figures import scatter
-from matrix import cell, parser_of, shared, slug
+from matrix import cell, parser_of, slug, unclaimed
 from rows import data_folder, read_rows
 from storage_formats import LATER, QUICK, ROWS_OF, configurations
 from storage_tasks import losses, questions, right, texts
@@ -172,20 +172,20 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
 
 def run(bench: Bench, mine: list[str], known: dict[str, dict[str, Any]], out: Path, end: float) -> None:
     """The cells of these labels until `end`: quality, and answers of what is on the front of all that are there by then."""
-    for label in [*mine, None]:
-        # None: those of the front that have no answers, where a run was stopped between the two
+    for label in unclaimed(mine, out):
         if time.monotonic() > end:
             return print("the minutes are over; the same command goes on from here", file=sys.stderr)
-        if label is not None:
-            found = cell(out / slug(label) / "quality.json", bench.quality, label, known[label])
-            print(f"{label:>24}: {found['bits']:.3f} bits, {found['perplexity']}, {found['seconds']:.0f} s", file=sys.stderr, flush=True)
-        for each in front(read(out, list(known))):
-            if each == label or label is None and each in mine:
-                cell(out / slug(each) / "answers.json", bench.answers, each, known[each])
+        found = cell(out / slug(label) / "quality.json", bench.quality, label, known[label])
+        print(f"{label:>24}: {found['bits']:.3f} bits, {found['perplexity']}, {found['seconds']:.0f} s", file=sys.stderr, flush=True)
+        if label in front(read(out, list(known))):
+            cell(out / slug(label) / "answers.json", bench.answers, label, known[label])
+    # where a run was stopped between the two
+    for label in unclaimed([x for x in front(read(out, list(known))) if x in mine], out):
+        cell(out / slug(label) / "answers.json", bench.answers, label, known[label])
 
 
 def main() -> int:
-    parser = parser_of(__doc__, 105)
+    parser = parser_of(__doc__, 93)
     parser.add_argument("--only", nargs="+", help="labels, or beginnings of them")
     parser.add_argument("--later", action="store_true", help=f"the {len(LATER)} rows too for which the minutes have no room")
     arguments = parser.parse_args()
@@ -196,7 +196,7 @@ def main() -> int:
         if arguments.only:
             wanted = [x for x in known if any(x.startswith(each) for each in arguments.only)]
         if not arguments.table:
-            run(Bench(arguments.quick), shared(wanted, arguments.share), known, out, end)
+            run(Bench(arguments.quick), wanted, known, out, end)
         found = read(out, list(known))
         text = table(found, list(QUICK) if arguments.quick else list(known), arguments.quick)
         print(text)

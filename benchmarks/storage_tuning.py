@@ -1,6 +1,6 @@
 """Quality after fine-tuning at equal memory: every way to train beside quantised weights, or the weights themselves, on one task.
 
-    GRAFTWORK_DATA=... python benchmarks/storage_tuning.py [--quick] [--only lora peqa ...] [--share 1/2] [--minutes 45] [--seeds 3]
+    GRAFTWORK_DATA=... python benchmarks/storage_tuning.py [--quick] [--only lora peqa ...] [--minutes 57] [--seeds 3]
                                                            [--table]
 
 SmolLM2-135M-Instruct in fp32 on e2e (slots of a restaurant to a sentence): 10 steps of 4 rows of at most 96 tokens, AdamW, the same
@@ -16,8 +16,8 @@ error over seeds, and the difference from LoRA on int3 with a paired bootstrap i
 it, `not tuned`: the same start, scored without a step. Short runs: they compare how fast methods learn, not where they end.
 
 Every cell is a file under results/storage_tuning/; a cell that is there is not run again. All rows get a seed before any gets the next, so
-the clock (--minutes, 45 on two cores) costs seeds. Processor time on a loaded machine: LoRA on int3 22 s for 2 steps and 8 scored rows,
-L4Q 18 s for 1 step and 8 rows; a plan 15 to 30 s. eDKM costs most, by far.
+the clock (--minutes) costs seeds. Start as many processes as there are cores: each takes rows that no other is at, the last of the table,
+which take longest, first. One seed of all rows took two processes 49 min 52 s on two cores with AVX2, eDKM a quarter of it.
 
 --quick: three rows, one rate and one seed, 2 steps, written nowhere.
 """
@@ -37,7 +37,7 @@ from typing import Any
 
 import optimizer_tasks
 import torch
-from matrix import best_rate, cell, interval, order, parser_of, shared, slug, verdict
+from matrix import best_rate, cell, interval, order, parser_of, slug, unclaimed, verdict
 from optimizer_tasks import TASKS
 from rows import row_losses
 from storage_paths import BASELINE, PATHS, TARGET, UNSIZED
@@ -110,7 +110,7 @@ def run_path(bench: Bench, label: str, out: Path, end: float, seeds: range, rate
 def run(bench: Bench, mine: list[str], out: Path, end: float, seeds: int, **options: Any) -> None:
     """One seed of every row, then one more of every row, and so on."""
     for upto in range(1, seeds + 1):
-        for label in mine:
+        for label in unclaimed(mine, out):
             if not run_path(bench, label, out, end, range(1, upto + 1), **options):
                 return print(f"stopped in {label}: the minutes are over; the same command goes on from here", file=sys.stderr)
 
@@ -166,7 +166,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = parser_of(__doc__, 45)
+    parser = parser_of(__doc__, 57)
     parser.add_argument("--only", nargs="+", help="labels, or beginnings of them")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="of the finals, at most")
     arguments = parser.parse_args()
@@ -176,7 +176,7 @@ def main() -> int:
         wanted = [x for x in PATHS if not arguments.only or any(x.startswith(each) for each in arguments.only)]
         if not arguments.table:
             task = replace(TASK, validation=8, test=16) if quick else TASK
-            mine, seeds = (list(QUICK), 1) if quick else (shared(wanted, arguments.share), arguments.seeds)
+            mine, seeds = (list(QUICK), 1) if quick else (wanted[::-1], arguments.seeds)
             run(Bench(task, Path(folder)), mine, out, end, seeds, **({"rates": 1, "steps": 2} if quick else {}))
         text = table(read(out))
         print(text)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import matrix  # noqa: E402
 import storage_tuning  # noqa: E402
 from storage_paths import BASELINE, PATHS, TARGET  # noqa: E402
 
@@ -70,6 +71,13 @@ def test_matrix_resumes_and_stops_by_the_clock(bench, tmp_path, monkeypatch, cap
     assert "peqa, int3, not tuned" in storage_tuning.table(found)
     monkeypatch.setattr(bench, "run", None)  # every cell is there
     storage_tuning.run(bench, labels, tmp_path, math.inf, 2, rates=2, steps=1)
+
+
+def test_a_row_is_taken_by_one_process(tmp_path):
+    first, second = (matrix.unclaimed(["a", "b", "c"], tmp_path) for _ in range(2))
+    assert next(first) == "a" and next(second) == "b" and list(first) == ["c"]
+    second.close()  # as where a process ends
+    assert list(matrix.unclaimed(["a", "b", "c"], tmp_path)) == ["a", "b", "c"] and not list(tmp_path.glob("*/*"))
 
 
 @pytest.mark.full
