@@ -247,11 +247,26 @@ def test_a_few_pieces_of_noise_stand_for_all(folder, precision, estimator, monke
     drawn, plain = [], torch.randn
     monkeypatch.setattr(torch, "randn", lambda *a, **k: drawn.append(1) or plain(*a, **k))
     few = planned(doc)
-    monkeypatch.setattr(simulate, "_few_pieces", nullcontext)
+    monkeypatch.setattr(simulate, "few_for_all", nullcontext)
     count = len(drawn)
     every = planned(doc)
     assert few.peak_bytes == every.peak_bytes and few.categories == every.categories and len(drawn) - count > count
     assert few.work == every.work  # the one between counts for all between
+
+
+@pytest.mark.parametrize("blocks, sequential, adapter", [("layer", False, "lora"), ("part", True, None)])
+@pytest.mark.slow
+def test_two_sweeps_stand_for_those_of_all_blocks(tmp_path, blocks, sequential, adapter, monkeypatch):
+    base = tiny.save(tiny.llama(num_hidden_layers=5), tmp_path / "model", with_tokenizer=False)
+    doc = document(base, adapter=adapter, estimator={"method": "zo_blockwise", "blocks": blocks, "sequential": sequential})
+    measured, plain = [], mezo.MeZOEstimator.measure
+    monkeypatch.setattr(mezo.MeZOEstimator, "measure", lambda *given: measured.append(1) or plain(*given))
+    few = planned(doc)
+    monkeypatch.setattr(simulate, "few_for_all", nullcontext)
+    count = len(measured)
+    every = planned(doc)
+    assert few.peak_bytes == every.peak_bytes and few.categories == every.categories and few.work == every.work
+    assert len(measured) - count > count
 
 
 @pytest.mark.parametrize("adapter", ["peqa", "lora"])
@@ -261,7 +276,7 @@ def test_a_few_tiles_of_stored_weights_stand_for_all(folder, adapter, monkeypatc
     decoded, plain = [], _groups.GroupStorage.decode
     monkeypatch.setattr(_groups.GroupStorage, "decode", lambda *given: decoded.append(1) or plain(*given))
     few = planned(doc)
-    monkeypatch.setattr(simulate, "_few_pieces", nullcontext)
+    monkeypatch.setattr(simulate, "few_for_all", nullcontext)
     count = len(decoded)
     every = planned(doc)
     assert few.peak_bytes == every.peak_bytes and few.categories == every.categories and few.work == every.work

@@ -25,8 +25,9 @@ LAYERS = 9
 SIZES = dict(hidden_size=64, intermediate_size=176, vocab_size=512)
 CASES = {name: RECIPES[name] for name in ("lora", "lora accumulated", "checkpointing", "qlora", "paca", "galore")}
 CASES["mezo on int4"] = {"storage": "int4", "adapter": {"method": "lora", "r": 4}, "estimator": "mezo"}
+CASES["zo_blockwise"] = {"adapter": {"method": "lora", "r": 4, "target_modules": ["q_proj"]}, "estimator": "zo_blockwise"}
 #: those of every run; the rest is for `make test-all`
-EVERYWHERE = ("checkpointing", "mezo on int4")
+EVERYWHERE = ("checkpointing", "zo_blockwise")
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,7 @@ def test_grown_figures_are_those_of_every_block(folder, tall, name):
     assert is_grown(few) and not is_grown(whole)
     for figure in ("peak_bytes", "categories", "device", "trained", "flops", "saved_bytes", "batch"):
         assert getattr(few, figure) == getattr(whole, figure), figure
+    assert [cell for cell in few.work if cell[1]] == [cell for cell in whole.work if cell[1]]
 
 
 @pytest.mark.full

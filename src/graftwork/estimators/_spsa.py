@@ -86,16 +86,17 @@ class SPSAEstimator(MeZOEstimator):
         measured = []
         with evaluating(ctx.model):
             for block in blocks_of(moving, self.config.blocks):
-                measured.append((block, *self.measure(ctx, block)))
+                coefficients, loss, rows = self.measure(ctx, block)
+                measured.append((block, coefficients, loss))
                 if self.config.sequential:
-                    self.move(ctx, block, measured[-1][1])
-            if not self.config.sequential:
-                for block, coefficients, *_ in measured:
                     self.move(ctx, block, coefficients)
-        losses = torch.stack([loss for _, _, loss, _ in measured])
-        slopes = [c for _, coefficients, _, _ in measured for c in coefficients]
+            if not self.config.sequential:
+                for block, coefficients, _ in measured:
+                    self.move(ctx, block, coefficients)
+        losses = torch.stack([loss for _, _, loss in measured])
+        slopes = [c for _, coefficients, _ in measured for c in coefficients]
         names = ["projected_gradient", *(f"projected_gradient_{i}" for i in range(1, len(slopes)))]
-        return StepResult(losses.mean().float(), dict(zip(names, slopes)), measured[-1][3], updated=True)
+        return StepResult(losses.mean().float(), dict(zip(names, slopes)), rows, updated=True)
 
     def measure(self, ctx: StepContext, moving: Named) -> tuple[list[Tensor], Tensor, list]:
         if self.config.difference == "two_sided":

@@ -46,7 +46,6 @@ class Trace:
     points: Sequence[Any]
     kinds: dict[int, tuple]
     work: Any
-    operations: int
     trained: int
     saved: int
 
@@ -154,7 +153,7 @@ def grown(traces: Sequence[Trace], layers: int) -> Grown | None:
         return None
     three = best[1]
     categories, pools = all_affine(*(p.bytes for p in three)), all_affine(*(p.pools for p in three))
-    counts = all_affine(*((p.blocks, t.operations, t.trained, t.saved) for p, t in zip(three, traces)))
+    counts = all_affine(*((p.blocks, t.work.operations, t.trained, t.saved) for p, t in zip(three, traces)))
     cells, update = (_cells([getattr(t.work, name) for t in traces], layers) for name in ("cells", "update"))
     if categories is None or pools is None or counts is None or cells is None or update is None or sum(categories) != best[0]:
         return None

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from ..modeling import arithmetic
 from ..recipe import Recipe, load_recipe
 from ..training.batches import FleetBatches, StepBatches, heaviest_step, total_steps
 from ..training.build import build_grafts, build_model, build_step, reads_data
+from .few import few_for_all
 from .ledger import CATEGORIES, POOLS, Ledger
 from .measure import expected_device_bytes
 from .repeat import Recorder, Trace
@@ -93,10 +94,10 @@ def plan(recipe: Recipe | str | Path | dict[str, Any], *, overrides: list[str] |
     found = None if every_block else _few_blocks(recipe, device, chosen, steps or 1, names, labels, notes)
     if found is None:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode, products_of(device):
-            ledger, work, operations, trained, saved = _simulate(recipe, mode, device, chosen, steps or 1, names, labels, notes)
-        found = Whole(ledger.peak_bytes, ledger.peak_categories, ledger.peak_pools, ledger.peak_blocks, operations, trained, saved, work,
+            ledger, work, trained, saved = _simulate(recipe, mode, device, chosen, steps or 1, names, labels, notes)
+        found = Whole(ledger.peak_bytes, ledger.peak_categories, ledger.peak_pools, ledger.peak_blocks, trained, saved, work,
                       ledger.timeline)
-    flops, operations = round(found.work.flops * share), round(found.operations * len(batches) / len(chosen))
+    flops, operations = round(found.work.flops * share), round(found.work.operations * len(batches) / len(chosen))
     expected = expected_device_bytes(found.peak, device, pools=found.pools, blocks=found.blocks)
     made = Plan(found.peak, found.categories, expected, found.trained, _shape(batches), flops, steps,
                 step_seconds(flops, operations, recipe.train.precision) if timed else None, notes, found.timeline,
@@ -114,7 +115,6 @@ class Whole:
     categories: dict[str, int]
     pools: dict[str, int]
     blocks: int
-    operations: int
     trained: int
     saved: int
     work: Work
@@ -133,11 +133,11 @@ def _few_blocks(recipe: Recipe, device: str, batches: list[tuple[dict[str, Any],
         models = [shallow(recipe.model, depth) for depth in repeat.DEPTHS] if layers else [None]
         if None in models:
             return None
-        for model in models:
+        for depth, model in zip(repeat.DEPTHS, models):
             said: list[str] = []
             with FakeTensorMode(allow_non_fake_inputs=True) as mode, products_of(device):
                 cut = recipe.model_copy(update={"model": model})
-                traces.append(_simulate(cut, mode, device, batches, steps, names, labels, said, trace=True))
+                traces.append(_simulate(cut, mode, device, batches, steps, names, labels, said, (depth, layers)))
         found = repeat.grown(traces, layers)
     except (GraftworkError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):
         return None  # the whole model says what is wrong, if anything is
@@ -146,9 +146,9 @@ def _few_blocks(recipe: Recipe, device: str, batches: list[tuple[dict[str, Any],
     notes += [*said, f"figures of {layers} equal blocks from simulated steps of {', '.join(map(str, repeat.DEPTHS))}, by whose "
               "differences each grows"]
     work = Work()
-    work.cells, work.update = found.cells, found.update
-    return Whole(found.peak, dict(zip(CATEGORIES, found.categories)), dict(zip(POOLS, found.pools)), found.blocks, found.operations,
-                 found.trained, found.saved, work)
+    work.cells, work.update, work.operations = found.cells, found.update, found.operations
+    return Whole(found.peak, dict(zip(CATEGORIES, found.categories)), dict(zip(POOLS, found.pools)), found.blocks, found.trained,
+                 found.saved, work)
 
 
 def count_parameters(recipe: Recipe, names: list[str] | None = None, labels: int | None = None) -> tuple[int, int, int]:
@@ -182,49 +182,6 @@ def _unpacked(yes: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _few_pieces(work: Work) -> Iterator[None]:
-    """MeZO draws and adds its noise, optimizers update large tensors, and products decode stored weights in pieces of 2^20 values: 70,000
-    of them for 70B. All need the memory of the second one (which begins while the first one's buffers are alive), so a large tensor
-    moves by its first, second and last piece here, and the work of the second counts for all between; so do the parts of a piece that the
-    rules of zeroth order work on."""
-    from ..estimators import _spsa, mezo
-    from ..optim import base, pieces
-    from ..storage import _tiles
-
-    kept, kept_parts, kept_spans, kept_tiles = mezo._pieces, _spsa._parts, base.spans, _tiles.each
-
-    def few(p: Tensor) -> Iterator[Tensor]:
-        size = mezo.PIECE
-        if not p.is_contiguous() or p.numel() <= 3 * size:
-            yield from kept(p)
-            return
-        flat = p.detach().view(-1)
-        for start in counted(range(0, p.numel(), size)):
-            yield flat[start:start + size]
-
-    def few_spans(size: int) -> Iterator[slice]:
-        for start in counted(range(0, size, pieces.PIECE)):
-            yield slice(start, min(start + pieces.PIECE, size))
-
-    def few_of(every: Sequence[slice]) -> Iterator[slice]:
-        for i in counted(range(len(every))):
-            yield every[i]
-
-    def counted(every: range) -> Iterator[int]:
-        around = work.times  # of the piece that these are parts of
-        for i, start in enumerate(sorted({*every[:2], every[-1]})):
-            work.times = around * (max(1, len(every) - 2) if i == 1 else 1)
-            yield start
-        work.times = around
-
-    mezo._pieces, _spsa._parts, base.spans, _tiles.each = few, lambda piece: few_of(kept_parts(piece)), few_spans, few_of
-    try:
-        yield
-    finally:
-        mezo._pieces, _spsa._parts, base.spans, _tiles.each = kept, kept_parts, kept_spans, kept_tiles
-
-
-@contextmanager
 def products_of(device: str) -> Iterator[None]:
     """Half-precision products as `device` computes them: other devices need none of the wide copies of a slow processor."""
     kept = arithmetic.slow_on_cpu
@@ -251,9 +208,9 @@ def _mark_new_heads(recipe: Recipe, model: Any) -> None:
 
 
 def _simulate(recipe: Recipe, mode: FakeTensorMode, device: str, batches: list[tuple[dict[str, Any], bool]], steps: int,
-              names: list[str], labels: int | None, notes: list[str], trace: bool = False):
-    """(ledger, work and operations of the second step, trained parameters, bytes of what is saved at the end), or all of that as a
-    repeat.Trace. batches: (batch, whether it has no padding)."""
+              names: list[str], labels: int | None, notes: list[str], grows: tuple[int, int] | None = None):
+    """(ledger, work of the second step, trained parameters, bytes of what is saved at the end), or all of that as a
+    repeat.Trace. batches: (batch, whether it has no padding). grows: (layers of this model, layers of the one that is planned)."""
     from ..objectives import base as objectives
 
     model, _ = build_model(recipe, num_labels=labels, fake=True)
@@ -262,13 +219,13 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, device: str, batches: list[t
                      f"{recipe.data.calibration_rows} rows and the statistics of one block")
     _mark_new_heads(recipe, model)
     ledger = Ledger(logits_width=getattr(model.config.get_text_config(), "vocab_size", None),
-                    **({"timeline_points": sys.maxsize} if trace else {}))
-    recorder = Recorder(ledger) if trace else None
+                    **({"timeline_points": sys.maxsize} if grows else {}))
+    recorder = Recorder(ledger) if grows else None
     grafts = _grafts(recipe, model, names, notes)
     step, saved = build_step(recipe, model, grafts, steps), _saved_bytes(model, grafts)
     work = Work(lambda: ledger._stepping > 0)
     ledger.on_operation = recorder
-    with ledger, _few_pieces(work), _unpacked(not any("position_ids" in batch for batch, _ in batches)):
+    with ledger, few_for_all(work, *(grows or ())), _unpacked(not any("position_ids" in batch for batch, _ in batches)):
         ledger.track(model, "weights")
         for graft in grafts:
             for _, module in graft.named_modules():
@@ -299,7 +256,6 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, device: str, batches: list[t
                 step.run(fake, first)
             ledger.track(step.estimator.state_dict(), "optimizer_state")
             ledger.refresh()
-            before = ledger.events
             if recorder is None:
                 ledger.on_operation = work
             else:
@@ -307,10 +263,10 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, device: str, batches: list[t
             step.run(fake, first + 1)
         finally:
             objectives.logits_scope = scope
-    operations, trained = ledger.events - before, sum(p.numel() for _, p in step.parameters)
+    trained = sum(p.numel() for _, p in step.parameters)
     if recorder is not None:
-        return Trace(ledger.points, recorder.kinds, work, operations, trained, saved)
-    return ledger, work, operations, trained, saved
+        return Trace(ledger.points, recorder.kinds, work, trained, saved)
+    return ledger, work, trained, saved
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@
 
 and adds equal ones up, so a step of 80 equal blocks is a few hundred cells {(dtype, flops, bytes): how often}. The time that a
 machine needs for the cells is `planning.roofline`'s business. What runs inside an optimizer's step is kept apart: it runs once
-a step, everything else once a micro-batch. `times` is set while one operation stands for several (simulate._few_pieces).
+a step, everything else once a micro-batch. `times` is set while one operation stands for several (`planning.few`).
 
 Not counted: decompositions (SVD, QR) have bytes but no flops, since PyTorch has no formula for them.
 """
@@ -46,10 +46,11 @@ def _formulas() -> dict[Any, Any]:
 
 
 class Work:
-    """cells: of the micro-batches; update: of the optimizer's step; both {(dtype of the result, flops, bytes): count}."""
+    """cells: of the micro-batches; update: of the optimizer's step; both {(dtype of the result, flops, bytes): count}. operations: how
+    many there were, those that move nothing too."""
 
     def __init__(self, inside_optimizer: Any = lambda: False):
-        self.formulas, self.inside_optimizer, self.times = _formulas(), inside_optimizer, 1
+        self.formulas, self.inside_optimizer, self.times, self.operations = _formulas(), inside_optimizer, 1, 0
         self.cells: Counter[Cell] = Counter()
         self.update: Counter[Cell] = Counter()
         self._kinds: dict[Any, str] = {}
@@ -59,8 +60,9 @@ class Work:
         return sum(flops * n for cells in (self.cells, self.update) for (_, flops, _), n in cells.items())
 
     def __call__(self, func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> None:
+        self.operations += self.times
         kind = self._kinds.get(func) or self._kinds.setdefault(func, _kind(func))
-        if kind == "free":
+        if kind == "free" or not self.times:
             return
         results = list(tensors_in(out))
         written = sum(t.numel() * t.itemsize for t in results)
