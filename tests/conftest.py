@@ -26,6 +26,17 @@ def pytest_configure(config):
         torch.set_default_device(config.getoption("--device"))
 
 
+#: modules that take minutes, longest first
+LONG = ("test_adapters.py", "test_plan.py", "test_storages.py", "test_resume.py", "test_estimators_selections.py", "test_serving_load.py",
+        "test_training.py", "test_optimizers.py", "test_quantize.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Long modules go first: with `--dist loadscope` a module is one worker's, and none is left to be waited for in the end."""
+    places = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -608,6 +608,11 @@ def test_format_and_parse_are_inverse_to_two_decimals(nbytes):
     assert not text.startswith("1024.00") or text.endswith("TiB")
 
 
+def test_format_seconds_examples():
+    assert [measure.format_seconds(s) for s in (0.02134, 98.13, 119.6, 120, 3050, 7199, 7632)] == [
+        "0.0213 s", "98.1 s", "120 s", "2 min", "50.8 min", "120 min", "2.12 h"]
+
+
 def test_format_bytes_examples():
     assert [format_bytes(n) for n in (0, 1023, 1024, 946677514, 3 * 2**29, -2048)] == [
         "0 B", "1023 B", "1.00 KiB", "902.82 MiB", "1.50 GiB", "-2.00 KiB"]

@@ -104,8 +104,8 @@ def test_a_config_whose_layers_differ_is_not_grown(tmp_path, tall):
 def made_up(depth, live):
     """A forward of `depth` blocks whose moment of block l has live(l, depth) bytes."""
     points = [Snapshot(i, "forward", n := live(i, depth), [n, 0, 0, 0, 0, 0, 0, 0], [n, 0, 0], depth) for i in range(depth)]
-    work = SimpleNamespace(cells=Counter({("float32", 8, 4): depth}), update=Counter())
-    return Trace(points, {i: ("op", ((2, 2),)) for i in range(depth)}, work, depth, 10 * depth, 40 * depth)
+    work = SimpleNamespace(cells=Counter({("float32", 8, 4): depth}), update=Counter(), operations=depth)
+    return Trace(points, {i: ("op", ((2, 2),)) for i in range(depth)}, work, 10 * depth, 40 * depth)
 
 
 def test_the_moment_that_wins_in_the_whole_model_may_not_win_in_the_shallow_ones():

@@ -129,7 +129,7 @@ def write(found: Any, folder: Path) -> list[str]:
 def text(found: Any, files: list[str]) -> str:
     """The Pareto set as a table, a reason below each row."""
     from ..planning.judging import mergeable, servable
-    from ..planning.measure import format_bytes
+    from ..planning.measure import format_bytes, format_seconds
     from ..planning.search import describe
 
     counted = f"{found.candidates:,} candidates, {len(found.planned)} planned, {len(found.refused)} refused"
@@ -142,8 +142,9 @@ def text(found: Any, files: list[str]) -> str:
     lines = []
     for i, row in enumerate(found.rows, 1):
         lines += [f"{i}  {describe(row.candidate)}",
-                  f"   peak {format_bytes(row.plan['peak_bytes'])} ({format_bytes(row.total)} expected), {row.seconds:.3g} s a step, "
-                  f"file {format_bytes(row.saved)}, merges: {mergeable(row.candidate)[1]}, serves: {servable(row.candidate)[1]}",
+                  f"   peak {format_bytes(row.plan['peak_bytes'])} ({format_bytes(row.total)} expected), "
+                  f"{format_seconds(row.seconds)} a step, file {format_bytes(row.saved)}, "
+                  f"merges: {mergeable(row.candidate)[1]}, serves: {servable(row.candidate)[1]}",
                   f"   quality: {row.quality.text}", f"   why: {row.reason}"]
     lines += ["", f"{counted}; budget {format_bytes(found.budget)} on {found.device}",
               f"seconds: roofline of {found.roofline.name}, {found.roofline.basis}",

@@ -153,10 +153,12 @@ def parts_of(recipe) -> str:
 
 
 def time_lines(made) -> list[str]:
+    from ..planning.measure import format_seconds
+
     if made.seconds_per_step is None:
         return ["time: not estimated (this machine does not have that device)"]
     low, high = made.seconds_per_step
-    text = f"time: {low:.3g} to {high:.3g} s a step on this machine"
+    text = f"time: {format_seconds(low)} to {format_seconds(high)} a step on this machine"
     if made.hours is not None:
         text += f", {made.steps} steps in {made.hours[0]:.2g} to {made.hours[1]:.2g} hours"
     return [text]

@@ -126,7 +126,7 @@ def order(wishes: Sequence[str]) -> Callable[[Any], tuple]:
 
 def reasons(rows: Sequence[Row]) -> None:
     """Writes each row's reason: what no other row does better, else what it trades for what against the first row."""
-    from .measure import format_bytes
+    from .measure import format_bytes, format_seconds
 
     if not rows:
         return
@@ -141,7 +141,7 @@ def reasons(rows: Sequence[Row]) -> None:
             row.reason = "the only one that fits and that no other beats"
         else:
             gains, pays = [], []
-            for text, value, mine, theirs in (("memory", format_bytes, row.total, first.total), ("a step", seconds_text, row.seconds,
+            for text, value, mine, theirs in (("memory", format_bytes, row.total, first.total), ("a step", format_seconds, row.seconds,
                                               first.seconds), ("the file", format_bytes, row.saved, first.saved)):
                 if coarse(mine) != coarse(theirs):
                     (gains if mine < theirs else pays).append(f"{value(mine)} of {text}" if text == "memory" else f"{value(mine)} {text}")
@@ -150,8 +150,4 @@ def reasons(rows: Sequence[Row]) -> None:
             row.reason = f"against row 1: {', '.join(gains) or 'another balance'}" + (f", for {', '.join(pays)}" if pays else "")
 
 
-def seconds_text(seconds: float) -> str:
-    return f"{seconds:.3g} s"
-
-
-__all__ = ["Quality", "Row", "WISHES", "mergeable", "order", "quality", "reasons", "seconds_text", "servable"]
+__all__ = ["Quality", "Row", "WISHES", "mergeable", "order", "quality", "reasons", "servable"]

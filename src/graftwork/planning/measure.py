@@ -278,6 +278,12 @@ def format_bytes(nbytes: int) -> str:
     return f"{nbytes / 2**40:.2f} TiB"
 
 
+def format_seconds(seconds: float) -> str:
+    """Three digits in the largest unit of which there are two or more: `0.0213 s`, `98.1 s`, `50.8 min`, `2.12 h`."""
+    unit, size = next(((u, s) for u, s in (("h", 3600), ("min", 60)) if seconds >= 2 * s), ("s", 1))
+    return f"{seconds / size:.3g} {unit}"
+
+
 def parse_bytes(text: str | int) -> int:
     """Bytes of `16GiB` (2^30), `24GB` (10^9), `512 MiB`, `1.5e3 kB`, or a plain number of bytes. Raises UsageError."""
     if isinstance(text, int) and not isinstance(text, bool) and text > 0:
