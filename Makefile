@@ -31,13 +31,13 @@ demo: setup
 
 # The suite writes its converted models to GRAFTWORK_CACHE; -n 2 uses both cores.
 test: setup
-	$(PY) -m pytest -n 2 --dist loadscope -m "not full"
+	$(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not full"
 
 test-fast: setup
-	$(PY) -m pytest -n 2 --dist loadscope -m "not full and not slow"
+	$(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder -m "not full and not slow"
 
 test-all: setup
-	$(PY) -m pytest -n 2 --dist loadscope
+	$(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 # Extras with an environment of their own, outside `make test`. The version of triton is the one that belongs to this torch.
 test-triton: .venv-triton/.graftwork-setup

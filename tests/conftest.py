@@ -32,7 +32,8 @@ LONG = ("test_adapters.py", "test_plan.py", "test_storages.py", "test_resume.py"
 
 
 def pytest_collection_modifyitems(items):
-    """Long modules go first: with `--dist loadscope` a module is one worker's, and none is left to be waited for in the end."""
+    """Long modules go first: with `--dist loadscope --no-loadscope-reorder` a module is one worker's, and none is left to be waited for
+    in the end."""
     places = {name: place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONG)))
 

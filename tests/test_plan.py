@@ -237,6 +237,16 @@ def test_mezo_needs_the_forward_and_one_tensor(folder, precision):
     assert planned(doc).peak_bytes <= forward + largest
 
 
+def few_are_all(doc, calls, monkeypatch):
+    """The plan of few stands for that of all, work included; how many calls there were in each."""
+    few = planned(doc)
+    monkeypatch.setattr(simulate, "few_for_all", nullcontext)
+    count = len(calls)
+    every = planned(doc)
+    assert few.peak_bytes == every.peak_bytes and few.categories == every.categories and few.work == every.work
+    return count, len(calls) - count
+
+
 @pytest.mark.parametrize("estimator", ["mezo", "sparse_mezo"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.slow
@@ -246,27 +256,19 @@ def test_a_few_pieces_of_noise_stand_for_all(shallow, precision, estimator, monk
     doc = document(shallow, adapter=None, estimator=estimator, train={"precision": precision, "batch_size": 1}, data={"max_length": 16})
     drawn, plain = [], torch.randn
     monkeypatch.setattr(torch, "randn", lambda *a, **k: drawn.append(1) or plain(*a, **k))
-    few = planned(doc)
-    monkeypatch.setattr(simulate, "few_for_all", nullcontext)
-    count = len(drawn)
-    every = planned(doc)
-    assert few.peak_bytes == every.peak_bytes and few.categories == every.categories and len(drawn) - count > count
-    assert few.work == every.work  # the one between counts for all between
+    few, every = few_are_all(doc, drawn, monkeypatch)
+    assert every > few
 
 
-@pytest.mark.parametrize("blocks, sequential, adapter", [("layer", False, "lora"), ("part", True, "lora")])
+@pytest.mark.parametrize("blocks, sequential", [("layer", False), ("part", True)])
 @pytest.mark.slow
-def test_two_sweeps_stand_for_those_of_all_blocks(tmp_path, blocks, sequential, adapter, monkeypatch):
+def test_two_sweeps_stand_for_those_of_all_blocks(tmp_path, blocks, sequential, monkeypatch):
     base = tiny.save(tiny.llama(num_hidden_layers=4), tmp_path / "model", with_tokenizer=False)
-    doc = document(base, adapter=adapter, estimator={"method": "zo_blockwise", "blocks": blocks, "sequential": sequential})
+    doc = document(base, adapter="lora", estimator={"method": "zo_blockwise", "blocks": blocks, "sequential": sequential})
     measured, plain = [], mezo.MeZOEstimator.measure
     monkeypatch.setattr(mezo.MeZOEstimator, "measure", lambda *given: measured.append(1) or plain(*given))
-    few = planned(doc)
-    monkeypatch.setattr(simulate, "few_for_all", nullcontext)
-    count = len(measured)
-    every = planned(doc)
-    assert few.peak_bytes == every.peak_bytes and few.categories == every.categories and few.work == every.work
-    assert len(measured) - count > count
+    few, every = few_are_all(doc, measured, monkeypatch)
+    assert every == 2 * few  # two steps of four blocks, two of which are measured
 
 
 @pytest.mark.parametrize("adapter", ["peqa", "lora"])
@@ -275,12 +277,8 @@ def test_a_few_tiles_of_stored_weights_stand_for_all(folder, adapter, monkeypatc
     doc = document(folder, storage={"method": "int4"}, adapter={"method": adapter, "target_modules": "all-linear"}, optimizer="adamw")
     decoded, plain = [], _groups.GroupStorage.decode
     monkeypatch.setattr(_groups.GroupStorage, "decode", lambda *given: decoded.append(1) or plain(*given))
-    few = planned(doc)
-    monkeypatch.setattr(simulate, "few_for_all", nullcontext)
-    count = len(decoded)
-    every = planned(doc)
-    assert few.peak_bytes == every.peak_bytes and few.categories == every.categories and few.work == every.work
-    assert len(decoded) - count > 1.5 * count
+    few, every = few_are_all(doc, decoded, monkeypatch)
+    assert every > 1.5 * few
 
 
 def test_lisa_s_optimizer_bytes_after_a_switch_equal_the_formula(folder):

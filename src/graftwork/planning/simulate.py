@@ -3,7 +3,8 @@
 Model (from its config alone), storage, grafts, optimizer and batch are built by the code that a run uses
 (training.build), inside FakeTensorMode: shapes and dtypes are exact, no memory is touched, nothing is computed. The second
 step runs with optimizer state in place, so the peak of both is the peak of a run whose shapes do not change. Where a first step
-would leave nothing but that state (grafts under backpropagation), the state is allocated without it.
+would leave nothing but that state (grafts under backpropagation), the state is allocated without it; where it leaves nothing (MeZO),
+it is left out.
 
 The batch: where the data and the tokenizer can be read, the heaviest step of the run as it will be collated (of its
 micro-batches the first and the heaviest other one); else batch_size rows of max_length tokens, all trained. Upper bounds
@@ -29,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..artifact import stored_tensors
 from ..errors import GraftworkError
+from ..estimators.base import Estimator
 from ..modeling import arithmetic
 from ..recipe import Recipe, load_recipe
 from ..training.batches import FleetBatches, StepBatches, heaviest_step, total_steps
@@ -252,7 +254,7 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, device: str, batches: list[t
             first = heaviest.start if len(heaviest) > 1 else max(heaviest.start - 1, 0)
             if _state_alone(step):
                 _allocate_state(step)
-            else:
+            elif not _leaves_nothing(step):
                 step.run(fake, first)
             ledger.track(step.estimator.state_dict(), "optimizer_state")
             ledger.refresh()
@@ -282,6 +284,11 @@ def _state_alone(step: Any) -> bool:
     """True where the first step leaves nothing behind but optimizer state: it need not be simulated."""
     return bool(step.grafts) and step.optimizer is not None and not step.selections and step.estimator.gradients \
         and not (step.optimizer.config.fused or step.estimator.moves_some)
+
+
+def _leaves_nothing(step: Any) -> bool:
+    """True where one step is as the other: the estimator moves the weights and takes no state back, so it keeps none."""
+    return step.optimizer is None and not step.selections and type(step.estimator).load_state_dict is Estimator.load_state_dict
 
 
 def _allocate_state(step: Any) -> None:
