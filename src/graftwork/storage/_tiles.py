@@ -1,4 +1,4 @@
-"""The rows of a matrix that a product decodes at a time. A plan replaces `each` to go through few of them (planning.simulate)."""
+"""The rows of a matrix that a product decodes at a time. A plan replaces `each` to go through few of them (planning.few)."""
 
 from __future__ import annotations
 
