@@ -17,7 +17,7 @@ it, `not tuned`: the same start, scored without a step. Short runs: they compare
 
 Every cell is a file under results/storage_tuning/; a cell that is there is not run again. All rows get a seed before any gets the next, so
 the clock (--minutes) costs seeds. Start as many processes as there are cores: each takes rows that no other is at, the last of the table,
-which take longest, first. One seed of all rows took two processes 49 min 52 s on two cores with AVX2, eDKM a quarter of it.
+which take longest, first. One seed of all rows took two processes 49 min 52 s on two cores with AVX2, eDKM 28 of one.
 
 --quick: three rows, one rate and one seed, 2 steps, written nowhere.
 """

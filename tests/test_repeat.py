@@ -27,7 +27,7 @@ CASES = {name: RECIPES[name] for name in ("lora", "lora accumulated", "checkpoin
 CASES["mezo on int4"] = {"storage": "int4", "adapter": {"method": "lora", "r": 4}, "estimator": "mezo"}
 CASES["zo_blockwise"] = {"adapter": {"method": "lora", "r": 4, "target_modules": ["q_proj"]}, "estimator": "zo_blockwise"}
 #: those of every run; the rest is for `make test-all`
-EVERYWHERE = ("checkpointing", "zo_blockwise")
+EVERYWHERE = ("checkpointing", "mezo on int4", "zo_blockwise")
 
 
 @pytest.fixture(scope="module")
