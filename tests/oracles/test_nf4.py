@@ -1,6 +1,7 @@
 """NF4 against bitsandbytes' functions and against the closed forms of the format."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -130,26 +131,29 @@ def test_the_bitsandbytes_path_is_taken_and_changes_no_bit(dtype, monkeypatch):
     assert torch.equal(ours.rows(torch.tensor([3, 90, 3])), fast.rows(torch.tensor([3, 90, 3]))) and calls == 3 * both
     ragged = NF4Storage.from_weight(matrix((96, 72), dtype), NF4(compute="bitsandbytes"))
     assert torch.equal(ragged.dequantize(), stored(matrix((96, 72), dtype)).dequantize())
-    assert calls == 3 * both  # blocks that run over the end of a row are not for its vector code
+    assert calls == 3 * both + both[:1]  # blocks that run over the end of a row are not for its vector code
 
 
 def test_auto_chooses_by_installation_and_processor(monkeypatch):
-    calls = []
+    calls, loops, decode = [], [], nf4._compiled.decode_pairs
     monkeypatch.setattr(nf4, "_bitsandbytes", lambda codes, absmax, shape, *_: calls.append(1) or torch.zeros(shape))
+    monkeypatch.setattr(nf4._compiled, "decode_pairs", lambda *a: loops.append(1) or decode(*a))
     auto = NF4Storage.from_weight(matrix((4, 64)), NF4())
     half = NF4Storage.from_weight(matrix((4, 64), torch.bfloat16), NF4())
-    for installed, vector in ((True, True), (True, False), (False, True)):
+    for installed, vector, compiled in product((True, False), repeat=3):
         monkeypatch.setattr(nf4, "_importable", lambda value=installed: value)
         monkeypatch.setattr(nf4, "_vector_code", lambda value=vector: value)
-        calls.clear()
-        auto.dequantize()
-        assert len(calls) == installed
-        half.dequantize()
-        assert len(calls) == installed + (installed and vector)
+        monkeypatch.setattr(nf4._compiled, "available", lambda value=compiled: value)
+        for storage, theirs in ((auto, installed and (vector or not compiled)), (half, installed and vector)):
+            calls.clear(), loops.clear()
+            storage.dequantize()
+            assert (len(calls), len(loops)) == (theirs, compiled and not theirs)
+    calls.clear(), loops.clear()
     stored(matrix((4, 64))).dequantize()
-    assert not calls
-    with pytest.raises(UsageError, match="not installed"):
-        NF4Storage.from_weight(matrix((4, 64)), NF4(compute="bitsandbytes"))
+    assert not calls + loops
+    for missing in ("bitsandbytes", "numba"):
+        with pytest.raises(UsageError, match=f"{missing}, which is not installed"):
+            NF4Storage.from_weight(matrix((4, 64)), NF4(compute=missing))
 
 
 @pytest.mark.parametrize("vector", [False, True])

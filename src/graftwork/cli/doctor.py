@@ -9,7 +9,8 @@ import typer
 EPILOG = "Examples: graft doctor | graft doctor --clean-cache | graft doctor --json"
 #: import name -> (what it is for, how to get it)
 OPTIONAL = {
-    "bitsandbytes": ("faster NF4 products", "pip install 'graftwork[bnb]'"),
+    "numba": ("faster products by quantized weights on a CPU", "pip install 'graftwork[cpu]'"),
+    "bitsandbytes": ("faster NF4 products on a GPU, or a CPU with AVX-512", "pip install 'graftwork[bnb]'"),
     "trl": ("training with TRL's trainers", "pip install 'graftwork[trl]'"),
     "peft": ("using PEFT beside it", "pip install peft"),
     "matplotlib": ("figures of report.html", "pip install 'graftwork[report]'"),

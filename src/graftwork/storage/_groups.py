@@ -26,10 +26,11 @@ from torch import Tensor
 from ..errors import UsageError
 from ..modeling.protocols import has_values
 from ..registry import lookup, make_config
+from . import _compiled
 from ._activations import RoundedProduct, straight_through
 from ._channels import columns, reassembled, restored
 from ._coded import CodedStorage
-from ._packing import look_up, pack, unpack
+from ._packing import entries, look_up, pack, unpack
 from .base import StorageConfig, check_weight
 
 
@@ -90,9 +91,14 @@ class Grid:
         """(whole numbers (..., m) of magnitude below 16, scale (...)), both fp32, whose product decode is; None if it is no such."""
         return None
 
+    def scale_of(self, parameters: dict[str, Tensor]) -> Tensor | None:
+        """Fp32 scales (...) where `place` is a multiplication by them, and `table` is one; None where it is not."""
+        return None
+
     def place(self, values: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        """Values (..., m) fp32 of the table, which may be overwritten -> of the group."""
-        raise NotImplementedError
+        """Values (..., m) fp32 of the table, which may be overwritten -> of the group. Default: times `scale_of`."""
+        scale = self.scale_of(parameters).unsqueeze(-1)
+        return values * scale if torch.is_grad_enabled() else values.mul_(scale)
 
 
 @dataclass(frozen=True)
@@ -313,6 +319,13 @@ class GroupStorage(CodedStorage):
         uneven = quantizer.columns % quantizer.group or quantizer.group * grid.bits % 8
         if not grid.table or grid.choice and uneven:
             return quantizer.decode(unpack(codes, quantizer.columns, grid.bits), parameters)[:, : self.in_features]
+        if grid.bits == 4 and not uneven and not torch.is_grad_enabled():
+            scale = grid.scale_of(parameters)
+            if scale is not None and _compiled.decodes(codes, scale):
+                dense = torch.empty(codes.shape[0], quantizer.columns, device=codes.device)
+                pairs = entries(grid.table, 4, codes.device).view(torch.float32).view(256, 2) if has_values(codes) else dense
+                _compiled.decode_pairs(codes.reshape(-1), scale.reshape(-1), quantizer.group, pairs, dense.view(-1))
+                return dense[:, : self.in_features]
         choice = parameters[grid.choice] if grid.choice else None
         values = quantizer.split(look_up(codes, quantizer.columns, grid.bits, grid.table, choice))
         return quantizer.join(grid.place(values, parameters))[:, : self.in_features]

@@ -70,13 +70,14 @@ def look_up(packed: Tensor, count: int, bits: int, table: tuple[float, ...], cho
     if choice is not None:
         index = index.view(*choice.shape, -1) + (choice.int() << span).unsqueeze(-1)
     # Nothing fake may be remembered.
-    entries = (_entries if has_values(packed) else _entries.__wrapped__)(table, bits, packed.device)
-    return entries.index_select(0, index.reshape(-1)).view(torch.float32).view(rows, -1)[:, :count]
+    found = (entries if has_values(packed) else entries.__wrapped__)(table, bits, packed.device)
+    return found.index_select(0, index.reshape(-1)).view(torch.float32).view(rows, -1)[:, :count]
 
 
 @lru_cache(64)
 @torch.inference_mode(False)
-def _entries(table: tuple[float, ...], bits: int, device: torch.device) -> Tensor:
+def entries(table: tuple[float, ...], bits: int, device: torch.device) -> Tensor:
+    """The values of every byte of codes, as numbers as wide as they are together: (256 a table,); of codes of 8 bits `table` itself."""
     values = torch.tensor(table, dtype=torch.float32, device=device)
     if bits == 8:
         return values

@@ -56,9 +56,8 @@ class FP4Grid(Grid):
         codes = torch.tensor(order, dtype=torch.uint8, device=values.device)[place]
         return codes + 8 * unit.signbit().to(torch.uint8)
 
-    def place(self, values, parameters):
-        scale = read_scale(parameters["scale"], self.scale).unsqueeze(-1)
-        return values * scale if torch.is_grad_enabled() else values.mul_(scale)
+    def scale_of(self, parameters):
+        return read_scale(parameters["scale"], self.scale)
 
 
 @register("storage", "fp4", config=FP4, title="FP4 groups (E2M1, MXFP4, NVFP4, bitsandbytes fp4)", lossless=False,

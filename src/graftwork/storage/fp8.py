@@ -71,9 +71,8 @@ class FP8Grid(Grid):
         unit = values / parameters["scale"].float().unsqueeze(-1)
         return unit.clamp(-self.top, self.top).to(self.type).view(torch.uint8)
 
-    def place(self, values, parameters):
-        scale = parameters["scale"].float().unsqueeze(-1)
-        return values * scale if torch.is_grad_enabled() else values.mul_(scale)
+    def scale_of(self, parameters):
+        return parameters["scale"].float()
 
 
 @register("storage", "fp8", config=FP8, title="FP8 weights (E4M3, E5M2)", lossless=False, paper="2307.09782",

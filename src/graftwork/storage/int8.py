@@ -27,6 +27,7 @@ from ..modeling.affine import dequantize_affine, per_number, quantize_affine
 from ..modeling.arithmetic import product_dtype
 from ..modeling.trained_codes import blank, codes_of, stand_in
 from ..registry import register
+from . import _compiled
 from ._affine import group_product, row_product, serves
 from ._coded import tiled_product, tiled_transposed
 from ._tiles import row_tiles
@@ -107,11 +108,13 @@ class Int8Storage(Storage):
     # -- products ---------------------------------------------------------------------------------------------------
     def forward_product(self, x):
         kept, columns, group = self._parameters, self.in_features, self.options.group_size
-        if group == columns and x.dtype == torch.float32 and x.is_cpu:  # `serves` would say so too
-            return row_product(x, kept["codes"].view(-1, columns), 8, view_as(kept["scale"], torch.float32),
-                               view_as(kept["zero"], torch.float32))
+        codes, scale, zero = kept["codes"], view_as(kept["scale"], torch.float32), view_as(kept["zero"], torch.float32)
         # A group may run over the end of a row: what never does is a run as long as group and row have in common.
         run = math.gcd(columns, group)
+        if _compiled.suits(x, 8, run):
+            return _compiled.few_product(x, codes, 8, scale, zero, group, run).to(x.dtype)
+        if group == columns and x.dtype == torch.float32 and x.is_cpu:  # `serves` would say so too
+            return row_product(x, codes.view(-1, columns), 8, scale, zero)
         if not serves(x, 8, run, columns):
             return tiled_product(x, self._tiles(), self._rounded)
 
@@ -123,7 +126,7 @@ class Int8Storage(Storage):
                 own = (value.repeat_interleave(group // run)[skipped: skipped + many] for value in own)
             return tuple(value.view(-1, columns // run) for value in own)
 
-        return group_product(x, kept["codes"].view(-1, columns), 8, run, numbers).to(x.dtype)
+        return group_product(x, codes.view(-1, columns), 8, run, numbers).to(x.dtype)
 
     def transposed(self, grad):
         return tiled_transposed(grad, self._tiles(), self._rounded)

@@ -24,10 +24,12 @@ import torch
 
 from ..errors import UsageError
 from ..registry import register
+from . import _compiled
 from ._affine import group_product, row_product, serves
 from ._groups import Grid, GroupConfig, GroupStorage
 from ._packing import unpack
 from ._scales import SCALES, positive
+from .base import view_as
 
 
 class IntConfig(GroupConfig):
@@ -93,7 +95,11 @@ class IntStorage(GroupStorage):
     def forward_product(self, x):
         size, columns = self.options.group_size, self.in_features
         bits, group = self.bits, columns if size < 1 else min(size, columns)
-        if "group_index" in self._kinds or not serves(x, bits, group, columns):
+        if "group_index" in self._kinds:
+            return super().forward_product(x)
+        if columns % group == 0 and _compiled.suits(x, bits, group):
+            return self._few_rows(x, group)
+        if not serves(x, bits, group, columns):
             return super().forward_product(x)
         leaves = self.leaves()
 
@@ -105,6 +111,14 @@ class IntStorage(GroupStorage):
             return group_product(placed, leaves["codes"], bits, group, numbers).to(x.dtype)
         scale, zero = (value if isinstance(value, int) else value.flatten() for value in numbers(slice(None)))
         return row_product(placed, leaves["codes"], bits, scale, zero).to(x.dtype)
+
+    def _few_rows(self, x, group):
+        def numbers(name):
+            return view_as(self._parameters[name], self._kinds[name][1]).float()
+
+        zero = numbers("zero") if "zero" in self._kinds else 2 ** (self.bits - 1)
+        placed = self._placed(x.float(), self.leaves()) if {"input_scale", "channels"} & self._kinds.keys() else x
+        return _compiled.few_product(placed, self._parameters["codes"], self.bits, numbers("scale"), zero, group, group).to(x.dtype)
 
     def integers(self, leaves, rows):
         return None if "group_index" in leaves else super().integers(leaves, rows)

@@ -46,7 +46,7 @@ def levels(bits: int) -> tuple[float, ...]:
 
 class NormalGrid(Grid):
     def __init__(self, bits: int, dtype: torch.dtype):
-        self.bits, self.parameters = bits, {"scale": dtype}
+        self.bits, self.parameters, self.table = bits, {"scale": dtype}, levels(bits)
 
     def fit(self, groups):
         if self.parameters["scale"] == torch.uint8:
@@ -54,13 +54,12 @@ class NormalGrid(Grid):
         return {"scale": positive(groups.abs().amax(-1), self.parameters["scale"])}
 
     def encode(self, values, parameters):
-        book = torch.tensor(levels(self.bits), device=values.device)
+        book = torch.tensor(self.table, device=values.device)
         unit = (values / parameters["scale"].float().unsqueeze(-1)).clamp(-1, 1).contiguous()
         return torch.bucketize(unit, (book[:-1] + book[1:]) / 2, out_int32=True).to(torch.uint8)
 
-    def decode(self, codes, parameters):
-        book = torch.tensor(levels(self.bits), device=codes.device)
-        return book.index_select(0, codes.int().reshape(-1)).view(codes.shape) * parameters["scale"].float().unsqueeze(-1)
+    def scale_of(self, parameters):
+        return parameters["scale"].float()
 
 
 @register("storage", "nf", config=NormalFloat, title="NormalFloat groups", lossless=False, paper="2305.14314",

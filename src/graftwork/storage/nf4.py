@@ -35,6 +35,7 @@ from ..errors import ModelError, UsageError
 from ..modeling.blockwise import BLOCK as NESTED_BLOCK
 from ..modeling.blockwise import dequantize_blockwise, dynamic_map, map_on, quantize_blockwise
 from ..registry import register
+from . import _compiled
 from ._coded import tiled_product, tiled_transposed
 from ._tiles import row_tiles
 from .base import Storage, StorageConfig, bytes_parameter, check_weight, has_values, view_as
@@ -53,9 +54,9 @@ class NF4(StorageConfig):
     """Weights that share one scale: 32, 64, ... 4096."""
     double_quant: bool = True
     """Keep the scales in 8 bits (0.373 bits a weight less at block 64)."""
-    compute: Literal["auto", "pytorch", "bitsandbytes"] = "auto"
-    """Who dequantises; the values are the same. auto: bitsandbytes where it is installed (CPU, CUDA), else PyTorch; 16-bit
-    weights on a CPU that it has no vector code for (neither AVX-512 nor Arm) are quicker in PyTorch."""
+    compute: Literal["auto", "pytorch", "bitsandbytes", "numba"] = "auto"
+    """Who dequantises; the values are the same. auto: on CUDA bitsandbytes; on a CPU with AVX-512 or Arm, for which it has vector code,
+    too; on others a loop that numba compiles, or bitsandbytes for fp32. PyTorch where they are not installed."""
 
     @field_validator("block_size")
     @classmethod
@@ -80,9 +81,9 @@ class NF4Storage(Storage):
     def __init__(self, out_features: int, in_features: int, config: NF4, leaves: dict[str, Tensor], bias: Tensor | None,
                  compute_dtype: torch.dtype):
         super().__init__(out_features, in_features, bias, compute_dtype)
-        if config.compute == "bitsandbytes" and not _importable():
-            raise UsageError("storage 'nf4' was asked to compute with bitsandbytes, which is not installed",
-                             remedy="pip install bitsandbytes, or choose compute: auto")
+        if not {"bitsandbytes": _importable, "numba": _compiled.available}.get(config.compute, lambda: True)():
+            raise UsageError(f"storage 'nf4' was asked to compute with {config.compute}, which is not installed",
+                             remedy=f"pip install {config.compute}, or choose compute: auto")
         self.options = config
         for name, value in leaves.items():
             self.register_parameter(name, bytes_parameter(value))
@@ -154,7 +155,8 @@ class NF4Storage(Storage):
         if not self.options.double_quant:
             return leaf("absmax")
         codes, scale, offset = leaf("absmax_codes", torch.uint8), leaf("absmax_scale"), leaf("absmax_offset")
-        if leaves is None and self._library(codes.device) and has_values(codes):
+        known = codes.device.type in ("cpu", "cuda") and self.options.compute in ("auto", "bitsandbytes") and _importable()
+        if leaves is None and known and has_values(codes):
             return _operation("dequantize_blockwise")(codes, scale, map_on(codes.device), NESTED_BLOCK, torch.float32).add_(offset)
         return dequantize_absmax(codes, scale, offset)
 
@@ -178,18 +180,21 @@ class NF4Storage(Storage):
     def _decode(self, codes: Tensor, absmax: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
         """codes and absmax of `rows` whole rows, the first of which starts with a block -> (rows, in) in dtype, rounded to the
         compute dtype on the way."""
-        block, rounding, library = self.options.block_size, self.compute_dtype, self._library(codes.device)
-        if library and (codes.device.type != "cpu" or rounding == torch.float32 or _vector_code()):
+        block, rounding, who = self.options.block_size, self.compute_dtype, self._who(codes.device)
+        if who == "bitsandbytes" and (codes.device.type != "cpu" or rounding == torch.float32 or _vector_code()):
             return _bitsandbytes(codes, absmax, (rows, self.in_features), block, rounding).to(dtype)
-        return _values(codes, absmax, rows * self.in_features, block, rounding, dtype, library).view(rows, self.in_features)
+        return _values(codes, absmax, rows * self.in_features, block, rounding, dtype, who).view(rows, self.in_features)
 
-    def _library(self, device: torch.device) -> bool:
-        """Whether bitsandbytes decodes. Its vector code takes for granted that every row starts with its own block."""
-        if self.in_features % self.options.block_size or self.options.block_size > 1024 or self.compute_dtype == torch.float64:
-            return False
-        wanted = self.options.compute
-        quick = device.type == "cuda" or (device.type == "cpu" and (self.compute_dtype == torch.float32 or _vector_code()))
-        return wanted == "bitsandbytes" or (wanted == "auto" and quick and _importable())
+    def _who(self, device: torch.device) -> str:
+        """Who decodes. The vector code of bitsandbytes takes for granted that every row starts with its own block."""
+        wanted, compiled = self.options.compute, device.type == "cpu" and _compiled.available()
+        fits = not self.in_features % self.options.block_size and self.options.block_size <= 1024 and self.compute_dtype != torch.float64
+        if fits and wanted in ("auto", "bitsandbytes") and _importable():
+            narrow = self.compute_dtype != torch.float32
+            quick = device.type == "cuda" or device.type == "cpu" and (_vector_code() or not (compiled or narrow))
+            if quick or wanted == "bitsandbytes":
+                return "bitsandbytes"
+        return "numba" if compiled and wanted in ("auto", "numba") else "pytorch"
 
     # -- products, tile by tile -------------------------------------------------------------------------------------
     def forward_product(self, x):
@@ -287,23 +292,27 @@ def dequantize_absmax(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 
 def _values(codes: Tensor, absmax: Tensor, size: int, block: int, rounding: torch.dtype, dtype: torch.dtype,
-            library: bool = False) -> Tensor:
+            who: str = "pytorch") -> Tensor:
     """book[code] * absmax, (size,), rounded to `rounding` and kept as `dtype`. The product is fp32 times fp32, rounded once,
-    hence no 16-bit table. On a CPU it is done chunk by chunk, so that only the result leaves the cache. library: the fp32
-    values of a chunk come from bitsandbytes, whose own 16-bit output is slow where it has no vector code for it."""
+    hence no 16-bit table. On a CPU it is done chunk by chunk, so that only the result leaves the cache. who: whose the fp32 values of a
+    chunk are; bitsandbytes' own 16-bit output is slow where it has no vector code for it."""
     out, real = torch.empty(size, dtype=dtype, device=codes.device), has_values(codes)
-    direct = dtype == rounding == torch.float32 and not library and size % 2 == 0  # nothing but an index beside the result
+    if who == "numba" and real and not _compiled.serves(codes, absmax):
+        who = "pytorch"
+    direct = dtype == rounding == torch.float32 and (who == "numba" or who == "pytorch" and size % 2 == 0)  # the result as the scratch
     chunk = min((4 * CHUNK if direct else CHUNK) if codes.device.type == "cpu" else CHUNK_ELSEWHERE, size + size % 2)
-    scratch = None if direct or library and real else torch.empty(chunk, dtype=torch.float32, device=codes.device)
-    index = None if library else torch.empty(chunk // 2, dtype=torch.int32, device=codes.device)
+    scratch = None if direct or who == "bitsandbytes" and real else torch.empty(chunk, dtype=torch.float32, device=codes.device)
+    index = torch.empty(chunk // 2, dtype=torch.int32, device=codes.device) if who == "pytorch" else None
     rounded = None if dtype == rounding else torch.empty(chunk, dtype=rounding, device=codes.device)
     for start in range(0, size if real else 0, chunk):
         stop = min(start + chunk, size)
         packed, scale = codes[start // 2: -(-stop // 2)], absmax[start // block: -(-stop // block)]
-        if library:
+        own = out[start:stop] if direct else scratch
+        if who == "bitsandbytes":
             values = _bitsandbytes(packed, scale, (1, stop - start), block, torch.float32).view(-1)
+        elif who == "numba":
+            values = _compiled.decode_pairs(packed, scale, block, _pairs(codes.device), own[: stop - start])
         else:
-            own = out[start:stop] if direct else scratch
             values = _look_up(packed, scale, block, index[: packed.numel()], own)[: stop - start]
         if not direct:
             out[start:stop].copy_(values if rounded is None else rounded[: stop - start].copy_(values))
@@ -314,7 +323,7 @@ def _values(codes: Tensor, absmax: Tensor, size: int, block: int, rounding: torc
 def _look_up(packed: Tensor, scale: Tensor, block: int, index: Tensor, scratch: Tensor) -> Tensor:
     """Both values of a byte at once: the table's 256 entries are pairs of fp32, moved as one int64. Fills (a part of) scratch."""
     values = scratch[: 2 * packed.numel()]
-    torch.index_select(_pair_table(packed.device), 0, index.copy_(packed), out=values.view(torch.int64))
+    torch.index_select(_pairs(packed.device).view(torch.int64).view(-1), 0, index.copy_(packed), out=values.view(torch.int64))
     full = values.numel() // block * block
     if full == values.numel():
         values.view(-1, block).mul_(scale[:, None])
@@ -365,9 +374,10 @@ def _leaf_sizes(size: int, block: int, double_quant: bool) -> dict[str, int]:
 
 @cache
 @torch.inference_mode(False)
-def _pair_table(device: torch.device) -> Tensor:
+def _pairs(device: torch.device) -> Tensor:
+    """Both values of every byte, (256, 2) fp32."""
     byte, book = torch.arange(256), torch.tensor(NF4_VALUES)
-    return torch.stack([book[byte >> 4], book[byte & 15]], 1).view(torch.int64).view(-1).to(device)
+    return torch.stack([book[byte >> 4], book[byte & 15]], 1).to(device)
 
 
 @cache

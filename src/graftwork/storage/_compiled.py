@@ -1,0 +1,122 @@
+"""Loops over codes that numba compiles for this processor (`_loops`): on a CPU, where it is installed (`pip install 'graftwork[cpu]'`).
+
+    decode_pairs    values of 4-bit codes, D = table[code] * scale of its block, each multiplied and rounded once: as PyTorch's, bit for bit
+    few_product     y = x D(W)^T for a few rows x and D(W) = (code - zero) * scale, codes of 8, 4 or 2 bits
+
+PyTorch's operations go through memory once for each step (codes to indices, to values, times scales), a loop once for all. Of a product
+two rows of W at a time lie in the nearest cache, and four rows of x meet both before the next element is read. Sums are fp32, in another
+order than PyTorch's. What numba compiles stays in the process: its files on disk are pickles, of which graftwork reads none.
+
+Without numba, under transforms of PyTorch, with other devices and dtypes callers take PyTorch's operations (`serves`).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..modeling.protocols import has_values
+
+#: of an x that is multiplied in fp32
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: rows of x up to which `few_product` is quicker than a tile of floats and a product of PyTorch
+FEW = 16
+#: codes for which handing a part to another thread pays
+SHARE = 1 << 17
+
+
+@cache
+def available() -> bool:
+    """Whether numba is installed and can be imported: a version of it takes certain versions of NumPy."""
+    try:
+        _loops()
+    except ImportError as error:
+        if find_spec("numba") is not None:
+            warnings.warn(f"products by quantized weights do without numba, which cannot be imported: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether loops may read these tensors: values on a CPU that nothing differentiates, transforms or traces."""
+    return _on_cpu(*tensors) and all(map(has_values, tensors))
+
+
+def decodes(*tensors: Tensor) -> bool:
+    """The same for `decode_pairs`, which a plan can go through."""
+    return _on_cpu(*tensors)
+
+
+def _on_cpu(*tensors: Tensor) -> bool:
+    if not available() or getattr(forward_ad, "_current_level", -1) >= 0 or torch.compiler.is_compiling():
+        return False
+    return all(each.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(each) for each in tensors)
+
+
+def decode_pairs(codes: Tensor, scale: Tensor, block: int, pairs: Tensor, out: Tensor) -> Tensor:
+    """Fills out (n,) fp32 with the values of codes (ceil(n/2),) uint8, two a byte, and returns it; fake tensors it leaves as they are.
+
+    pairs (256, 2) fp32: both values of every byte; scale (ceil(n/block),) fp32; block: even. All contiguous."""
+    if has_values(codes):
+        arrays = (codes.detach().numpy(), scale.detach().numpy(), pairs.numpy(), out.numpy())
+        _shared(_loops().decode, scale.shape[0], out.shape[0], *arrays, block)
+    return out
+
+
+def suits(x: Tensor, bits: int, run: int) -> bool:
+    """Whether x (..., in) is multiplied by `few_product` rather than by tiles: few rows, in fp32, and runs of whole vectors."""
+    if x.numel() > FEW * x.shape[-1] or x.dtype not in _DTYPES or 8 % bits or not serves(x):
+        return False
+    return run % (_loops().lanes(bits) * 8 // bits) == 0
+
+
+def few_product(x: Tensor, codes: Tensor, bits: int, scale: Tensor, zero: Tensor | int, group: int, run: int) -> Tensor:
+    """x (..., in) -> x D(W)^T (..., out) fp32, without gradient.
+
+    codes (out * in * bits / 8,) uint8, packed row by row, the first code of a byte in its lowest bits. Weights, read row by row, are in
+    groups of `group`, of which scale and zero are (groups,) fp32, or zero one int for all; run: columns that never lie in two groups, a
+    divisor of `in`. Codes and numbers are contiguous, and ask for no gradient."""
+    columns = x.shape[-1]
+    out, flat = codes.shape[0] * 8 // (bits * columns), x.detach().reshape(-1, columns).float()
+    if isinstance(zero, int):
+        zero = torch.full_like(scale, zero)
+    y = torch.empty(flat.shape[0], out, device=x.device)
+    one, few = _loops().products(bits)
+    _shared(one if flat.shape[0] == 1 else few, out, out * columns, flat.contiguous().numpy(), codes.numpy(), scale.numpy(),
+            zero.numpy(), y.numpy(), group, run)
+    return y.view(*x.shape[:-1], out)
+
+
+def _loops() -> ModuleType:
+    from . import _loops  # a fifth of a second, for those who need it
+
+    return _loops
+
+
+def _shared(loop, parts: int, codes: int, *arguments) -> None:
+    """loop(first, last, ...) over all parts, spread over as many threads as PyTorch uses where the codes are worth it."""
+    threads = min(torch.get_num_threads(), codes // SHARE, parts)
+    if threads < 2:
+        loop(0, parts, *arguments)
+        return
+    edges = [parts * i // threads // 2 * 2 for i in range(threads)] + [parts]
+    others = [_pool().submit(loop, low, high, *arguments) for low, high in zip(edges[1:], edges[2:])]
+    loop(edges[0], edges[1], *arguments)
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, "graftwork-codes")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has the pool, but none of its threads
