@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graftwork.registry import make_config
-from graftwork.storage import _affine, _tiles, int8, intk, nf4
+from graftwork.storage import _affine, _compiled, _tiles, int8, intk, nf4
 from graftwork.storage.base import make_storage
 
 INT4 = [{}, {"symmetric": True}, {"zero_point": "float"}, {"group_size": 128, "symmetric": True, "scale_dtype": "fp32"}, {"group_size": -1}]
@@ -23,8 +23,10 @@ def normal(*shape, seed=0, mean=0.0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
+@pytest.fixture(autouse=True, params=["numba", "without numba"])
+def small_tiles(monkeypatch, request):
+    if request.param == "without numba":
+        monkeypatch.setattr(_compiled, "available", lambda: False)
     monkeypatch.setattr(_tiles, "TILE", 2000)
     monkeypatch.setattr(nf4, "CHUNK", 512)
 
@@ -89,6 +91,7 @@ def test_scales_of_the_inputs_and_columns_in_another_order():
 
 def test_which_products_take_the_short_way(monkeypatch):
     """Whole codes in fp32, for any number of rows; never float64, nor codes that do not fill bytes."""
+    monkeypatch.setattr(_compiled, "available", lambda: False)
     seen = []
     for name in ("row_product", "group_product"):
         real = getattr(_affine, name)
@@ -130,7 +133,7 @@ def test_no_copy_of_the_whole_matrix_in_floats(method, monkeypatch):
             stored.product(torch.zeros(1, 64))
         return seen.bytes
 
-    nf4._pair_table(torch.device("cpu"))
+    nf4._pairs(torch.device("cpu"))
     assert largest() < 20_000
     with FakeTensorMode():
         assert largest() < 20_000

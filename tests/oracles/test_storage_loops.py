@@ -39,6 +39,17 @@ def test_pairs_are_decoded_bit_for_bit(size, block, seed):
     assert torch.equal(found, pairs[codes.int()].view(-1)[:size] * scale.repeat_interleave(block)[:size])
 
 
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 9), columns=st.integers(1, 90), group=st.sampled_from([16, 20, 64, 256]), seed=st.integers(0, 9))
+def test_whole_codes_are_decoded_bit_for_bit(rows, columns, group, seed):
+    generator, groups = drawn(seed), -(-rows * columns // group)
+    codes = torch.randint(256, (rows * columns,), dtype=torch.uint8, generator=generator)
+    scale, zero = torch.randn(groups, generator=generator), torch.randn(groups, generator=generator)
+    found = _compiled.decode_whole(codes, scale, zero, group, torch.full((rows, columns), torch.nan))
+    each = (value.repeat_interleave(group)[: rows * columns] for value in (zero, scale))
+    assert torch.equal(found.view(-1), (codes.float() - next(each)) * next(each))
+
+
 @settings(max_examples=80, deadline=None)
 @given(bits=st.sampled_from([2, 4, 8]), rows=st.integers(1, 17), out=st.integers(1, 9), runs=st.integers(1, 5), repeat=st.integers(1, 3),
        whole=st.booleans(), seed=st.integers(0, 9))
@@ -110,14 +121,15 @@ STORED = [("int8", {}), ("int8", {"group_size": 96}), ("int4", {}), ("int4", {"s
 def test_storages_give_the_same_with_and_without(method, options, dtype, monkeypatch):
     weight, x = torch.randn(33, 192, generator=drawn(1)).to(dtype), torch.randn(3, 192, generator=drawn(2)).to(dtype)
     storage, calls = kept(weight, method, **options), []
-    for name in ("few_product", "decode_pairs"):
+    for name in ("few_product", "decode_pairs", "decode_whole"):
         loop = getattr(_compiled, name)
         monkeypatch.setattr(_compiled, name, lambda *a, loop=loop: calls.append(loop) or loop(*a))
+    many = torch.randn(20, 192, generator=drawn(3)).to(dtype)
     with torch.no_grad():
-        found, dense, used = storage(x), storage.dequantize(), bool(calls)
+        found, dense, used = torch.cat([storage(x), storage(many)]), storage.dequantize(), bool(calls)
         monkeypatch.setattr(_compiled, "available", lambda: False)
-        expected, without = storage(x), storage.dequantize()
-    assert used or dtype == torch.float64 and method.startswith("int") or method == "nf4" and nf4._vector_code()
+        expected, without = torch.cat([storage(x), storage(many)]), storage.dequantize()
+    assert used or dtype == torch.float64 and method in ("int4", "int2") or method == "nf4" and nf4._vector_code()
     assert torch.equal(dense, without)
     rtol, atol = (2e-2, 1e-1) if dtype == torch.bfloat16 else (1e-5, 1e-4)
     torch.testing.assert_close(found, expected, rtol=rtol, atol=atol)

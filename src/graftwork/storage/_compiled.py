@@ -1,6 +1,7 @@
 """Loops over codes that numba compiles for this processor (`_loops`): on a CPU, where it is installed (`pip install 'graftwork[cpu]'`).
 
     decode_pairs    values of 4-bit codes, D = table[code] * scale of its block, each multiplied and rounded once: as PyTorch's, bit for bit
+    decode_whole    values of 8-bit codes, D = (code - zero) * scale of their group, bit for bit
     few_product     y = x D(W)^T for a few rows x and D(W) = (code - zero) * scale, codes of 8, 4 or 2 bits
 
 PyTorch's operations go through memory once for each step (codes to indices, to values, times scales), a loop once for all. Of a product
@@ -51,7 +52,7 @@ def serves(*tensors: Tensor) -> bool:
 
 
 def decodes(*tensors: Tensor) -> bool:
-    """The same for `decode_pairs`, which a plan can go through."""
+    """The same for what decodes, which a plan can go through."""
     return _on_cpu(*tensors)
 
 
@@ -68,6 +69,15 @@ def decode_pairs(codes: Tensor, scale: Tensor, block: int, pairs: Tensor, out: T
     if has_values(codes):
         arrays = (codes.detach().numpy(), scale.detach().numpy(), pairs.numpy(), out.numpy())
         _shared(_loops().decode, scale.shape[0], out.shape[0], *arrays, block)
+    return out
+
+
+def decode_whole(codes: Tensor, scale: Tensor, zero: Tensor, group: int, out: Tensor) -> Tensor:
+    """Fills out (rows, columns) fp32 with (code - zero) * scale of its codes (n,) uint8 in groups, of which scale and zero are
+    (ceil(n/group),) fp32, and returns it; fake tensors it leaves as they are. All contiguous."""
+    if has_values(codes):
+        arrays = (codes.detach().numpy(), scale.numpy(), zero.numpy(), out.numpy().reshape(-1))
+        _shared(_loops().whole(), scale.shape[0], codes.shape[0], *arrays, group)
     return out
 
 

@@ -47,6 +47,23 @@ def decode(first, last, codes, scale, pairs, out, block):
 
 
 @cache
+def whole() -> Callable:
+    """loop(first, last, codes, scale, zero, out, group): groups first ... last of out (n,): (code - zero) * scale, codes of 8 bits."""
+    place, wide, f32 = _place(8), lanes(8), np.float32
+
+    @_compiled
+    def decode_whole(first, last, codes, scale, zero, out, group):
+        for g in range(first, last):
+            start, stop = g * group, min(out.shape[0], g * group + group)
+            vectors = (stop - start) // wide * wide
+            place(codes, start, zero[g], scale[g], out, start, 0, vectors)
+            for k in range(start + vectors, stop):
+                out[k] = (f32(codes[k]) - zero[g]) * scale[g]
+
+    return decode_whole
+
+
+@cache
 def products(bits: int) -> tuple[Callable, Callable]:
     """(for one row of x, for more): loop(first, last, x, codes, scale, zero, y, group, run) fills columns first ... last of y (m, out).
 
@@ -138,6 +155,7 @@ def products(bits: int) -> tuple[Callable, Callable]:
 
 
 # -- vector code ----------------------------------------------------------------------------------------------------------
+@cache
 def _place(bits: int) -> Callable:
     """place(codes, at, zero, scale, row, to, width, many): the codes of `many` bytes (whole vectors) from codes[at] on become
     (code - zero) * scale in row[to:], those of plane i in row[to + i width:]."""

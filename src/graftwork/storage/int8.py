@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from ..modeling.affine import dequantize_affine, per_number, quantize_affine
 from ..modeling.arithmetic import product_dtype
 from ..modeling.trained_codes import blank, codes_of, stand_in
 from ..registry import register
-from . import _compiled
+from . import _compiled, _tiles
 from ._affine import group_product, row_product, serves
 from ._coded import tiled_product, tiled_transposed
 from ._tiles import row_tiles
@@ -93,7 +94,12 @@ class Int8Storage(Storage):
         """All rows, or some that start with a group of their own."""
         rows, group = rows or slice(0, self.out_features), self.options.group_size
         first, last = rows.start * self.in_features, rows.stop * self.in_features
-        codes, groups = self.codes.detach()[first:last], self._groups(first, last)
+        codes, groups = self._parameters["codes"], self._groups(first, last)
+        if last - first < codes.shape[0]:
+            codes = codes[first:last]
+        if _compiled.decodes(codes):
+            out = torch.empty((last - first) // self.in_features, self.in_features, device=codes.device)
+            return _compiled.decode_whole(codes, *groups, group, out).to(dtype)
         return dequantize_affine(codes, *groups, last - first, 8, group, dtype).view(-1, self.in_features)
 
     def _groups(self, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -113,10 +119,15 @@ class Int8Storage(Storage):
         run = math.gcd(columns, group)
         if _compiled.suits(x, 8, run):
             return _compiled.few_product(x, codes, 8, scale, zero, group, run).to(x.dtype)
-        if group == columns and x.dtype == torch.float32 and x.is_cpu:  # `serves` would say so too
-            return row_product(x, codes.view(-1, columns), 8, scale, zero)
-        if not serves(x, 8, run, columns):
+        if not (group == columns and x.dtype == torch.float32 and x.is_cpu or serves(x, 8, run, columns)):
             return tiled_product(x, self._tiles(), self._rounded)
+        if _compiled.decodes(x, codes):
+            if codes.shape[0] > _tiles.TILE:
+                return tiled_product(x.float(), self._tiles(), lambda rows, dtype: self._values(dtype, rows)).to(x.dtype)
+            dense = torch.empty(self.out_features, columns, device=x.device)  # the same in fewer calls, which a small matrix feels
+            return F.linear(x.float(), _compiled.decode_whole(codes, scale, zero, group, dense)).to(x.dtype)
+        if group == columns:
+            return row_product(x, codes.view(-1, columns), 8, scale, zero).to(x.dtype)
 
         def numbers(rows):
             first, last = rows.start * columns, rows.stop * columns
