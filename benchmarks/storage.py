@@ -1,6 +1,6 @@
 """Formats and calibrations of weights: perplexity, bits, time to quantise, speed of decoding, and zero-shot answers of the best.
 
-    GRAFTWORK_DATA=... python benchmarks/storage.py [--quick] [--only int4 spqr ...] [--later] [--minutes 93] [--table]
+    GRAFTWORK_DATA=... python benchmarks/storage.py [--quick] [--only int4 spqr ...] [--later] [--minutes 93] [--table] [--decode]
 
 SmolLM2-135M-Instruct, all linear maps of its blocks. Calibration: 16 rows of 512 tokens of `lm/c4_sample` (calibration split).
 Perplexity: 16,384 tokens each of `lm/wikitext2_raw` (test) and of `lm/c4_sample` (test), in windows of 512. Decoding: one token through
@@ -184,8 +184,20 @@ def run(bench: Bench, mine: list[str], known: dict[str, dict[str, Any]], out: Pa
         cell(out / slug(label) / "answers.json", bench.answers, label, known[label])
 
 
+def time_again(bench: Bench, labels: list[str], known: dict[str, dict[str, Any]], out: Path) -> None:
+    """The speed of decoding of rows that are there, in their cells; everything else stays."""
+    for label in labels:
+        path = out / slug(label) / "quality.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            found["decode"] = decode_ratios(bench.stored(label, known[label]), {"bf16": bench.half, "fp32": bench.dense})
+            path.write_text(json.dumps(found) + "\n")
+            print(f"{label:>24}: decode {found['decode']}", file=sys.stderr, flush=True)
+
+
 def main() -> int:
     parser = parser_of(__doc__, 93)
+    parser.add_argument("--decode", action="store_true", help="time decoding again, and nothing else, for rows that are there")
     parser.add_argument("--only", nargs="+", help="labels, or beginnings of them")
     parser.add_argument("--later", action="store_true", help=f"the {len(LATER)} rows too for which the minutes have no room")
     arguments = parser.parse_args()
@@ -195,7 +207,9 @@ def main() -> int:
         wanted = list(QUICK) if arguments.quick else [x for x in known if arguments.later or x not in LATER]
         if arguments.only:
             wanted = [x for x in known if any(x.startswith(each) for each in arguments.only)]
-        if not arguments.table:
+        if arguments.decode:
+            time_again(Bench(arguments.quick), wanted, known, out)
+        elif not arguments.table:
             run(Bench(arguments.quick), wanted, known, out, end)
         found = read(out, list(known))
         text = table(found, list(QUICK) if arguments.quick else list(known), arguments.quick)

@@ -46,20 +46,16 @@ def available() -> bool:
     return True
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether loops may read these tensors: values on a CPU that nothing differentiates, transforms or traces."""
-    return _on_cpu(*tensors) and all(map(has_values, tensors))
-
-
 def decodes(*tensors: Tensor) -> bool:
-    """The same for what decodes, which a plan can go through."""
-    return _on_cpu(*tensors)
-
-
-def _on_cpu(*tensors: Tensor) -> bool:
+    """Whether these tensors may be decoded here, or a plan go through it: on a CPU, and nothing differentiates, transforms or traces them."""
     if not available() or getattr(forward_ad, "_current_level", -1) >= 0 or torch.compiler.is_compiling():
         return False
     return all(each.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(each) for each in tensors)
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether loops may read these tensors: the same, and they have values."""
+    return decodes(*tensors) and all(map(has_values, tensors))
 
 
 def decode_pairs(codes: Tensor, scale: Tensor, block: int, pairs: Tensor, out: Tensor) -> Tensor:
