@@ -47,7 +47,7 @@ def available() -> bool:
 
 
 def decodes(*tensors: Tensor) -> bool:
-    """Whether these tensors may be decoded here, or a plan go through it: on a CPU, and nothing differentiates, transforms or traces them."""
+    """Whether tensors may be decoded here, or a plan go through it: on a CPU, where nothing differentiates, transforms or traces them."""
     if not available() or getattr(forward_ad, "_current_level", -1) >= 0 or torch.compiler.is_compiling():
         return False
     return all(each.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(each) for each in tensors)
