@@ -50,7 +50,10 @@ def decodes(*tensors: Tensor) -> bool:
     """Whether tensors may be decoded here, or a plan go through it: on a CPU, where nothing differentiates, transforms or traces them."""
     if not available() or getattr(forward_ad, "_current_level", -1) >= 0 or torch.compiler.is_compiling():
         return False
-    return all(each.is_cpu and not torch._C._functorch.is_functorch_wrapped_tensor(each) for each in tensors)
+    for tensor in tensors:  # a loop in calls that a small product feels
+        if not tensor.is_cpu or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+    return True
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -88,8 +91,8 @@ def few_product(x: Tensor, codes: Tensor, bits: int, scale: Tensor, zero: Tensor
     """x (..., in) -> x D(W)^T (..., out) fp32, without gradient.
 
     codes (out * in * bits / 8,) uint8, packed row by row, the first code of a byte in its lowest bits. Weights, read row by row, are in
-    groups of `group`, of which scale and zero are (groups,) fp32, or zero one int for all; run: columns that never lie in two groups, a
-    divisor of `in`. Codes and numbers are contiguous, and ask for no gradient."""
+    groups of `group`, of which scale and zero are (groups,), scale fp32 and zero fp32 or uint8, or one int for all; run: columns that never
+    lie in two groups, a divisor of `in`. Codes and numbers are contiguous, and ask for no gradient."""
     columns = x.shape[-1]
     out, flat = codes.shape[0] * 8 // (bits * columns), x.detach().reshape(-1, columns).float()
     if isinstance(zero, int):
@@ -101,6 +104,7 @@ def few_product(x: Tensor, codes: Tensor, bits: int, scale: Tensor, zero: Tensor
     return y.view(*x.shape[:-1], out)
 
 
+@cache
 def _loops() -> ModuleType:
     from . import _loops  # a fifth of a second, for those who need it
 

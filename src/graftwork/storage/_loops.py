@@ -97,7 +97,7 @@ def products(bits: int) -> tuple[Callable, Callable]:
             sums[:] = 0
             for j in range(index(parts)):
                 dot(vector, j * index(span), width, codes, index(o * width) + j * index(span), span, scale[g], sums)
-                found -= scale[g] * zero[g] * totals[j]
+                found -= scale[g] * f32(zero[g]) * totals[j]
                 within += run
                 if within == group:  # a division would take as long as a group
                     g, within = g + index(1), 0
@@ -111,7 +111,7 @@ def products(bits: int) -> tuple[Callable, Callable]:
         width, span = columns // each, run // each
         g, within = index(o * columns // group), o * columns % group
         for j in range(index(columns // run)):
-            place(codes, index(o * width) + j * index(span), zero[g], scale[g], row, j * index(span), width, span)
+            place(codes, index(o * width) + j * index(span), f32(zero[g]), scale[g], row, j * index(span), width, span)
             within += run
             if within == group:
                 g, within = g + index(1), 0

@@ -113,12 +113,12 @@ class IntStorage(GroupStorage):
         return row_product(placed, leaves["codes"], bits, scale, zero).to(x.dtype)
 
     def _few_rows(self, x, group):
-        def numbers(name):
-            return view_as(self._parameters[name], self._kinds[name][1]).float()
-
-        zero = numbers("zero") if "zero" in self._kinds else 2 ** (self.bits - 1)
-        placed = self._placed(x.float(), self.leaves()) if {"input_scale", "channels"} & self._kinds.keys() else x
-        return _compiled.few_product(placed, self._parameters["codes"], self.bits, numbers("scale"), zero, group, group).to(x.dtype)
+        kept, kinds = self._parameters, self._kinds
+        scale, zero = view_as(kept["scale"], kinds["scale"][1]).float(), 2 ** (self.bits - 1)
+        if "zero" in kinds:
+            zero = kept["zero"] if kinds["zero"][1] == torch.uint8 else view_as(kept["zero"], kinds["zero"][1]).float()
+        placed = self._placed(x.float(), self.leaves()) if "input_scale" in kinds or "channels" in kinds else x
+        return _compiled.few_product(placed, kept["codes"], self.bits, scale, zero, group, group).to(x.dtype)
 
     def integers(self, leaves, rows):
         return None if "group_index" in leaves else super().integers(leaves, rows)
