@@ -143,15 +143,15 @@ def pairwise(factors: dict[str, list], seed: int = 0, possible: Callable[..., bo
     """A seeded covering array of strength 2: every pair of values of two factors that occurs in a possible row occurs in some row."""
     names, generator = list(factors), random.Random(seed)
     rows = [row for row in product(*factors.values()) if possible(*row)]
-    open_pairs = {((a, row[a]), (b, row[b])) for row in rows for a, b in combinations(range(len(names)), 2)}
-
-    def covers(row: tuple) -> set:
-        return {((a, row[a]), (b, row[b])) for a, b in combinations(range(len(names)), 2)} & open_pairs
-
-    chosen = []
-    while open_pairs:
-        generator.shuffle(rows)
-        best = max(rows, key=lambda row: len(covers(row)))
-        open_pairs -= covers(best)
-        chosen.append(best)
+    number: dict[tuple, int] = {}  # of every pair: a bit of a row's mask, as rows are counted some million times
+    masks = []
+    for row in rows:
+        pairs = [((a, row[a]), (b, row[b])) for a, b in combinations(range(len(names)), 2)]
+        masks.append((sum(1 << number.setdefault(pair, len(number)) for pair in pairs), row))
+    chosen, missing = [], (1 << len(number)) - 1
+    while missing:
+        generator.shuffle(masks)
+        mask, row = max(masks, key=lambda each: (each[0] & missing).bit_count())
+        missing &= ~mask
+        chosen.append(row)
     return chosen
