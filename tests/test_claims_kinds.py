@@ -46,15 +46,17 @@ def test_memory_at_true_scale_and_an_optimizer_with_a_hidden_state(config, tmp_p
 
 
 @pytest.mark.parametrize("curve, plans", [(lambda v: 10e9 + 3e6 * v, 4), (lambda v: 10e9 + 1e6 * v + 50 * v * v, 24),
-                                          (lambda v: 7e10 + 3e10 * (v > 1000), 18), (lambda v: 9e10, 1)])
+                                          (lambda v: 7e10 + 3e10 * (v > 1000), 18), (lambda v: 9e10, 1),
+                                          (lambda v: max(7e10 + v, 5e10 + 1e6 * v), 12)])
 def test_the_largest_that_fits(curve, plans, tmp_path, monkeypatch):
-    """By a line, a parabola, a cliff and what never fits, in place of plans."""
+    """By a line, a parabola, a cliff, what never fits, and a plain before a slope, in place of plans."""
     seen = []
     monkeypatch.setattr("graftwork.claims.kinds.memory_true_scale.simulate", lambda recipe: (
         seen.append(recipe["data"]["max_length"]) or {"device": curve(recipe["data"]["max_length"])}))
     arms = {"base": {"largest": {"of": "data.max_length", "within": "80 GB", "step": 8}}}
     found = run_claim(made("memory_true_scale", "base.largest >= 0", arms), tmp_path)["figures"]["base"]["largest"]
     assert found == next((v for v in range(80_000, 0, -8) if curve(v) <= 80e9), 0) and len(seen) <= plans
+    assert max(seen) <= 80_000
 
 
 @pytest.mark.slow

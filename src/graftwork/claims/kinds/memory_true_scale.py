@@ -70,7 +70,10 @@ class Kind(Base):
             near = min((v for v in known if v != low), key=lambda v: abs(v - low))
             slope = (known[near]["device"] - known[low]["device"]) / (near - low)
             guess = int((low + (within - known[low]["device"]) / slope) // step * step) if slope > 0 else 2 * low
-            if high is not None and len(known) > self.check.tries:
+            # Where activations are not at the peak yet bytes hardly rise, and the line leads anywhere.
+            if high is None:
+                guess = min(guess, 4096 * low)
+            elif guess >= high or len(known) > self.check.tries:
                 guess = (low + high) // 2 // step * step
             guess = max(low + step, guess if high is None else min(guess, high - step))
         return {**known[low], "largest": low}
