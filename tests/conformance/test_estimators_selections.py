@@ -156,11 +156,11 @@ def restore(step, saved):
 
 
 def pairs():
-    """Every estimator and every selection alone; of pairs of two slow ones a third in every run (states do not depend on each other)."""
+    """Every estimator and every selection alone; of pairs of two slow ones a quarter in every run (states do not depend on each other)."""
     for i, estimator in enumerate(ESTIMATORS):
         for j, selection in enumerate([None, *SELECTIONS]):
             if selection is None or together(estimator, selection):
-                rare = not QUICK & {estimator, selection} and (i + j) % 3
+                rare = not QUICK & {estimator, selection} and (i + j) % 4
                 yield pytest.param(estimator, selection, marks=pytest.mark.full) if rare else marked(estimator, selection)
 
 
