@@ -148,6 +148,11 @@ def test_auto_chooses_by_installation_and_processor(monkeypatch):
             calls.clear(), loops.clear()
             storage.dequantize()
             assert (len(calls), len(loops)) == (theirs, compiled and not theirs)
+            calls.clear(), loops.clear()
+            torch.set_num_threads(2)  # loops have one thread
+            storage.dequantize()
+            torch.set_num_threads(1)
+            assert (len(calls), len(loops)) == (installed and (vector or storage is auto), 0)
     calls.clear(), loops.clear()
     stored(matrix((4, 64))).dequantize()
     assert not calls + loops

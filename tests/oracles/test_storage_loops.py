@@ -21,6 +21,14 @@ from graftwork.storage.base import make_storage
 pytest.importorskip("numba")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def drawn(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -71,25 +79,16 @@ def test_products_are_those_of_float64(bits, rows, out, runs, repeat, whole, see
     assert (found.double() - x.double() @ dense.T).abs().max() < 1e-6 * largest
 
 
-def test_threads_share_a_product_and_a_matrix(monkeypatch):
+def test_threads_share_a_product(monkeypatch):
     monkeypatch.setattr(_compiled, "SHARE", 64)
-    generator, before = drawn(0), torch.get_num_threads()
+    generator = drawn(0)
     raw, scale = torch.randint(256, (37, 64), dtype=torch.uint8, generator=generator), torch.rand(37, generator=generator)
-    x, pairs = torch.randn(5, 64, generator=generator), torch.randn(256, 2, generator=generator)
-
-    def both():
-        product = _compiled.few_product(x, raw.view(-1), 8, scale, 128, 64, 64)
-        return product, _compiled.decode_pairs(raw.view(-1), scale.repeat(2), 64, pairs, torch.empty(2 * raw.numel()))
-
-    try:
-        torch.set_num_threads(1)
-        alone = both()
-        torch.set_num_threads(3)
-        with ThreadPoolExecutor(4) as callers:
-            for found in callers.map(lambda _: both(), range(40)):
-                assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, alone))
-    finally:
-        torch.set_num_threads(before)
+    x = torch.randn(5, 64, generator=generator)
+    alone = _compiled.few_product(x, raw.view(-1), 8, scale, 128, 64, 64)
+    torch.set_num_threads(3)
+    with ThreadPoolExecutor(4) as callers:
+        for found in callers.map(lambda _: _compiled.few_product(x, raw.view(-1), 8, scale, 128, 64, 64), range(40)):
+            assert torch.equal(found, alone)
 
 
 def _in_child(queue, codes, scale):
@@ -137,7 +136,9 @@ def test_storages_give_the_same_with_and_without(method, options, dtype, monkeyp
 
 def test_where_loops_do_not_serve():
     x = torch.randn(2, 64)
-    assert _compiled.serves(x) and _compiled.suits(x, 8, 64)
+    assert _compiled.serves(x) and _compiled.suits(x, 8, 64) and _compiled.decodes(x)
+    torch.set_num_threads(2)
+    assert _compiled.serves(x) and not _compiled.decodes(x)
     assert not _compiled.suits(torch.randn(17, 64), 8, 64), "many rows"
     assert not _compiled.suits(x, 8, 24) and not _compiled.suits(x, 3, 64) and not _compiled.suits(x.double(), 8, 64)
     with forward_ad.dual_level():

@@ -47,7 +47,17 @@ def available() -> bool:
 
 
 def decodes(*tensors: Tensor) -> bool:
-    """Whether tensors may be decoded here, or a plan go through it: on a CPU, where nothing differentiates, transforms or traces them."""
+    """Whether tensors are decoded here, or a plan goes through it: as `serves`, but for values, and with one thread. More of them are
+    PyTorch's (or bitsandbytes'), which wait actively between products: a thread of ours beside them comes late."""
+    return torch.get_num_threads() == 1 and _may(tensors)
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether loops may read these tensors: values on a CPU that nothing differentiates, transforms or traces."""
+    return _may(tensors) and all(map(has_values, tensors))
+
+
+def _may(tensors: tuple[Tensor, ...]) -> bool:
     if not available() or getattr(forward_ad, "_current_level", -1) >= 0 or torch.compiler.is_compiling():
         return False
     for tensor in tensors:  # a loop in calls that a small product feels
@@ -56,18 +66,12 @@ def decodes(*tensors: Tensor) -> bool:
     return True
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether loops may read these tensors: the same, and they have values."""
-    return decodes(*tensors) and all(map(has_values, tensors))
-
-
 def decode_pairs(codes: Tensor, scale: Tensor, block: int, pairs: Tensor, out: Tensor) -> Tensor:
     """Fills out (n,) fp32 with the values of codes (ceil(n/2),) uint8, two a byte, and returns it; fake tensors it leaves as they are.
 
     pairs (256, 2) fp32: both values of every byte; scale (ceil(n/block),) fp32; block: even. All contiguous."""
     if has_values(codes):
-        arrays = (codes.detach().numpy(), scale.detach().numpy(), pairs.numpy(), out.numpy())
-        _shared(_loops().decode, scale.shape[0], out.shape[0], *arrays, block)
+        _loops().decode(0, scale.shape[0], codes.detach().numpy(), scale.detach().numpy(), pairs.numpy(), out.numpy(), block)
     return out
 
 
@@ -75,8 +79,7 @@ def decode_whole(codes: Tensor, scale: Tensor, zero: Tensor, group: int, out: Te
     """Fills out (rows, columns) fp32 with (code - zero) * scale of its codes (n,) uint8 in groups, of which scale and zero are
     (ceil(n/group),) fp32, and returns it; fake tensors it leaves as they are. All contiguous."""
     if has_values(codes):
-        arrays = (codes.detach().numpy(), scale.numpy(), zero.numpy(), out.numpy().reshape(-1))
-        _shared(_loops().whole(), scale.shape[0], codes.shape[0], *arrays, group)
+        _loops().whole()(0, scale.shape[0], codes.detach().numpy(), scale.numpy(), zero.numpy(), out.numpy().reshape(-1), group)
     return out
 
 

@@ -56,7 +56,7 @@ class NF4(StorageConfig):
     """Keep the scales in 8 bits (0.373 bits a weight less at block 64)."""
     compute: Literal["auto", "pytorch", "bitsandbytes", "numba"] = "auto"
     """Who dequantises; the values are the same. auto: on CUDA bitsandbytes; on a CPU with AVX-512 or Arm, for which it has vector code,
-    too; on others a loop that numba compiles, or bitsandbytes for fp32. PyTorch where they are not installed."""
+    too; on others, with one thread, a loop that numba compiles, else bitsandbytes for fp32. PyTorch where these are not installed."""
 
     @field_validator("block_size")
     @classmethod
@@ -188,6 +188,7 @@ class NF4Storage(Storage):
     def _who(self, device: torch.device) -> str:
         """Who decodes. The vector code of bitsandbytes takes for granted that every row starts with its own block."""
         wanted, compiled = self.options.compute, device.type == "cpu" and _compiled.available()
+        compiled = compiled and (wanted == "numba" or torch.get_num_threads() == 1)  # as `_compiled.decodes`
         fits = not self.in_features % self.options.block_size and self.options.block_size <= 1024 and self.compute_dtype != torch.float64
         if fits and wanted in ("auto", "bitsandbytes") and _importable():
             narrow = self.compute_dtype != torch.float32
