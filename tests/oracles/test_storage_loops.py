@@ -1,6 +1,6 @@
 """The loops that numba compiles: decoded values bit for bit those of PyTorch, products against float64, and when they are not used."""
 
-import sys
+import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
@@ -96,7 +96,7 @@ def _in_child(queue, codes, scale):
     queue.put(_compiled.few_product(torch.ones(2, 64), codes, 8, scale, 0, 64, 64).sum().item())
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_process_has_threads_of_its_own(monkeypatch):
     monkeypatch.setattr(_compiled, "SHARE", 64)
     codes, scale = torch.ones(640, dtype=torch.uint8), torch.ones(10)

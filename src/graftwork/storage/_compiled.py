@@ -71,7 +71,7 @@ def decode_pairs(codes: Tensor, scale: Tensor, block: int, pairs: Tensor, out: T
 
     pairs (256, 2) fp32: both values of every byte; scale (ceil(n/block),) fp32; block: even. All contiguous."""
     if has_values(codes):
-        _loops().decode(0, scale.shape[0], codes.detach().numpy(), scale.detach().numpy(), pairs.numpy(), out.numpy(), block)
+        _loops().decode(codes.detach().numpy(), scale.detach().numpy(), pairs.numpy(), out.numpy(), block)
     return out
 
 
@@ -79,7 +79,7 @@ def decode_whole(codes: Tensor, scale: Tensor, zero: Tensor, group: int, out: Te
     """Fills out (rows, columns) fp32 with (code - zero) * scale of its codes (n,) uint8 in groups, of which scale and zero are
     (ceil(n/group),) fp32, and returns it; fake tensors it leaves as they are. All contiguous."""
     if has_values(codes):
-        _loops().whole()(0, scale.shape[0], codes.detach().numpy(), scale.numpy(), zero.numpy(), out.numpy().reshape(-1), group)
+        _loops().whole()(codes.detach().numpy(), scale.numpy(), zero.numpy(), out.numpy().reshape(-1), group)
     return out
 
 
@@ -132,4 +132,5 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, "graftwork-codes")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has the pool, but none of its threads
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has the pool, but none of its threads

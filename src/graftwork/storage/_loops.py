@@ -32,10 +32,10 @@ def lanes(bits: int) -> int:
 
 
 @_compiled
-def decode(first, last, codes, scale, pairs, out, block):
-    """Blocks first ... last of out (n,): pairs[byte] * scale[block]."""
+def decode(codes, scale, pairs, out, block):
+    """out (n,) <- pairs[byte] * scale[block]."""
     size, two, one = out.shape[0], np.uint64(2), np.uint64(1)
-    for b in range(first, last):
+    for b in range(scale.shape[0]):
         start, by = np.uint64(b * block), scale[b]
         stop = np.uint64(min(size, b * block + block))
         for byte in range(start // two, stop // two):
@@ -48,12 +48,12 @@ def decode(first, last, codes, scale, pairs, out, block):
 
 @cache
 def whole() -> Callable:
-    """loop(first, last, codes, scale, zero, out, group): groups first ... last of out (n,): (code - zero) * scale, codes of 8 bits."""
+    """loop(codes, scale, zero, out, group): out (n,) <- (code - zero) * scale, codes of 8 bits."""
     place, wide, f32 = _place(8), lanes(8), np.float32
 
     @_compiled
-    def decode_whole(first, last, codes, scale, zero, out, group):
-        for g in range(first, last):
+    def decode_whole(codes, scale, zero, out, group):
+        for g in range(scale.shape[0]):
             start, stop = g * group, min(out.shape[0], g * group + group)
             vectors = (stop - start) // wide * wide
             place(codes, start, zero[g], scale[g], out, start, 0, vectors)
