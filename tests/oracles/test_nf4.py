@@ -135,24 +135,21 @@ def test_the_bitsandbytes_path_is_taken_and_changes_no_bit(dtype, monkeypatch):
 
 
 def test_auto_chooses_by_installation_and_processor(monkeypatch):
-    calls, loops, decode = [], [], nf4._compiled.decode_pairs
+    calls, loops, decode = [], [], nf4._compiled.decode_table
     monkeypatch.setattr(nf4, "_bitsandbytes", lambda codes, absmax, shape, *_: calls.append(1) or torch.zeros(shape))
-    monkeypatch.setattr(nf4._compiled, "decode_pairs", lambda *a: loops.append(1) or decode(*a))
+    monkeypatch.setattr(nf4._compiled, "decode_table", lambda *a, **k: loops.append(1) or decode(*a, **k))
     auto = NF4Storage.from_weight(matrix((4, 64)), NF4())
     half = NF4Storage.from_weight(matrix((4, 64), torch.bfloat16), NF4())
-    for installed, vector, compiled in product((True, False), repeat=3):
+    for installed, vector, compiled, threads in product((True, False), repeat=4):
         monkeypatch.setattr(nf4, "_importable", lambda value=installed: value)
         monkeypatch.setattr(nf4, "_vector_code", lambda value=vector: value)
         monkeypatch.setattr(nf4._compiled, "available", lambda value=compiled: value)
-        for storage, theirs in ((auto, installed and (vector or not compiled)), (half, installed and vector)):
+        monkeypatch.setattr(nf4._compiled._team, "has_all", lambda value=threads: value)
+        for storage in (auto, half):
+            ours = compiled and threads
             calls.clear(), loops.clear()
             storage.dequantize()
-            assert (len(calls), len(loops)) == (theirs, compiled and not theirs)
-            calls.clear(), loops.clear()
-            torch.set_num_threads(2)  # loops have one thread
-            storage.dequantize()
-            torch.set_num_threads(1)
-            assert (len(calls), len(loops)) == (installed and (vector or storage is auto), 0)
+            assert (len(calls), len(loops)) == (not ours and installed and (vector or storage is auto), ours)
     calls.clear(), loops.clear()
     stored(matrix((4, 64))).dequantize()
     assert not calls + loops

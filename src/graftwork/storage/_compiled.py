@@ -1,36 +1,42 @@
 """Loops over codes that numba compiles for this processor (`_loops`): on a CPU, where it is installed (`pip install 'graftwork[cpu]'`).
 
-    decode_pairs    values of 4-bit codes, D = table[code] * scale of its block, each multiplied and rounded once: as PyTorch's, bit for bit
+    decode_table    values of 4-bit codes, D = table[code] * scale of its block, each multiplied and rounded once: as PyTorch's, bit for bit
     decode_whole    values of 8-bit codes, D = (code - zero) * scale of their group, bit for bit
-    few_product     y = x D(W)^T for a few rows x and D(W) = (code - zero) * scale, codes of 8, 4 or 2 bits
+    few_product     y = x D(W)^T for a few rows x, D(W) = (code - zero) * scale (codes of 8, 4 or 2 bits) or table[code] * scale (4 bits)
 
 PyTorch's operations go through memory once for each step (codes to indices, to values, times scales), a loop once for all. Of a product
 two rows of W at a time lie in the nearest cache, and four rows of x meet both before the next element is read. Sums are fp32, in another
-order than PyTorch's. What numba compiles stays in the process: its files on disk are pickles, of which graftwork reads none.
+order than PyTorch's. The loops run in PyTorch's own threads (`_team`). What numba compiles stays in the process: its files on disk are
+pickles, of which graftwork reads none.
 
 Without numba, under transforms of PyTorch, with other devices and dtypes callers take PyTorch's operations (`serves`).
 """
 
 from __future__ import annotations
 
-import os
+import ctypes
+import math
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd import forward_ad
 
+from ..modeling.arithmetic import product_dtype
 from ..modeling.protocols import has_values
+from . import _team
 
 #: of an x that is multiplied in fp32
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: rows of x up to which `few_product` is quicker than a tile of floats and a product of PyTorch
+#: rows of x up to which `few_product` is quicker than a tile of floats and a product of PyTorch, of 16 bits where the processor has such
 FEW = 16
-#: codes for which handing a part to another thread pays
+#: columns of a part of x
+PART = 1536
+#: codes for which calling other threads pays; then all, as a team of another size would be a new one
 SHARE = 1 << 17
 
 
@@ -47,18 +53,17 @@ def available() -> bool:
 
 
 def decodes(*tensors: Tensor) -> bool:
-    """Whether tensors are decoded here, or a plan goes through it: as `serves`, but for values, and with one thread. More of them are
-    PyTorch's (or bitsandbytes'), which wait actively between products: a thread of ours beside them comes late."""
-    return torch.get_num_threads() == 1 and _may(tensors)
+    """Whether tensors are decoded here, or a plan goes through it: as `serves`, but for values."""
+    return available() and _team.has_all() and _plain(tensors)
 
 
 def serves(*tensors: Tensor) -> bool:
     """Whether loops may read these tensors: values on a CPU that nothing differentiates, transforms or traces."""
-    return _may(tensors) and all(map(has_values, tensors))
+    return decodes(*tensors) and all(map(has_values, tensors))
 
 
-def _may(tensors: tuple[Tensor, ...]) -> bool:
-    if not available() or getattr(forward_ad, "_current_level", -1) >= 0 or torch.compiler.is_compiling():
+def _plain(tensors: tuple[Tensor, ...]) -> bool:
+    if getattr(forward_ad, "_current_level", -1) >= 0 or torch.compiler.is_compiling():
         return False
     for tensor in tensors:  # a loop in calls that a small product feels
         if not tensor.is_cpu or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -66,12 +71,14 @@ def _may(tensors: tuple[Tensor, ...]) -> bool:
     return True
 
 
-def decode_pairs(codes: Tensor, scale: Tensor, block: int, pairs: Tensor, out: Tensor) -> Tensor:
+def decode_table(codes: Tensor, scale: Tensor, block: int, table: tuple[float, ...], out: Tensor, *, high_first: bool = False) -> Tensor:
     """Fills out (n,) fp32 with the values of codes (ceil(n/2),) uint8, two a byte, and returns it; fake tensors it leaves as they are.
 
-    pairs (256, 2) fp32: both values of every byte; scale (ceil(n/block),) fp32; block: even. All contiguous."""
+    scale (ceil(n/block),) fp32; block: even; table: 16 numbers; high_first: the first code of a byte is in its highest bits. All
+    contiguous."""
     if has_values(codes):
-        _loops().decode(codes.detach().numpy(), scale.detach().numpy(), pairs.numpy(), out.numpy(), block)
+        loop = _loops().decoder(_loops().code(4, block, True, high_first))
+        _run(loop, out.numel(), scale.numel(), block, codes, scale, _table(table), out)
     return out
 
 
@@ -79,32 +86,49 @@ def decode_whole(codes: Tensor, scale: Tensor, zero: Tensor, group: int, out: Te
     """Fills out (rows, columns) fp32 with (code - zero) * scale of its codes (n,) uint8 in groups, of which scale and zero are
     (ceil(n/group),) fp32, and returns it; fake tensors it leaves as they are. All contiguous."""
     if has_values(codes):
-        _loops().whole()(codes.detach().numpy(), scale.numpy(), zero.numpy(), out.numpy().reshape(-1), group)
+        _run(_loops().whole(_loops().code(8, group)), out.numel(), scale.numel(), group, codes, scale, zero, out)
     return out
 
 
 def suits(x: Tensor, bits: int, run: int) -> bool:
     """Whether x (..., in) is multiplied by `few_product` rather than by tiles: few rows, in fp32, and runs of whole vectors."""
-    if x.numel() > FEW * x.shape[-1] or x.dtype not in _DTYPES or 8 % bits or not serves(x):
+    if x.dtype not in _DTYPES or 8 % bits or not serves(x):
         return False
-    return run % (_loops().lanes(bits) * 8 // bits) == 0
+    most = FEW if product_dtype(x.dtype, x.device) != torch.float32 else _loops().most_rows()
+    return x.numel() <= most * x.shape[-1] and run % 16 == 0
 
 
-def few_product(x: Tensor, codes: Tensor, bits: int, scale: Tensor, zero: Tensor | int, group: int, run: int) -> Tensor:
+def few_product(x: Tensor, codes: Tensor, bits: int, scale: Tensor, zero: Tensor | int, group: int, run: int, *,
+                table: tuple[float, ...] = (), high_first: bool = False) -> Tensor:
     """x (..., in) -> x D(W)^T (..., out) fp32, without gradient.
 
-    codes (out * in * bits / 8,) uint8, packed row by row, the first code of a byte in its lowest bits. Weights, read row by row, are in
-    groups of `group`, of which scale and zero are (groups,), scale fp32 and zero fp32 or uint8, or one int for all; run: columns that never
-    lie in two groups, a divisor of `in`. Codes and numbers are contiguous, and ask for no gradient."""
+    codes (out * in * bits / 8,) uint8, packed row by row, the first code of a byte in its lowest bits unless high_first. Weights, read row
+    by row, are in groups of `group`, of which scale and zero are (groups,), scale fp32 and zero fp32 or uint8, or one int for all; run:
+    columns that never lie in two groups, a divisor of `in`. table: 16 numbers of which codes of 4 bits are indices; zero does not matter
+    then. Codes and numbers are contiguous, and ask for no gradient."""
     columns = x.shape[-1]
-    out, flat = codes.shape[0] * 8 // (bits * columns), x.detach().reshape(-1, columns).float()
+    out, flat = codes.numel() * 8 // (bits * columns), x.detach().reshape(-1, columns).float().contiguous()
+    rows = flat.shape[0]
+    parts = 1 if rows == 1 else _parts(columns, run)
+    if parts > 1:  # rows that lie a power of two apart would share places in the cache
+        flat = flat.view(rows, parts, -1).transpose(0, 1).contiguous()
     if isinstance(zero, int):
-        zero = torch.full_like(scale, zero)
-    y = torch.empty(flat.shape[0], out, device=x.device)
-    one, few = _loops().products(bits)
-    _shared(one if flat.shape[0] == 1 else few, out, out * columns, flat.contiguous().numpy(), codes.numpy(), scale.numpy(),
-            zero.numpy(), y.numpy(), group, run)
+        zero = scale if table else torch.full_like(scale, zero)
+    y = torch.empty(rows, out) if rows == 1 else torch.zeros(rows, out)
+    run = math.gcd(run, columns // parts)
+    code = _loops().code(bits, run, bool(table), high_first)
+    loop = _loops().product(code, run == code.unit, zero.dtype == torch.uint8, rows == 1)
+    numbers, weight = (out, group, run, parts), (codes, scale, zero, _table(table) if table else scale)
+    _run(loop, out * columns, *numbers, flat, *weight, y)
     return y.view(*x.shape[:-1], out)
+
+
+@cache
+def _parts(columns: int, run: int) -> int:
+    """Into how many equal parts a row is cut, so that few rows of W lie in the nearest cache and many of x in the next: the fewest of at
+    most PART columns, each whole runs or a part of one, and whole vectors; where there are none, those nearest to it."""
+    spans = [span for span in range(16, columns + 1, 16) if columns % span == 0 and (span % run == 0 or run % span == 0)]
+    return columns // max((span for span in spans if span <= PART), default=min(spans))
 
 
 @cache
@@ -114,23 +138,19 @@ def _loops() -> ModuleType:
     return _loops
 
 
-def _shared(loop, parts: int, codes: int, *arguments) -> None:
-    """loop(first, last, ...) over all parts, spread over as many threads as PyTorch uses where the codes are worth it."""
-    threads = min(torch.get_num_threads(), codes // SHARE, parts)
-    if threads < 2:
-        loop(0, parts, *arguments)
-        return
-    edges = [parts * i // threads // 2 * 2 for i in range(threads)] + [parts]
-    others = [_pool().submit(loop, low, high, *arguments) for low, high in zip(edges[1:], edges[2:])]
-    loop(edges[0], edges[1], *arguments)
-    for other in others:
-        other.result()
-
-
 @cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, "graftwork-codes")
+@torch.inference_mode(False)
+def _table(values: tuple[float, ...]) -> Tensor:
+    with unset_fake_temporarily():  # nothing fake may be remembered
+        return torch.tensor(values, dtype=torch.float32)
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has the pool, but none of its threads
+def _run(loop, codes: int, *arguments: Tensor | int) -> None:
+    """A loop over so many codes: its job is these numbers and tensors."""
+    numbers = []
+    for argument in arguments:
+        if isinstance(argument, int):
+            numbers.append(argument)
+        else:
+            numbers += argument.data_ptr(), argument.numel()
+    _team.run(loop, (ctypes.c_int64 * len(numbers))(*numbers), torch.get_num_threads() if codes >= SHARE else 1)

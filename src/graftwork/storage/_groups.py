@@ -30,7 +30,7 @@ from . import _compiled
 from ._activations import RoundedProduct, straight_through
 from ._channels import columns, reassembled, restored
 from ._coded import CodedStorage
-from ._packing import entries, look_up, pack, unpack
+from ._packing import look_up, pack, unpack
 from .base import StorageConfig, check_weight
 
 
@@ -299,6 +299,19 @@ class GroupStorage(CodedStorage):
         dense = self.values(leaves, slice(0, self.out_features)).to(self.compute_dtype).to(x.dtype)
         return F.linear(near if offset is None else near + offset, dense)
 
+    def forward_product(self, x):
+        quantizer = self.quantizer(self.options, self.in_features)
+        grid, group = quantizer.grid, quantizer.group
+        if grid.bits != 4 or not grid.table or quantizer.columns % group or not _compiled.suits(x, 4, group):
+            return super().forward_product(x)
+        leaves = self.leaves()
+        scale = grid.scale_of(self._read(leaves, slice(0, self.out_features))[1])
+        if scale is None:
+            return super().forward_product(x)
+        scale = scale * leaves["outer_scale"].float() if "outer_scale" in leaves else scale
+        placed = self._placed(x.float(), leaves)
+        return _compiled.few_product(placed, leaves["codes"], 4, scale.contiguous(), 0, group, group, table=grid.table).to(x.dtype)
+
     def _parameter(self, name: str, value: Tensor, rows: slice) -> Tensor:
         """The rows of a leaf that belong to rows of W."""
         return value[rows]
@@ -323,8 +336,7 @@ class GroupStorage(CodedStorage):
             scale = grid.scale_of(parameters)
             if scale is not None and _compiled.decodes(codes, scale):
                 dense = torch.empty(codes.shape[0], quantizer.columns, device=codes.device)
-                pairs = entries(grid.table, 4, codes.device).view(torch.float32).view(256, 2) if has_values(codes) else dense
-                _compiled.decode_pairs(codes.reshape(-1), scale.reshape(-1), quantizer.group, pairs, dense.view(-1))
+                _compiled.decode_table(codes.reshape(-1), scale.reshape(-1), quantizer.group, grid.table, dense.view(-1))
                 return dense[:, : self.in_features]
         choice = parameters[grid.choice] if grid.choice else None
         values = quantizer.split(look_up(codes, quantizer.columns, grid.bits, grid.table, choice))

@@ -1,23 +1,31 @@
 """The loops of `_compiled`, for numba; to be imported where it is installed.
 
+A loop is a function of C of one argument, a job: int64 numbers, and for every array its address and its length. Each thread of a team takes
+its part of the work (`_share`), all of it without one.
+
 Codes that share a byte, b bits each, are taken out plane by plane: plane i has codes i, i + each, ... of a row (each = 8 / b), and so has
-a row of floats here: `width` = columns / each numbers of plane 0, then those of plane 1, ... `place` and `dot` are vector code written
-out: left to LLVM, a group of 64 weights would be a loop with a sum across lanes and a test of overlapping memory, which take as long as
-its products. The others are plain Python for numba. Indices are unsigned in innermost loops: one that may be negative counts from the end
-in Python, and the test for it keeps a loop from vector code.
+a row of floats here: `width` = columns / each numbers of plane 0, then those of plane 1, ... `place`, `dot` and `spread` are vector code
+written out: left to LLVM, a group of 64 weights would be a loop with a sum across lanes and a test of overlapping memory, which take as
+long as its products. The others are plain Python for numba. Indices are unsigned in innermost loops: one that may be negative counts from
+the end in Python, and the test for it keeps a loop from vector code.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache
+from typing import NamedTuple
 
+import llvmlite.binding
 import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from . import _team
 
 #: sums may be taken in any order; nothing is said of NaN and infinity, which come through
 ANY_ORDER = ("reassoc", "contract", "nsz")
@@ -26,186 +34,361 @@ _compiled = numba.njit(nogil=True, error_model="numpy")
 _summing = numba.njit(nogil=True, error_model="numpy", fastmath=set(ANY_ORDER))
 
 
-def lanes(bits: int) -> int:
-    """Bytes of codes, and floats, in a vector: two chains of sums at least."""
-    return max(8, 2 * bits)
+class Code(NamedTuple):
+    """What codes of `bits` bits mean: (code - zero) * scale, or table[code] * scale with 16 numbers (4 bits)."""
+
+    bits: int
+    unit: int
+    """Codes that are taken at a time, of which runs with one scale are multiples: 64, 32 or 16."""
+    looked_up: bool = False
+    high_first: bool = False
+    """Whether the first code of a byte is in its highest bits."""
+
+    @property
+    def lanes(self) -> int:
+        """Bytes of codes, and floats of a plane."""
+        return self.unit * self.bits // 8
+
+
+def code(bits: int, run: int, looked_up: bool = False, high_first: bool = False) -> Code:
+    """Of runs of a multiple of 16 codes: as many at a time as make four sums side by side, where they are that long."""
+    largest = 64 if _has("avx512f") else 32
+    unit = next((size for size in (64, 32) if size <= largest and run % size == 0), 16)
+    return Code(bits, unit, looked_up, high_first)
+
+
+def _entry(loop: Callable) -> Callable:
+    return numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True, error_model="numpy")(loop).ctypes
+
+
+# -- jobs ---------------------------------------------------------------------------------------------------------------
+_, _number, _size = _team.openmp() or (None, _compiled(lambda: 0), _compiled(lambda: 1))
 
 
 @_compiled
-def decode(codes, scale, pairs, out, block):
-    """out (n,) <- pairs[byte] * scale[block]."""
-    size, two, one = out.shape[0], np.uint64(2), np.uint64(1)
-    for b in range(scale.shape[0]):
-        start, by = np.uint64(b * block), scale[b]
-        stop = np.uint64(min(size, b * block + block))
-        for byte in range(start // two, stop // two):
-            own = codes[byte]
-            out[two * byte] = pairs[own, 0] * by
-            out[two * byte + one] = pairs[own, 1] * by
-        if stop % two:
-            out[stop - one] = pairs[codes[stop // two], 0] * by
+def _share(parts, together):
+    """The parts of this thread: first, last; a multiple of `together`, but for the end of all."""
+    me, size = _number(), _size()
+    last = parts if me + 1 == size else parts * (me + 1) // size // together * together
+    return parts * me // size // together * together, last
+
+
+@intrinsic
+def _pointer(typing, address):
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), generate
+
+
+@_compiled
+def _floats(job, at):
+    return numba.carray(_pointer(job[at]), (job[at + 1],), np.float32)
+
+
+@_compiled
+def _bytes(job, at):
+    return numba.carray(_pointer(job[at]), (job[at + 1],), np.uint8)
+
+
+@_compiled
+def _aligned(size):
+    """fp32 zeros (size,), of which no vector lies in two lines of the cache."""
+    found = np.zeros(size + 16, np.float32)
+    return found[-found.ctypes.data % 64 // 4:][:size]
+
+
+# -- values -------------------------------------------------------------------------------------------------------------
+@cache
+def decoder(code: Code) -> Callable:
+    """job (blocks, block, codes, scale, table, out): out (n,) <- table[code] * scale of its block; 4 bits; block: even."""
+    spread, wide, shifts = _spread(code), code.lanes, (4, 0) if code.high_first else (0, 4)
+    first_shift, second_shift = shifts
+    two, one, low, f32 = np.uint64(2), np.uint64(1), np.uint8(15), np.float32
+
+    @_compiled
+    def decode(first, last, block, codes, scale, table, out):
+        size = out.shape[0]
+        for b in range(first, last):
+            start, by = np.uint64(b * block), scale[b]
+            stop = np.uint64(min(size, b * block + block))
+            vectors = (stop - start) // two // np.uint64(wide) * np.uint64(wide)
+            spread(codes, start // two, table, f32(0), by, out, start, vectors)
+            for byte in range(start // two + vectors, stop // two):
+                own = codes[byte]
+                out[two * byte] = table[(own >> first_shift) & low] * by
+                out[two * byte + one] = table[(own >> second_shift) & low] * by
+            if stop % two:
+                out[stop - one] = table[(codes[stop // two] >> first_shift) & low] * by
+
+    def loop(job):
+        first, last = _share(job[0], 1)
+        decode(first, last, job[1], _bytes(job, 2), _floats(job, 4), _floats(job, 6), _floats(job, 8))
+
+    return _entry(loop)
 
 
 @cache
-def whole() -> Callable:
-    """loop(codes, scale, zero, out, group): out (n,) <- (code - zero) * scale, codes of 8 bits."""
-    place, wide, f32 = _place(8), lanes(8), np.float32
+def whole(code: Code) -> Callable:
+    """job (groups, group, codes, scale, zero, out): out (n,) <- (code - zero) * scale, codes of 8 bits."""
+    spread, wide, f32 = _spread(code), code.lanes, np.float32
 
     @_compiled
-    def decode_whole(codes, scale, zero, out, group):
-        for g in range(scale.shape[0]):
+    def decode(first, last, group, codes, scale, zero, out):
+        for g in range(first, last):
             start, stop = g * group, min(out.shape[0], g * group + group)
             vectors = (stop - start) // wide * wide
-            place(codes, start, zero[g], scale[g], out, start, 0, vectors)
+            spread(codes, start, zero, zero[g], scale[g], out, start, vectors)
             for k in range(start + vectors, stop):
                 out[k] = (f32(codes[k]) - zero[g]) * scale[g]
 
-    return decode_whole
+    def loop(job):
+        first, last = _share(job[0], 1)
+        decode(first, last, job[1], _bytes(job, 2), _floats(job, 4), _floats(job, 6), _floats(job, 8))
+
+    return _entry(loop)
 
 
+# -- products -----------------------------------------------------------------------------------------------------------
 @cache
-def products(bits: int) -> tuple[Callable, Callable]:
-    """(for one row of x, for more): loop(first, last, x, codes, scale, zero, y, group, run) fills columns first ... last of y (m, out).
+def product(code: Code, once: bool, whole_zeros: bool, one_row: bool) -> Callable:
+    """job (out, group, run, parts, x, codes, scale, zero, table, y), for one row of x or for more; once: a run is one unit of code.
 
-    x (m, in); group, run: see `_compiled.few_product`."""
-    each, f32, index = 8 // bits, np.float32, np.uint64
-    place, dot, wide = _place(bits), _dot(bits), lanes(bits)
-
-    @_compiled
-    def planes(x):
-        if each == 1:
-            return x
-        own, width = np.empty_like(x), index(x.shape[1] // each)
-        for r in range(x.shape[0]):
-            for i in range(index(each)):
-                for k in range(width):
-                    own[r, i * width + k] = x[r, k * index(each) + i]
-        return own
+    x (m * in,), the first of so many parts of all rows first, y (m * out,), zeros where there are more rows; group, run: see
+    `_compiled.few_product`; zero: uint8 if whole_zeros."""
+    each, f32, index, from_table = 8 // code.bits, np.float32, np.uint64, code.looked_up
+    spread, dot, wide, (rows_of, outs_of) = _spread(code, once), _dot(code, once), code.lanes, block_sizes()
+    many, single = _block(rows_of, outs_of), _block(1, outs_of)
 
     @_summing
-    def one(first, last, x, codes, scale, zero, y, group, run):
-        columns, vector = x.shape[1], planes(x)[0]
-        width, span, parts = columns // each, run // each, columns // run
-        totals, sums = np.zeros(parts, f32), np.zeros(wide, f32)
-        for j in range(parts):
-            for i in range(each):
-                for k in range(index(i * width + j * span), index(i * width + j * span + span)):
-                    totals[j] += vector[k]
+    def one(first, last, x, codes, scale, zero, table, y, group, run):
+        columns = x.shape[1]
+        width, span, runs = columns // each, run // each, columns // run
+        vector, totals, sums = _aligned(columns), np.zeros(runs, f32), np.zeros(wide, f32)
+        for i in range(index(each)):
+            for k in range(index(width)):
+                vector[i * index(width) + k] = x[0, k * index(each) + i]
+        if not from_table:
+            for j in range(runs):
+                for i in range(each):
+                    for k in range(index(i * width + j * span), index(i * width + j * span + span)):
+                        totals[j] += vector[k]
         for o in range(first, last):
-            g, within = index(o * columns // group), o * columns % group
+            g, within = o * columns // group, o * columns % group
+            dot(vector, width, codes, o * width, span, runs, table, scale, g, within, run, group, sums)
             found = f32(0)
-            sums[:] = 0
-            for j in range(index(parts)):
-                dot(vector, j * index(span), width, codes, index(o * width) + j * index(span), span, scale[g], sums)
-                found -= scale[g] * f32(zero[g]) * totals[j]
-                within += run
-                if within == group:  # a division would take as long as a group
-                    g, within = g + index(1), 0
             for lane in range(wide):
                 found += sums[lane]
+            if not from_table and run == group:
+                for j in range(index(runs)):
+                    found -= scale[index(g) + j] * f32(zero[index(g) + j]) * totals[j]
+            elif not from_table:
+                for j in range(index(runs)):
+                    found -= scale[g] * f32(zero[g]) * totals[j]
+                    within += run
+                    if within == group:  # a division would take as long as a group
+                        g, within = g + 1, 0
             y[0, o] = found
 
     @_compiled
-    def decoded(o, codes, scale, zero, row, group, run):
-        columns = row.shape[0]
-        width, span = columns // each, run // each
-        g, within = index(o * columns // group), o * columns % group
+    def decoded(start, codes, scale, zero, table, tile, to, columns, group, run):
+        """tile[to:] = the weights start ... start + columns, read row by row."""
+        g, within = index(start // group), start % group
         for j in range(index(columns // run)):
-            place(codes, index(o * width) + j * index(span), f32(zero[g]), scale[g], row, j * index(span), width, span)
+            own = f32(0) if from_table else f32(zero[g])
+            at = index(start) + j * index(run)
+            spread(codes, at // index(each), table, own, scale[g], tile, index(to) + j * index(run), run // each)
             within += run
             if within == group:
                 g, within = g + index(1), 0
 
-    @_summing
-    def few(first, last, x, codes, scale, zero, y, group, run):
-        (rows, columns), x = x.shape, planes(x)
-        p, q = np.zeros(columns, f32), np.zeros(columns, f32)
-        for o in range(first, last, 2):
-            both = min(o + 1, last - 1)  # an odd last row is computed twice
-            decoded(o, codes, scale, zero, p, group, run)
-            decoded(both, codes, scale, zero, q, group, run)
-            r = 0
-            while r < rows:
-                if rows - r < 4 <= rows:  # the last four again, in the loop of four
-                    r = rows - 4
-                if rows >= 4:
-                    a, b, c, d, e, f, g, h = f32(0), f32(0), f32(0), f32(0), f32(0), f32(0), f32(0), f32(0)
-                    for k in range(columns):
-                        u, v = p[k], q[k]
-                        a += x[r, k] * u
-                        b += x[r + 1, k] * u
-                        c += x[r + 2, k] * u
-                        d += x[r + 3, k] * u
-                        e += x[r, k] * v
-                        f += x[r + 1, k] * v
-                        g += x[r + 2, k] * v
-                        h += x[r + 3, k] * v
-                    y[r, o], y[r + 1, o], y[r + 2, o], y[r + 3, o] = a, b, c, d
-                    y[r, both], y[r + 1, both], y[r + 2, both], y[r + 3, both] = e, f, g, h
-                    r += 4
-                else:
-                    a, e = f32(0), f32(0)
-                    for k in range(columns):
-                        a += x[r, k] * p[k]
-                        e += x[r, k] * q[k]
-                    y[r, o], y[r, both] = a, e
-                    r += 1
+    @_compiled
+    def few(first, last, x, codes, scale, zero, table, y, parts, group, run):
+        rows, flat = x.shape[0], x.reshape(x.size)
+        columns = x.shape[1] // parts
+        tile, sums = _aligned(outs_of * columns), np.zeros(rows_of * outs_of, f32)
+        for part in range(parts):
+            for o in range(first, last, outs_of):
+                outs = min(outs_of, last - o)
+                for j in range(outs):
+                    decoded(((o + j) * parts + part) * columns, codes, scale, zero, table, tile, j * columns, columns, group, run)
+                r = 0
+                while r < rows:
+                    at, taken = (part * rows + r) * columns, rows_of if rows - r >= rows_of else 1
+                    if taken == 1:
+                        single(flat, at, tile, columns, sums)
+                    else:
+                        many(flat, at, tile, columns, sums)
+                    for i in range(taken):
+                        for j in range(outs):
+                            y[r + i, o + j] += sums[i * outs_of + j]
+                    r += taken
 
-    return one, few
+    zeros = _bytes if whole_zeros else _floats
+
+    def loop(job):
+        out = job[0]
+        first, last = _share(out, outs_of)
+        y = _floats(job, 14)
+        x, y = _floats(job, 4).reshape((y.shape[0] // out, -1)), y.reshape((y.shape[0] // out, out))
+        codes, scale, zero, table = _bytes(job, 6), _floats(job, 8), zeros(job, 10), _floats(job, 12)
+        if one_row:
+            one(first, last, x, codes, scale, zero, table, y, job[1], job[2])
+        else:
+            few(first, last, x, codes, scale, zero, table, y, job[3], job[1], job[2])
+
+    return _entry(loop)
 
 
 # -- vector code ----------------------------------------------------------------------------------------------------------
 @cache
-def _place(bits: int) -> Callable:
-    """place(codes, at, zero, scale, row, to, width, many): the codes of `many` bytes (whole vectors) from codes[at] on become
-    (code - zero) * scale in row[to:], those of plane i in row[to + i width:]."""
-    code = _Vectors(bits)
+def _spread(code: Code, once: bool = False) -> Callable:
+    """spread(codes, at, table, zero, scale, out, to, many): (code - zero) * scale, or table[code] * scale, of the codes of `many` bytes
+    (whole vectors; one, if once) from codes[at] on, in their order, in out[to:]."""
+    vectors, each = _Vectors(code, once), 8 // code.bits
 
     @intrinsic
-    def place(typing, codes, at, zero, scale, row, to, width, many):
+    def spread(typing, codes, at, table, zero, scale, out, to, many):
         def generate(context, builder, signature, arguments):
-            codes, at, zero, scale, row, to, width, many = arguments
-            codes, row = (_data(context, builder, signature.args[i], value) for i, value in ((0, codes), (4, row)))
-            zero, scale = code.splat(builder, zero), code.splat(builder, scale)
-            with code.loop(builder, many) as k:
-                for values, here in code.planes(builder, codes, at, row, to, width, k):
-                    builder.store(builder.fmul(builder.fsub(values, zero), scale), here, align=4)
+            codes, at, table, zero, scale, out, to, many = arguments
+            codes, table, out = (_data(context, builder, signature.args[i], value) for i, value in ((0, codes), (2, table), (5, out)))
+            zero, scale, table = vectors.splat(builder, zero), vectors.splat(builder, scale), vectors.table(builder, table)
+
+            def woven(planes):
+                if len(planes) == 1:
+                    return planes
+                pairs = zip(woven(planes[::2]), woven(planes[1::2]))
+                return [vectors.alternating(builder, pair, upper) for pair in pairs for upper in (0, 1)]
+
+            with vectors.loop(builder, many) as k:
+                planes = [values if code.looked_up else builder.fsub(values, zero)
+                          for values in vectors.planes(builder, codes, at, k, table)]
+                start = builder.add(to, builder.mul(k, ir.Constant(k.type, each)))
+                for i, values in enumerate(woven([builder.fmul(values, scale) for values in planes])):
+                    here = builder.add(start, ir.Constant(k.type, i * code.lanes))
+                    builder.store(values, vectors.at(builder, out, here, vectors.floats), align=4)
             return context.get_dummy_value()
 
         long, real = types.int64, types.float32
-        return types.void(codes, long, real, real, row, long, long, long), generate
+        return types.void(codes, long, table, real, real, out, long, long), generate
 
-    return place
+    return spread
 
 
-def _dot(bits: int) -> Callable:
-    """dot(x, to, width, codes, at, many, scale, sums): adds scale * sum of code * x over the codes of `many` bytes (whole vectors) from
-    codes[at] on to sums (lanes,) fp32, each lane its part; x as a row of `place`."""
-    code = _Vectors(bits)
+def _dot(code: Code, once: bool) -> Callable:
+    """dot(x, width, codes, at, span, runs, table, scale, g, within, run, group, sums): sums (lanes,) fp32, each lane its part, = the sum of
+    code * scale * x (table[code] * scale * x) over so many runs of `span` bytes (whole vectors; one, if once) from codes[at] on; x: `width`
+    numbers of every plane. The first run is `within` weights from the start of group g; a group is `group` weights, a run `run`."""
+    vectors, each = _Vectors(code, once), 8 // code.bits
 
     @intrinsic
-    def dot(typing, x, to, width, codes, at, many, scale, sums):
+    def dot(typing, x, width, codes, at, span, runs, table, scale, g, within, run, group, sums):
         def generate(context, builder, signature, arguments):
-            x, to, width, codes, at, many, scale, sums = arguments
-            x, codes, sums = (_data(context, builder, signature.args[i], value) for i, value in ((0, x), (3, codes), (7, sums)))
-            own = [cgutils.alloca_once(builder, code.floats) for _ in range(8 // bits)]
-            for each in own:
-                builder.store(code.constant(code.floats, 0.0), each)
-            with code.loop(builder, many) as k:
-                for each, (values, here) in zip(own, code.planes(builder, codes, at, x, to, width, k)):
-                    product = builder.fmul(builder.load(here, align=4), values, flags=ANY_ORDER)
-                    builder.store(builder.fadd(builder.load(each), product, flags=ANY_ORDER), each)
-            found = builder.load(own[0])
-            for each in own[1:]:
-                found = builder.fadd(found, builder.load(each), flags=ANY_ORDER)
-            total, scaled = code.at(builder, sums, None, code.floats), builder.fmul(found, code.splat(builder, scale), flags=ANY_ORDER)
-            builder.store(builder.fadd(builder.load(total, align=4), scaled, flags=ANY_ORDER), total, align=4)
+            x, width, codes, at, span, runs, table, scale, g, within, run, group, sums = arguments
+            arrays = ((0, x), (2, codes), (6, table), (7, scale), (12, sums))
+            x, codes, table, scale, sums = (_data(context, builder, signature.args[i], value) for i, value in arrays)
+            number, nothing = g.type, vectors.constant(vectors.floats, 0.0)
+            total, *own = (cgutils.alloca_once(builder, vectors.floats) for _ in range(1 + each))
+            at_group, at_weight = (cgutils.alloca_once_value(builder, value) for value in (g, within))
+            builder.store(nothing, total)
+            table = vectors.table(builder, table)
+
+            def add(here, value):
+                builder.store(builder.fadd(builder.load(here), value, flags=ANY_ORDER), here)
+
+            with cgutils.for_range(builder, runs) as over:
+                start = builder.mul(over.index, span)
+                for here in own:
+                    builder.store(nothing, here)
+                with vectors.loop(builder, span) as k:
+                    offset = builder.add(start, k)
+                    planes = vectors.planes(builder, codes, builder.add(at, start), k, table)
+                    for i, (here, values) in enumerate(zip(own, planes)):
+                        place = builder.add(offset, builder.mul(width, ir.Constant(number, i)))
+                        met = builder.load(vectors.at(builder, x, place, vectors.floats), align=4)
+                        add(here, builder.fmul(met, values, flags=ANY_ORDER))
+                found = builder.load(own[0])
+                for here in own[1:]:
+                    found = builder.fadd(found, builder.load(here), flags=ANY_ORDER)
+                now = builder.load(at_group)
+                by = vectors.splat(builder, builder.load(builder.gep(scale, [now])))
+                add(total, builder.fmul(found, by, flags=ANY_ORDER))
+                after = builder.add(builder.load(at_weight), run)
+                ends = builder.icmp_signed("==", after, group)
+                builder.store(builder.add(now, builder.zext(ends, number)), at_group)
+                builder.store(builder.select(ends, ir.Constant(number, 0), after), at_weight)
+            builder.store(builder.load(total), vectors.at(builder, sums, None, vectors.floats), align=4)
             return context.get_dummy_value()
 
         long = types.int64
-        return types.void(x, long, long, codes, long, long, types.float32, sums), generate
+        return types.void(x, long, codes, long, long, long, table, scale, long, long, long, long, sums), generate
 
     return dot
+
+
+def most_rows() -> int:
+    """Rows of x up to which `product` is quicker than a tile of floats and an fp32 product of PyTorch."""
+    return 128 if _has("avx512f") else 32
+
+
+def block_sizes() -> tuple[int, int]:
+    """(rows of x, rows of W) whose products are summed side by side: as many sums as a vector has lanes, which leaves registers."""
+    return (4, 4) if _has("avx512f") else (4, 2)
+
+
+@cache
+def _block(rows: int, outs: int) -> Callable:
+    """block(x, at, w, columns, sums): sums[i outs + j] = x[at + i columns:] . w[j columns:], i below rows, j below outs; columns: whole
+    vectors."""
+    lanes = math.prod(block_sizes())
+    floats, number, long = ir.VectorType(ir.FloatType(), lanes), ir.IntType(32), types.int64
+
+    def mixed(builder, both, width, upper):
+        """Of two vectors the lower (upper) halves of runs of `width` lanes, one after the other."""
+        runs = [range(start + upper * width // 2, start + upper * width // 2 + width // 2) for start in range(0, 2 * lanes, width)]
+        return builder.shuffle_vector(*both, ir.Constant(ir.VectorType(number, lanes), [lane for run in runs for lane in run]))
+
+    def total(builder, vectors):
+        """The sum of every vector, in the first lanes of one."""
+        width = lanes
+        while width > 1:
+            pairs = list(zip(vectors[::2], vectors[1::2])) if len(vectors) > 1 else [(vectors[0], vectors[0])]
+            vectors = [builder.fadd(*(mixed(builder, pair, width, upper) for upper in (0, 1)), flags=ANY_ORDER) for pair in pairs]
+            width //= 2
+        return vectors[0]
+
+    @intrinsic
+    def block(typing, x, at, w, columns, sums):
+        def generate(context, builder, signature, arguments):
+            x, at, w, columns, sums = arguments
+            x, w, sums = (_data(context, builder, signature.args[i], value) for i, value in ((0, x), (2, w), (4, sums)))
+            own = [cgutils.alloca_once(builder, floats) for _ in range(rows * outs)]
+            for each in own:
+                builder.store(ir.Constant(floats, [0.0] * lanes), each)
+
+            def row(data, start, i, k):
+                offset = builder.add(builder.add(start, builder.mul(columns, ir.Constant(columns.type, i))), k)
+                return builder.load(builder.bitcast(builder.gep(data, [offset]), floats.as_pointer()), align=4)
+
+            step = ir.Constant(columns.type, lanes)
+            with cgutils.for_range(builder, builder.udiv(columns, step)) as loop:
+                k, zero = builder.mul(loop.index, step), ir.Constant(columns.type, 0)
+                right = [row(w, zero, j, k) for j in range(outs)]
+                for i in range(rows):
+                    left = row(x, at, i, k)
+                    for j in range(outs):
+                        product = builder.fmul(left, right[j], flags=ANY_ORDER)
+                        here = own[i * outs + j]
+                        builder.store(builder.fadd(builder.load(here), product, flags=ANY_ORDER), here)
+            found = total(builder, [builder.load(each) for each in own])
+            kept = ir.VectorType(ir.FloatType(), rows * outs)
+            found = builder.shuffle_vector(found, found, ir.Constant(ir.VectorType(number, rows * outs), list(range(rows * outs))))
+            builder.store(found, builder.bitcast(sums, kept.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.void(x, long, w, long, sums), generate
+
+    return block
 
 
 def _data(context, builder, kind, array):
@@ -213,10 +396,10 @@ def _data(context, builder, kind, array):
 
 
 class _Vectors:
-    """Instructions on vectors of `lanes(bits)` bytes of codes, or as many floats."""
+    """Instructions on vectors of `lanes` bytes of codes, or as many floats."""
 
-    def __init__(self, bits: int):
-        self.bits, self.lanes, self.int = bits, lanes(bits), ir.IntType(32)
+    def __init__(self, code: Code, once: bool):
+        self.code, self.once, self.lanes, self.int = code, once, code.lanes, ir.IntType(32)
         self.floats, self.ints, self.bytes = (ir.VectorType(kind, self.lanes) for kind in (ir.FloatType(), self.int, ir.IntType(8)))
 
     def constant(self, kind, value):
@@ -230,18 +413,68 @@ class _Vectors:
         """Where the vector is that begins with an element of an array."""
         return builder.bitcast(data if offset is None else builder.gep(data, [offset]), kind.as_pointer())
 
+    def alternating(self, builder, pair, upper):
+        """The lower (upper) halves of two vectors, an element of each in turn."""
+        taken = [upper * self.lanes // 2 + i // 2 + i % 2 * self.lanes for i in range(self.lanes)]
+        return builder.shuffle_vector(*pair, ir.Constant(self.ints, taken))
+
     @contextmanager
     def loop(self, builder, many):
         """Over k = 0, lanes, ... below many."""
+        if self.once:
+            yield ir.Constant(many.type, 0)
+            return
         step = ir.Constant(many.type, self.lanes)
         with cgutils.for_range(builder, builder.udiv(many, step)) as loop:
             yield builder.mul(loop.index, step)
 
-    def planes(self, builder, codes, at, row, to, width, k):
-        """For every plane: (the codes of the bytes from codes[at + k] on, as floats; where those of row[to + k] are)."""
+    def planes(self, builder, codes, at, k, table):
+        """For every plane what the codes of the bytes from codes[at + k] on mean but for zero and scale, as floats."""
         wide = builder.zext(builder.load(self.at(builder, codes, builder.add(at, k), self.bytes), align=1), self.ints)
-        start = builder.add(to, k)
-        for low in range(0, 8, self.bits):
-            own = builder.and_(builder.lshr(wide, self.constant(self.ints, low)), self.constant(self.ints, 2**self.bits - 1))
-            yield builder.sitofp(own, self.floats), self.at(builder, row, start, self.floats)
-            start = builder.add(start, width)
+        bits = self.code.bits
+        for low in sorted(range(0, 8, bits), reverse=self.code.high_first):
+            own = builder.and_(builder.lshr(wide, self.constant(self.ints, low)), self.constant(self.ints, 2**bits - 1))
+            yield self._looked_up(builder, own, table) if self.code.looked_up else builder.sitofp(own, self.floats)
+
+    def table(self, builder, data):
+        """The table as `planes` wants it: in registers if a processor can look up there."""
+        width = self._registers()
+        if not self.code.looked_up or not width:
+            return data
+        kind = ir.VectorType(ir.FloatType(), width)
+        starts = (ir.Constant(ir.IntType(64), start) for start in range(0, 16, width))
+        return [builder.load(self.at(builder, data, start, kind), align=4) for start in starts]
+
+    def _registers(self) -> int:
+        """Numbers of a register that this processor can permute by indices; 0: it cannot, or codes are fewer."""
+        return 16 if self.lanes % 16 == 0 and _has("avx512f") else 8 if _has("avx2") else 0
+
+    def _looked_up(self, builder, own, table):
+        if not isinstance(table, list):
+            found = ir.Constant(self.floats, ir.Undefined)
+            for lane in range(self.lanes):
+                lane = ir.Constant(self.int, lane)
+                found = builder.insert_element(found, builder.load(builder.gep(table, [builder.extract_element(own, lane)])), lane)
+            return found
+        width = self._registers()
+        floats, ints = (ir.VectorType(kind, width) for kind in (ir.FloatType(), self.int))
+        name = {16: "llvm.x86.avx512.permvar.sf.512", 8: "llvm.x86.avx2.permps"}[width]
+        permute = cgutils.get_or_insert_function(builder.module, ir.FunctionType(floats, [floats, ints]), name)
+        parts = []
+        for start in range(0, self.lanes, width):
+            index = builder.shuffle_vector(own, own, ir.Constant(ints, list(range(start, start + width))))
+            found, *above = (builder.call(permute, [numbers, index]) for numbers in table)  # the lowest bits of an index count
+            if above:
+                found = builder.select(builder.icmp_unsigned("<", index, ir.Constant(ints, [8] * width)), found, *above)
+            parts.append(found)
+        while len(parts) > 1:
+            both = ir.Constant(ir.VectorType(self.int, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
+            parts = [builder.shuffle_vector(*pair, both) for pair in zip(parts[::2], parts[1::2])]
+        return parts[0]
+
+
+@cache
+def _has(feature: str) -> bool:
+    """Whether numba compiles for a processor with it. (AVX2 looks 8 numbers up in a register.)"""
+    named = numba.config.CPU_NAME or numba.config.CPU_FEATURES
+    return not named and bool(llvmlite.binding.get_host_cpu_features().get(feature))

@@ -55,8 +55,8 @@ class NF4(StorageConfig):
     double_quant: bool = True
     """Keep the scales in 8 bits (0.373 bits a weight less at block 64)."""
     compute: Literal["auto", "pytorch", "bitsandbytes", "numba"] = "auto"
-    """Who dequantises; the values are the same. auto: on CUDA bitsandbytes; on a CPU with AVX-512 or Arm, for which it has vector code,
-    too; on others, with one thread, a loop that numba compiles, else bitsandbytes for fp32. PyTorch where these are not installed."""
+    """Who dequantises; the values are the same. auto: on CUDA bitsandbytes, on a CPU a loop that numba compiles. Without numba bitsandbytes
+    for fp32, and for 16 bits where it has vector code for them (AVX-512, Arm). PyTorch where these are not installed."""
 
     @field_validator("block_size")
     @classmethod
@@ -177,28 +177,36 @@ class NF4Storage(Storage):
     def dense_as(self, dtype: torch.dtype) -> Tensor:
         return self._decode(self.codes, self.scales(), self.out_features, dtype)
 
-    def _decode(self, codes: Tensor, absmax: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    def _decode(self, codes: Tensor, absmax: Tensor, rows: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """codes and absmax of `rows` whole rows, the first of which starts with a block -> (rows, in) in dtype, rounded to the
-        compute dtype on the way."""
+        compute dtype on the way. out (rows * in,): may be filled with it."""
         block, rounding, who = self.options.block_size, self.compute_dtype, self._who(codes.device)
         if who == "bitsandbytes" and (codes.device.type != "cpu" or rounding == torch.float32 or _vector_code()):
             return _bitsandbytes(codes, absmax, (rows, self.in_features), block, rounding).to(dtype)
-        return _values(codes, absmax, rows * self.in_features, block, rounding, dtype, who).view(rows, self.in_features)
+        if who == "numba" and dtype == rounding == torch.float32 and _compiled.decodes(codes, absmax):  # in as few calls as can be
+            out = torch.empty(rows * self.in_features, device=codes.device) if out is None else out
+            return _compiled.decode_table(codes, absmax, block, NF4_VALUES, out, high_first=True).view(rows, self.in_features)
+        return _values(codes, absmax, rows * self.in_features, block, rounding, dtype, who, out).view(rows, self.in_features)
 
     def _who(self, device: torch.device) -> str:
         """Who decodes. The vector code of bitsandbytes takes for granted that every row starts with its own block."""
-        wanted, compiled = self.options.compute, device.type == "cpu" and _compiled.available()
-        compiled = compiled and (wanted == "numba" or torch.get_num_threads() == 1)  # as `_compiled.decodes`
+        wanted = self.options.compute
+        if wanted in ("auto", "numba") and device.type == "cpu" and _compiled.decodes():
+            return "numba"
         fits = not self.in_features % self.options.block_size and self.options.block_size <= 1024 and self.compute_dtype != torch.float64
         if fits and wanted in ("auto", "bitsandbytes") and _importable():
-            narrow = self.compute_dtype != torch.float32
-            quick = device.type == "cuda" or device.type == "cpu" and (_vector_code() or not (compiled or narrow))
+            quick = device.type == "cuda" or device.type == "cpu" and (_vector_code() or self.compute_dtype == torch.float32)
             if quick or wanted == "bitsandbytes":
                 return "bitsandbytes"
-        return "numba" if compiled and wanted in ("auto", "numba") else "pytorch"
+        return "pytorch"
 
     # -- products, tile by tile -------------------------------------------------------------------------------------
     def forward_product(self, x):
+        block = self.options.block_size
+        run = math.gcd(self.in_features, block)  # columns that never lie in two blocks
+        if self.options.compute in ("auto", "numba") and _compiled.suits(x, 4, run):
+            scales = self.scales()
+            return _compiled.few_product(x, self.codes, 4, scales, 0, block, run, table=NF4_VALUES, high_first=True).to(x.dtype)
         return tiled_product(x, self._tiles(), self._decoder())
 
     def transposed(self, grad):
@@ -211,13 +219,17 @@ class NF4Storage(Storage):
     def _decoder(self):
         """Rows of W in a dtype; the rows start with a block (and so, as blocks are even, with a byte)."""
         columns, absmax, block = self.in_features, self.scales(), self.options.block_size
+        scratch: Tensor | None = None  # of all tiles but a shorter last one: where one was is in the cache
 
         def decode(rows: slice, dtype: torch.dtype) -> Tensor:
-            if rows.stop - rows.start == self.out_features:  # slices are calls, which a small matrix feels
+            nonlocal scratch
+            if rows.stop - rows.start == self.out_features:  # without slices, calls that a small matrix feels
                 return self._decode(self.codes, absmax, self.out_features, dtype)
             first, last = rows.start * columns, rows.stop * columns
             codes, own = self.codes[first // 2: -(-last // 2)], absmax[first // block: -(-last // block)]
-            return self._decode(codes, own, rows.stop - rows.start, dtype)
+            if scratch is None or scratch.numel() != last - first:
+                scratch = torch.empty(last - first, dtype=dtype, device=codes.device)
+            return self._decode(codes, own, rows.stop - rows.start, dtype, scratch)
 
         return decode
 
@@ -293,14 +305,14 @@ def dequantize_absmax(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 
 def _values(codes: Tensor, absmax: Tensor, size: int, block: int, rounding: torch.dtype, dtype: torch.dtype,
-            who: str = "pytorch") -> Tensor:
+            who: str = "pytorch", out: Tensor | None = None) -> Tensor:
     """book[code] * absmax, (size,), rounded to `rounding` and kept as `dtype`. The product is fp32 times fp32, rounded once,
     hence no 16-bit table. On a CPU it is done chunk by chunk, so that only the result leaves the cache. who: whose the fp32 values of a
     chunk are; bitsandbytes' own 16-bit output is slow where it has no vector code for it."""
-    out, real = torch.empty(size, dtype=dtype, device=codes.device), has_values(codes)
+    out, real = torch.empty(size, dtype=dtype, device=codes.device) if out is None else out, has_values(codes)
     if who == "numba" and real and not _compiled.serves(codes, absmax):
         who = "pytorch"
-    direct = dtype == rounding == torch.float32 and (who == "numba" or who == "pytorch" and size % 2 == 0)  # the result as the scratch
+    direct = dtype == rounding == torch.float32 and who == "pytorch" and size % 2 == 0  # the result as the scratch
     chunk = min((4 * CHUNK if direct else CHUNK) if codes.device.type == "cpu" else CHUNK_ELSEWHERE, size + size % 2)
     scratch = None if direct or who == "bitsandbytes" and real else torch.empty(chunk, dtype=torch.float32, device=codes.device)
     index = torch.empty(chunk // 2, dtype=torch.int32, device=codes.device) if who == "pytorch" else None
@@ -312,7 +324,7 @@ def _values(codes: Tensor, absmax: Tensor, size: int, block: int, rounding: torc
         if who == "bitsandbytes":
             values = _bitsandbytes(packed, scale, (1, stop - start), block, torch.float32).view(-1)
         elif who == "numba":
-            values = _compiled.decode_pairs(packed, scale, block, _pairs(codes.device), own[: stop - start])
+            values = _compiled.decode_table(packed, scale, block, NF4_VALUES, own[: stop - start], high_first=True)
         else:
             values = _look_up(packed, scale, block, index[: packed.numel()], own)[: stop - start]
         if not direct:
