@@ -14,7 +14,8 @@ return the same D(W), bit for bit; all products must be as near the dense one as
 
 torchao wants an environment of its own (`make test-ao` makes .venv-ao; `pip install bitsandbytes` into it for all families in one run).
 A peer that is not installed is skipped and named. Cells that are in the file already are kept, so that parts can be measured one by one,
-unless --again is given. Writes benchmarks/results/packed_product.json (packed_product-quick.json with --quick).
+unless --again is given. Writes benchmarks/results/packed_product.json (packed_product-2-threads.json with --threads 2, ...-quick.json with
+--quick).
 """
 
 from __future__ import annotations
@@ -180,7 +181,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.shape, options.dtype, options.seconds, options.runs = ["576x1536"], ["fp32"], 0.1, 1
-    path, found = RESULTS / f"packed_product{'-quick' if options.quick else ''}.json", installed()
+    kind = ("" if options.threads == 1 else f"-{options.threads}-threads") + ("-quick" if options.quick else "")
+    path, found = RESULTS / f"packed_product{kind}.json", installed()
     report = json.loads(path.read_text()) if path.exists() else {"results": {}}
     report["machine"] = {"cpu": platform.processor() or platform.machine(), "capability": torch.backends.cpu.get_cpu_capability(),
                          "threads": options.threads, "load_average": os.getloadavg()}

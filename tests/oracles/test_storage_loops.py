@@ -1,6 +1,5 @@
 """The loops that numba compiles: decoded values bit for bit those of PyTorch, products against float64, and when they are not used."""
 
-import ctypes
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +46,7 @@ def processor(request, monkeypatch):
     loops = _compiled._loops()
     if not all(map(loops._has, PROCESSORS[request.param])):
         pytest.skip("a processor without it")
-    builders = (loops.decoder, loops.product, loops._spread, loops._block)
+    builders = (_compiled._product, loops.decoder, loops.product, loops._spread, loops._block)
     monkeypatch.setattr(loops, "_has", PROCESSORS[request.param].__contains__)
     for builder in builders:
         builder.cache_clear()
@@ -101,14 +100,15 @@ def test_whole_codes_are_decoded_bit_for_bit(rows, columns, group, seed):
 
 @settings(max_examples=80, deadline=None)
 @given(bits=st.sampled_from([2, 4, 8]), rows=st.integers(1, 17), out=st.integers(1, 9), runs=st.integers(1, 5), repeat=st.integers(1, 3),
-       whole=st.booleans(), seed=st.integers(0, 9))
-def test_products_are_those_of_float64(bits, rows, out, runs, repeat, whole, seed):
+       whole=st.booleans(), kept_as=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), seed=st.integers(0, 9))
+def test_products_are_those_of_float64(bits, rows, out, runs, repeat, whole, kept_as, seed):
     """Groups of one run, and of several that run over the ends of rows, the last one short."""
     generator, run = drawn(seed), 32
     columns, group = runs * run, run * repeat
     raw, groups = torch.randint(2**bits, (out, columns), dtype=torch.uint8, generator=generator), -(-out * columns // group)
     scale, x = torch.rand(groups, generator=generator) + 0.1, torch.randn(rows, columns, generator=generator)
-    zero = 2 ** (bits - 1) if whole else torch.randn(groups, generator=generator)
+    zero = 2 ** (bits - 1) if whole else torch.randn(groups, generator=generator).to(kept_as)
+    scale = scale.to(kept_as)
     assert _compiled.suits(x[:16], bits, run)
     found = _compiled.few_product(x, pack(raw, bits).view(-1), bits, scale, zero, group, run)
 
@@ -162,14 +162,13 @@ def test_threads_share_a_loop(bits, shared):
 def test_a_loop_runs_in_as_many_threads_as_pytorch_has(shared):
     import numba
 
-    number, seen = _team.openmp()[1], torch.zeros(3, dtype=torch.int64)
-    address = seen.data_ptr()
+    number, numbers, seen = _team.openmp()[1], _compiled._loops()._floats, torch.zeros(3)
 
     @numba.cfunc(numba.types.void(numba.types.CPointer(numba.types.int64)), nopython=True)
     def loop(job):
-        numba.carray(job, 3)[number()] += 1
+        numbers(job, 0)[number()] += 1
 
-    _team.run(loop.ctypes, (ctypes.c_int64 * 3).from_address(address), 3)
+    _team.run(_team.Loop(loop.address), [seen.data_ptr(), 3], 3)
     assert seen.tolist() == [1, 1, 1]
 
 

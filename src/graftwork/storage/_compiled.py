@@ -14,7 +14,6 @@ Without numba, under transforms of PyTorch, with other devices and dtypes caller
 
 from __future__ import annotations
 
-import ctypes
 import math
 import warnings
 from functools import cache
@@ -103,27 +102,37 @@ def few_product(x: Tensor, codes: Tensor, bits: int, scale: Tensor, zero: Tensor
     """x (..., in) -> x D(W)^T (..., out) fp32, without gradient.
 
     codes (out * in * bits / 8,) uint8, packed row by row, the first code of a byte in its lowest bits unless high_first. Weights, read row
-    by row, are in groups of `group`, of which scale and zero are (groups,), scale fp32 and zero fp32 or uint8, or one int for all; run:
-    columns that never lie in two groups, a divisor of `in`. table: 16 numbers of which codes of 4 bits are indices; zero does not matter
-    then. Codes and numbers are contiguous, and ask for no gradient."""
+    by row, are in groups of `group`, of which scale and zero are (groups,), scale of a float dtype, zero of one or uint8, or one int for
+    all; run: columns that never lie in two groups, a divisor of `in`. table: 16 numbers of which codes of 4 bits are indices; zero does
+    not matter then. Codes and numbers are contiguous, and ask for no gradient."""
     columns = x.shape[-1]
-    out, flat = codes.numel() * 8 // (bits * columns), x.detach().reshape(-1, columns).float().contiguous()
-    rows = flat.shape[0]
-    parts = 1 if rows == 1 else _parts(columns, run)
+    out, flat = codes.numel() * 8 // (bits * columns), x.float().reshape(-1, columns).contiguous()
+    rows, kept = flat.shape[0], _loops().kept_as()
+    scale = scale if scale.dtype in kept else scale.float()
+    zeros = None
+    if isinstance(zero, int):
+        zero = _table((float(zero),))
+    else:
+        zero = zero if zero.dtype in kept else zero.float()
+        zeros = zero.dtype
+    parts, run, loop = _product(rows == 1, columns, bits, run, bool(table), high_first, scale.dtype, zeros)
     if parts > 1:  # rows that lie a power of two apart would share places in the cache
         flat = flat.view(rows, parts, -1).transpose(0, 1).contiguous()
-    if isinstance(zero, int):
-        zero = scale if table else torch.full_like(scale, zero)
-    y = torch.empty(rows, out) if rows == 1 else torch.zeros(rows, out)
-    run = math.gcd(run, columns // parts)
-    code = _loops().code(bits, run, bool(table), high_first)
-    loop = _loops().product(code, run == code.unit, zero.dtype == torch.uint8, rows == 1)
-    numbers, weight = (out, group, run, parts), (codes, scale, zero, _table(table) if table else scale)
-    _run(loop, out * columns, *numbers, flat, *weight, y)
-    return y.view(*x.shape[:-1], out)
+    y = (torch.empty if rows == 1 else torch.zeros)(rows, out)
+    _run(loop, out * columns, out, group, run, parts, flat, codes, scale, zero, _table(table or (0.0,)), y)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out)
 
 
 @cache
+def _product(one_row: bool, columns: int, bits: int, run: int, looked_up: bool, high_first: bool, scales: torch.dtype,
+             zeros: torch.dtype | None) -> tuple[int, int, _team.Loop]:
+    """(parts of a row, columns of a run in one, the loop)."""
+    parts = 1 if one_row else _parts(columns, run)
+    run = math.gcd(run, columns // parts)
+    code = _loops().code(bits, run, looked_up, high_first)
+    return parts, run, _loops().product(code, run == code.unit, scales, zeros, one_row)
+
+
 def _parts(columns: int, run: int) -> int:
     """Into how many equal parts a row is cut, so that few rows of W lie in the nearest cache and many of x in the next: the fewest of at
     most PART columns, each whole runs or a part of one, and whole vectors; where there are none, those nearest to it."""
@@ -153,4 +162,4 @@ def _run(loop, codes: int, *arguments: Tensor | int) -> None:
             numbers.append(argument)
         else:
             numbers += argument.data_ptr(), argument.numel()
-    _team.run(loop, (ctypes.c_int64 * len(numbers))(*numbers), torch.get_num_threads() if codes >= SHARE else 1)
+    _team.run(loop, numbers, torch.get_num_threads() if codes >= SHARE else 1)

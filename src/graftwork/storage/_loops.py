@@ -21,6 +21,7 @@ from typing import NamedTuple
 import llvmlite.binding
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -57,8 +58,9 @@ def code(bits: int, run: int, looked_up: bool = False, high_first: bool = False)
     return Code(bits, unit, looked_up, high_first)
 
 
-def _entry(loop: Callable) -> Callable:
-    return numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True, error_model="numpy")(loop).ctypes
+def _entry(loop: Callable) -> _team.Loop:
+    compiled = numba.cfunc(types.void(types.CPointer(types.int64)), nopython=True, error_model="numpy")(loop)
+    return _team.Loop(compiled.address, compiled)
 
 
 # -- jobs ---------------------------------------------------------------------------------------------------------------
@@ -92,6 +94,41 @@ def _bytes(job, at):
 
 
 @_compiled
+def _shorts(job, at):
+    return numba.carray(_pointer(job[at]), (job[at + 1],), np.uint16)
+
+
+@cache
+def numbers_of(dtype: torch.dtype | None) -> tuple[Callable, Callable]:
+    """(array of a job, number of it as fp32), of a dtype in which scales and zeros are kept: `kept_as`; None: one fp32 number for all."""
+
+    @intrinsic
+    def number(typing, array, index):
+        def generate(context, builder, signature, arguments):
+            data = _data(context, builder, signature.args[0], arguments[0])
+            return _widened(builder, dtype, builder.load(data if dtype is None else builder.gep(data, [arguments[1]])))
+
+        return types.float32(array, index), generate
+
+    return {None: _floats, torch.float32: _floats, torch.uint8: _bytes}.get(dtype, _shorts), number
+
+
+@cache
+def kept_as() -> tuple[torch.dtype, ...]:
+    """Dtypes of `numbers_of`: fp16 where a processor converts it."""
+    return (torch.float32, torch.bfloat16, torch.uint8, *([torch.float16] if _has("f16c") else []))
+
+
+def _widened(builder, dtype, value):
+    if dtype == torch.float16:
+        return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
+    if dtype == torch.bfloat16:
+        wide = builder.shl(builder.zext(value, ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
+        return builder.bitcast(wide, ir.FloatType())
+    return builder.uitofp(value, ir.FloatType()) if dtype == torch.uint8 else value
+
+
+@_compiled
 def _aligned(size):
     """fp32 zeros (size,), of which no vector lies in two lines of the cache."""
     found = np.zeros(size + 16, np.float32)
@@ -100,7 +137,7 @@ def _aligned(size):
 
 # -- values -------------------------------------------------------------------------------------------------------------
 @cache
-def decoder(code: Code) -> Callable:
+def decoder(code: Code) -> _team.Loop:
     """job (blocks, block, codes, scale, table, out): out (n,) <- table[code] * scale of its block; 4 bits; block: even."""
     spread, wide, shifts = _spread(code), code.lanes, (4, 0) if code.high_first else (0, 4)
     first_shift, second_shift = shifts
@@ -129,7 +166,7 @@ def decoder(code: Code) -> Callable:
 
 
 @cache
-def whole(code: Code) -> Callable:
+def whole(code: Code) -> _team.Loop:
     """job (groups, group, codes, scale, zero, out): out (n,) <- (code - zero) * scale, codes of 8 bits."""
     spread, wide, f32 = _spread(code), code.lanes, np.float32
 
@@ -151,20 +188,21 @@ def whole(code: Code) -> Callable:
 
 # -- products -----------------------------------------------------------------------------------------------------------
 @cache
-def product(code: Code, once: bool, whole_zeros: bool, one_row: bool) -> Callable:
+def product(code: Code, once: bool, scales: torch.dtype, zeros: torch.dtype | None, one_row: bool) -> _team.Loop:
     """job (out, group, run, parts, x, codes, scale, zero, table, y), for one row of x or for more; once: a run is one unit of code.
 
     x (m * in,), the first of so many parts of all rows first, y (m * out,), zeros where there are more rows; group, run: see
-    `_compiled.few_product`; zero: uint8 if whole_zeros."""
+    `_compiled.few_product`; scale, zero: in dtypes of `numbers_of`."""
     each, f32, index, from_table = 8 // code.bits, np.float32, np.uint64, code.looked_up
-    spread, dot, wide, (rows_of, outs_of) = _spread(code, once), _dot(code, once), code.lanes, block_sizes()
+    spread, dot, (rows_of, outs_of) = _spread(code, once), _dot(code, once, scales), block_sizes()
+    (scales_at, scale_of), (zeros_at, zero_of) = numbers_of(scales), numbers_of(zeros)
     many, single = _block(rows_of, outs_of), _block(1, outs_of)
 
     @_summing
     def one(first, last, x, codes, scale, zero, table, y, group, run):
         columns = x.shape[1]
         width, span, runs = columns // each, run // each, columns // run
-        vector, totals, sums = _aligned(columns), np.zeros(runs, f32), np.zeros(wide, f32)
+        vector, totals, sums = _aligned(columns), np.zeros(runs, f32), np.zeros(1, f32)
         for i in range(index(each)):
             for k in range(index(width)):
                 vector[i * index(width) + k] = x[0, k * index(each) + i]
@@ -176,15 +214,13 @@ def product(code: Code, once: bool, whole_zeros: bool, one_row: bool) -> Callabl
         for o in range(first, last):
             g, within = o * columns // group, o * columns % group
             dot(vector, width, codes, o * width, span, runs, table, scale, g, within, run, group, sums)
-            found = f32(0)
-            for lane in range(wide):
-                found += sums[lane]
+            found = sums[0]
             if not from_table and run == group:
                 for j in range(index(runs)):
-                    found -= scale[index(g) + j] * f32(zero[index(g) + j]) * totals[j]
+                    found -= scale_of(scale, index(g) + j) * zero_of(zero, index(g) + j) * totals[j]
             elif not from_table:
                 for j in range(index(runs)):
-                    found -= scale[g] * f32(zero[g]) * totals[j]
+                    found -= scale_of(scale, g) * zero_of(zero, g) * totals[j]
                     within += run
                     if within == group:  # a division would take as long as a group
                         g, within = g + 1, 0
@@ -195,9 +231,9 @@ def product(code: Code, once: bool, whole_zeros: bool, one_row: bool) -> Callabl
         """tile[to:] = the weights start ... start + columns, read row by row."""
         g, within = index(start // group), start % group
         for j in range(index(columns // run)):
-            own = f32(0) if from_table else f32(zero[g])
+            own = f32(0) if from_table else zero_of(zero, g)
             at = index(start) + j * index(run)
-            spread(codes, at // index(each), table, own, scale[g], tile, index(to) + j * index(run), run // each)
+            spread(codes, at // index(each), table, own, scale_of(scale, g), tile, index(to) + j * index(run), run // each)
             within += run
             if within == group:
                 g, within = g + index(1), 0
@@ -224,14 +260,12 @@ def product(code: Code, once: bool, whole_zeros: bool, one_row: bool) -> Callabl
                             y[r + i, o + j] += sums[i * outs_of + j]
                     r += taken
 
-    zeros = _bytes if whole_zeros else _floats
-
     def loop(job):
         out = job[0]
         first, last = _share(out, outs_of)
         y = _floats(job, 14)
         x, y = _floats(job, 4).reshape((y.shape[0] // out, -1)), y.reshape((y.shape[0] // out, out))
-        codes, scale, zero, table = _bytes(job, 6), _floats(job, 8), zeros(job, 10), _floats(job, 12)
+        codes, scale, zero, table = _bytes(job, 6), scales_at(job, 8), zeros_at(job, 10), _floats(job, 12)
         if one_row:
             one(first, last, x, codes, scale, zero, table, y, job[1], job[2])
         else:
@@ -275,10 +309,10 @@ def _spread(code: Code, once: bool = False) -> Callable:
     return spread
 
 
-def _dot(code: Code, once: bool) -> Callable:
-    """dot(x, width, codes, at, span, runs, table, scale, g, within, run, group, sums): sums (lanes,) fp32, each lane its part, = the sum of
-    code * scale * x (table[code] * scale * x) over so many runs of `span` bytes (whole vectors; one, if once) from codes[at] on; x: `width`
-    numbers of every plane. The first run is `within` weights from the start of group g; a group is `group` weights, a run `run`."""
+def _dot(code: Code, once: bool, scales: torch.dtype) -> Callable:
+    """dot(x, width, codes, at, span, runs, table, scale, g, within, run, group, sums): sums[0] = the sum of code * scale * x, or
+    table[code] * scale * x, over so many runs of `span` bytes (whole vectors; one, if once) from codes[at] on; x: `width` numbers of every
+    plane. The first run is `within` weights from the start of group g; a group is `group` weights, a run `run`."""
     vectors, each = _Vectors(code, once), 8 // code.bits
 
     @intrinsic
@@ -311,13 +345,13 @@ def _dot(code: Code, once: bool) -> Callable:
                 for here in own[1:]:
                     found = builder.fadd(found, builder.load(here), flags=ANY_ORDER)
                 now = builder.load(at_group)
-                by = vectors.splat(builder, builder.load(builder.gep(scale, [now])))
+                by = vectors.splat(builder, _widened(builder, scales, builder.load(builder.gep(scale, [now]))))
                 add(total, builder.fmul(found, by, flags=ANY_ORDER))
                 after = builder.add(builder.load(at_weight), run)
                 ends = builder.icmp_signed("==", after, group)
                 builder.store(builder.add(now, builder.zext(ends, number)), at_group)
                 builder.store(builder.select(ends, ir.Constant(number, 0), after), at_weight)
-            builder.store(builder.load(total), vectors.at(builder, sums, None, vectors.floats), align=4)
+            builder.store(vectors.sum(builder, builder.load(total)), sums)
             return context.get_dummy_value()
 
         long = types.int64
@@ -418,6 +452,14 @@ class _Vectors:
         taken = [upper * self.lanes // 2 + i // 2 + i % 2 * self.lanes for i in range(self.lanes)]
         return builder.shuffle_vector(*pair, ir.Constant(self.ints, taken))
 
+    def sum(self, builder, value):
+        lanes = self.lanes
+        while lanes > 1:
+            lanes //= 2
+            halves = (ir.Constant(ir.VectorType(self.int, lanes), list(range(start, start + lanes))) for start in (0, lanes))
+            value = builder.fadd(*(builder.shuffle_vector(value, value, half) for half in halves), flags=ANY_ORDER)
+        return builder.extract_element(value, ir.Constant(self.int, 0))
+
     @contextmanager
     def loop(self, builder, many):
         """Over k = 0, lanes, ... below many."""
@@ -431,14 +473,18 @@ class _Vectors:
     def planes(self, builder, codes, at, k, table):
         """For every plane what the codes of the bytes from codes[at + k] on mean but for zero and scale, as floats."""
         wide = builder.zext(builder.load(self.at(builder, codes, builder.add(at, k), self.bytes), align=1), self.ints)
-        bits = self.code.bits
+        bits, permuted = self.code.bits, isinstance(table, list)
         for low in sorted(range(0, 8, bits), reverse=self.code.high_first):
-            own = builder.and_(builder.lshr(wide, self.constant(self.ints, low)), self.constant(self.ints, 2**bits - 1))
-            yield self._looked_up(builder, own, table) if self.code.looked_up else builder.sitofp(own, self.floats)
+            own = builder.lshr(wide, self.constant(self.ints, low))
+            if not (permuted and len(table) == 1):  # a permutation of 16 numbers takes the lowest four bits alone
+                own = builder.and_(own, self.constant(self.ints, 2**bits - 1))
+            yield self._looked_up(builder, own, table) if self.code.looked_up or permuted else builder.sitofp(own, self.floats)
 
     def table(self, builder, data):
-        """The table as `planes` wants it: in registers if a processor can look up there."""
+        """The table as `planes` wants it: in registers if a processor can look up there, which beats converting codes if one is enough."""
         width = self._registers()
+        if not self.code.looked_up and self.code.bits == 4 and width == 16:
+            return [ir.Constant(ir.VectorType(ir.FloatType(), 16), [float(code) for code in range(16)])]
         if not self.code.looked_up or not width:
             return data
         kind = ir.VectorType(ir.FloatType(), width)

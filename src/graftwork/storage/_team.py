@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from array import array
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -41,12 +42,21 @@ def has_all() -> bool:
     return torch.get_num_threads() == 1 or openmp() is not None and not _forked
 
 
-def run(loop: Any, job: ctypes.Array, threads: int) -> None:
-    """loop(job) in each of so many threads (fewer if OpenMP says so: the loop asks which it is, and of how many)."""
+class Loop:
+    """A function of C of one address; what else is to live as long."""
+
+    def __init__(self, address: int, *kept: Any):
+        self.address, self.kept, self.call = address, kept, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+
+
+def run(loop: Loop, job: list[int], threads: int) -> None:
+    """The loop with the address of these numbers (int64), in each of so many threads (fewer if OpenMP says so: it asks which it is, and
+    of how many)."""
+    numbers = array("q", job)
     if threads < 2 or _forked or openmp() is None:
-        loop(job)
+        loop.call(numbers.buffer_info()[0])
     else:
-        openmp()[0](ctypes.cast(loop, ctypes.c_void_p), job, threads, 0)
+        openmp()[0](loop.address, numbers.buffer_info()[0], threads, 0)
 
 
 def _in_child() -> None:

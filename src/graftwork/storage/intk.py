@@ -114,9 +114,7 @@ class IntStorage(GroupStorage):
 
     def _few_rows(self, x, group):
         kept, kinds = self._parameters, self._kinds
-        scale, zero = view_as(kept["scale"], kinds["scale"][1]).float(), 2 ** (self.bits - 1)
-        if "zero" in kinds:
-            zero = kept["zero"] if kinds["zero"][1] == torch.uint8 else view_as(kept["zero"], kinds["zero"][1]).float()
+        scale, zero = (view_as(kept[name], kinds[name][1]) if name in kinds else 2 ** (self.bits - 1) for name in ("scale", "zero"))
         placed = self._placed(x.float(), self.leaves()) if "input_scale" in kinds or "channels" in kinds else x
         return _compiled.few_product(placed, kept["codes"], self.bits, scale, zero, group, group).to(x.dtype)
 

@@ -177,10 +177,11 @@ class NF4Storage(Storage):
     def dense_as(self, dtype: torch.dtype) -> Tensor:
         return self._decode(self.codes, self.scales(), self.out_features, dtype)
 
-    def _decode(self, codes: Tensor, absmax: Tensor, rows: int, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        """codes and absmax of `rows` whole rows, the first of which starts with a block -> (rows, in) in dtype, rounded to the
-        compute dtype on the way. out (rows * in,): may be filled with it."""
-        block, rounding, who = self.options.block_size, self.compute_dtype, self._who(codes.device)
+    def _decode(self, codes: Tensor, absmax: Tensor, rows: int, dtype: torch.dtype, out: Tensor | None = None,
+                rounding: torch.dtype | None = None) -> Tensor:
+        """codes and absmax of `rows` whole rows, the first of which starts with a block -> (rows, in) in dtype, rounded on the way to
+        `rounding`, by default the compute dtype. out (rows * in,): may be filled with it."""
+        block, rounding, who = self.options.block_size, rounding or self.compute_dtype, self._who(codes.device)
         if who == "bitsandbytes" and (codes.device.type != "cpu" or rounding == torch.float32 or _vector_code()):
             return _bitsandbytes(codes, absmax, (rows, self.in_features), block, rounding).to(dtype)
         if who == "numba" and dtype == rounding == torch.float32 and _compiled.decodes(codes, absmax):  # in as few calls as can be
@@ -202,34 +203,41 @@ class NF4Storage(Storage):
 
     # -- products, tile by tile -------------------------------------------------------------------------------------
     def forward_product(self, x):
-        block = self.options.block_size
-        run = math.gcd(self.in_features, block)  # columns that never lie in two blocks
-        if self.options.compute in ("auto", "numba") and _compiled.suits(x, 4, run):
-            scales = self.scales()
-            return _compiled.few_product(x, self.codes, 4, scales, 0, block, run, table=NF4_VALUES, high_first=True).to(x.dtype)
-        return tiled_product(x, self._tiles(), self._decoder())
+        block, run = self.options.block_size, self._run()
+        if not self._few(x):
+            return tiled_product(x, self._tiles(), self._decoder())
+        y = _compiled.few_product(x, self.codes, 4, self.scales(), 0, block, run, table=NF4_VALUES, high_first=True)
+        return y.to(x.dtype)
+
+    def _few(self, x: Tensor) -> bool:
+        """Whether there are so few rows that a loop of our own multiplies them, by fp32 values that nothing rounds."""
+        return self.options.compute in ("auto", "numba") and _compiled.suits(x, 4, self._run())
+
+    def _run(self) -> int:
+        """Columns that never lie in two blocks."""
+        return math.gcd(self.in_features, self.options.block_size)
 
     def transposed(self, grad):
-        return tiled_transposed(grad, self._tiles(), self._decoder())
+        return tiled_transposed(grad, self._tiles(), self._decoder(torch.float32 if self._few(grad) else None))
 
     def _tiles(self) -> list[slice]:
         block = self.options.block_size
         return row_tiles(self.out_features, self.in_features, block // math.gcd(self.in_features, block))
 
-    def _decoder(self):
-        """Rows of W in a dtype; the rows start with a block (and so, as blocks are even, with a byte)."""
+    def _decoder(self, rounding: torch.dtype | None = None):
+        """Rows of W in a dtype, rounded as by `_decode`; the rows start with a block (and so, as blocks are even, with a byte)."""
         columns, absmax, block = self.in_features, self.scales(), self.options.block_size
         scratch: Tensor | None = None  # of all tiles but a shorter last one: where one was is in the cache
 
         def decode(rows: slice, dtype: torch.dtype) -> Tensor:
             nonlocal scratch
             if rows.stop - rows.start == self.out_features:  # without slices, calls that a small matrix feels
-                return self._decode(self.codes, absmax, self.out_features, dtype)
+                return self._decode(self.codes, absmax, self.out_features, dtype, None, rounding)
             first, last = rows.start * columns, rows.stop * columns
             codes, own = self.codes[first // 2: -(-last // 2)], absmax[first // block: -(-last // block)]
             if scratch is None or scratch.numel() != last - first:
                 scratch = torch.empty(last - first, dtype=dtype, device=codes.device)
-            return self._decode(codes, own, rows.stop - rows.start, dtype, scratch)
+            return self._decode(codes, own, rows.stop - rows.start, dtype, scratch, rounding)
 
         return decode
 
