@@ -58,7 +58,7 @@ def decodes(*tensors: Tensor) -> bool:
 
 def serves(*tensors: Tensor) -> bool:
     """Whether loops may read these tensors: values on a CPU that nothing differentiates, transforms or traces."""
-    return decodes(*tensors) and all(map(has_values, tensors))
+    return all(map(has_values, tensors)) and decodes(*tensors)
 
 
 def _plain(tensors: tuple[Tensor, ...]) -> bool:
@@ -90,11 +90,16 @@ def decode_whole(codes: Tensor, scale: Tensor, zero: Tensor, group: int, out: Te
 
 
 def suits(x: Tensor, bits: int, run: int) -> bool:
-    """Whether x (..., in) is multiplied by `few_product` rather than by tiles: few rows, in fp32, and runs of whole vectors."""
-    if x.dtype not in _DTYPES or 8 % bits or not serves(x):
+    """Whether x (..., in) is multiplied by `few_product` rather than by tiles: few rows, and runs of whole vectors."""
+    return 8 % bits == 0 and run % 16 == 0 and few(x)
+
+
+def few(x: Tensor) -> bool:
+    """Whether x (..., in) has so few rows, in fp32 or less."""
+    if x.dtype not in _DTYPES or not decodes(x):
         return False
     most = FEW if product_dtype(x.dtype, x.device) != torch.float32 else _loops().most_rows()
-    return x.numel() <= most * x.shape[-1] and run % 16 == 0
+    return x.numel() <= most * x.shape[-1]
 
 
 def few_product(x: Tensor, codes: Tensor, bits: int, scale: Tensor, zero: Tensor | int, group: int, run: int, *,
@@ -108,6 +113,9 @@ def few_product(x: Tensor, codes: Tensor, bits: int, scale: Tensor, zero: Tensor
     columns = x.shape[-1]
     out, flat = codes.numel() * 8 // (bits * columns), x.float().reshape(-1, columns).contiguous()
     rows, kept = flat.shape[0], _loops().kept_as()
+    if not has_values(x):  # a plan: the same bytes and operations
+        flat = flat if rows == 1 or _parts(columns, run) == 1 else flat.clone()
+        return (flat @ flat.new_empty(1, 1).expand(columns, out)).view(*x.shape[:-1], out)
     scale = scale if scale.dtype in kept else scale.float()
     zeros = None
     if isinstance(zero, int):
@@ -133,6 +141,7 @@ def _product(one_row: bool, columns: int, bits: int, run: int, looked_up: bool, 
     return parts, run, _loops().product(code, run == code.unit, scales, zeros, one_row)
 
 
+@cache
 def _parts(columns: int, run: int) -> int:
     """Into how many equal parts a row is cut, so that few rows of W lie in the nearest cache and many of x in the next: the fewest of at
     most PART columns, each whole runs or a part of one, and whole vectors; where there are none, those nearest to it."""

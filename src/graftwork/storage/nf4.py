@@ -192,7 +192,7 @@ class NF4Storage(Storage):
     def _who(self, device: torch.device) -> str:
         """Who decodes. The vector code of bitsandbytes takes for granted that every row starts with its own block."""
         wanted = self.options.compute
-        if wanted in ("auto", "numba") and device.type == "cpu" and _compiled.decodes():
+        if self._loops() and device.type == "cpu" and _compiled.decodes():
             return "numba"
         fits = not self.in_features % self.options.block_size and self.options.block_size <= 1024 and self.compute_dtype != torch.float64
         if fits and wanted in ("auto", "bitsandbytes") and _importable():
@@ -203,22 +203,19 @@ class NF4Storage(Storage):
 
     # -- products, tile by tile -------------------------------------------------------------------------------------
     def forward_product(self, x):
-        block, run = self.options.block_size, self._run()
-        if not self._few(x):
-            return tiled_product(x, self._tiles(), self._decoder())
-        y = _compiled.few_product(x, self.codes, 4, self.scales(), 0, block, run, table=NF4_VALUES, high_first=True)
-        return y.to(x.dtype)
+        block = self.options.block_size
+        run = math.gcd(self.in_features, block)  # columns that never lie in two blocks
+        if self._loops() and _compiled.suits(x, 4, run):
+            y = _compiled.few_product(x, self.codes, 4, self.scales(), 0, block, run, table=NF4_VALUES, high_first=True)
+            return y.to(x.dtype)
+        return tiled_product(x, self._tiles(), self._decoder())
 
-    def _few(self, x: Tensor) -> bool:
-        """Whether there are so few rows that a loop of our own multiplies them, by fp32 values that nothing rounds."""
-        return self.options.compute in ("auto", "numba") and _compiled.suits(x, 4, self._run())
-
-    def _run(self) -> int:
-        """Columns that never lie in two blocks."""
-        return math.gcd(self.in_features, self.options.block_size)
+    def _loops(self) -> bool:
+        return self.options.compute in ("auto", "numba")
 
     def transposed(self, grad):
-        return tiled_transposed(grad, self._tiles(), self._decoder(torch.float32 if self._few(grad) else None))
+        rounding = torch.float32 if self._loops() and _compiled.few(grad) else None  # few rows meet values that nothing rounds, both ways
+        return tiled_transposed(grad, self._tiles(), self._decoder(rounding))
 
     def _tiles(self) -> list[slice]:
         block = self.options.block_size
