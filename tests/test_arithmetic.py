@@ -50,3 +50,12 @@ def test_fp32_is_left_alone(slow):
     model = tiny.llama()
     arithmetic.widen(model)
     assert not any(isinstance(m, arithmetic.WideLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize("instructions", [False, True])
+def test_products_that_are_emulated_are_slow(instructions, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    reported = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert arithmetic.slow_on_cpu.__wrapped__(torch.bfloat16) == (reported or not instructions)
+    assert not arithmetic.slow_on_cpu.__wrapped__(torch.float32)

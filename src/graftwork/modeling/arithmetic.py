@@ -28,8 +28,8 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 @cache
 def slow_on_cpu(dtype: torch.dtype) -> bool:
-    """True where this processor has no instructions for products in this half-precision type. (oneDNN emulates those of bf16 with AVX-512
-    and calls that support: five times as slow as fp32, measured on a processor with VNNI.)"""
+    """True where this processor has no instructions for products in this half-precision type. With AVX-512 oneDNN calls bf16 supported
+    without them, too: it emulates them, five times as slow as fp32 (2048x2048 by 128 rows, 35 and 7.7 ms)."""
     if dtype == torch.bfloat16 and torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported():
         return True
     name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)

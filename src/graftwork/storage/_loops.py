@@ -3,11 +3,11 @@
 A loop is a function of C of one argument, a job: int64 numbers, and for every array its address and its length. Each thread of a team takes
 its part of the work (`_share`), all of it without one.
 
-Codes that share a byte, b bits each, are taken out plane by plane: plane i has codes i, i + each, ... of a row (each = 8 / b), and so has
-a row of floats here: `width` = columns / each numbers of plane 0, then those of plane 1, ... `place`, `dot` and `spread` are vector code
-written out: left to LLVM, a group of 64 weights would be a loop with a sum across lanes and a test of overlapping memory, which take as
-long as its products. The others are plain Python for numba. Indices are unsigned in innermost loops: one that may be negative counts from
-the end in Python, and the test for it keeps a loop from vector code.
+Codes that share a byte, b bits each, are taken out plane by plane: plane i has codes i, i + each, ... (each = 8 / b). `spread` weaves them;
+for `dot` the row of x lies in planes as well: `width` = columns / each numbers of plane 0, then those of plane 1, ... These and `block` are
+vector code written out: left to LLVM, a group of 64 weights would be a loop with a sum across lanes and a test of overlapping memory, which
+take as long as its products. The others are plain Python for numba. Indices are unsigned in innermost loops: one that may be negative
+counts from the end in Python, and the test for it keeps a loop from vector code.
 """
 
 from __future__ import annotations
