@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import cache
 
 import torch
@@ -117,7 +118,16 @@ def nf4_module(rows, columns, seed):
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1
     codes, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     tensors = {"weight": codes, **{f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}}
-    return tensors, functional.dequantize_4bit(codes, state).double()
+    return tensors, nf4_values(codes, state).double()
+
+
+def nf4_values(codes, state):
+    """What bitsandbytes decodes: a row a block, as its code for AVX-512 takes for granted that rows start with one."""
+    from bitsandbytes import functional
+
+    flat = copy(state)
+    flat.shape = torch.Size((state.shape.numel() // state.blocksize, state.blocksize))
+    return functional.dequantize_4bit(codes, flat).view(state.shape)
 
 
 def mxfp4_module(rows, columns, seed):

@@ -19,6 +19,7 @@ from graftwork.modeling.models import load_model
 from graftwork.planning.ledger import Ledger
 from graftwork.registry import make_config
 from graftwork.storage import Storage, apply_storage, storage_bits
+from published_support import nf4_values
 
 TEXTS = [f"the answer to question {i} is {i * 7 % 31}, and it is not {i % 5}." for i in range(60)]
 GPTQ = {"method": "int4", "group_size": 16, "calibration": "gptq"}
@@ -330,7 +331,7 @@ def test_published_nf4_checkpoints_load_with_their_codes(dense, tmp_path, double
             codes, state = functional.quantize_4bit(tensors[name], blocksize=64, quant_type="nf4", compress_statistics=double_quant)
             tensors |= {name: codes, **{f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}}
             with torch.no_grad():
-                model.get_parameter(name).copy_(functional.dequantize_4bit(codes, state))
+                model.get_parameter(name).copy_(nf4_values(codes, state))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((dense / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",

@@ -77,7 +77,7 @@ def test_padding_does_not_count():
     plain, padded = inputs(2, 12, 1, padded=False), inputs(2, 12, 1, padded=False)
     for key, fill in (("input_ids", 7), ("attention_mask", 0)):
         padded[0][key] = torch.cat([padded[0][key], torch.full((2, 4), fill)], 1)
-    first, second = (stored(apply_storage(tiny.llama(), config(), batches=b, notes=[])) for b in (plain, padded))
+    first, second = (stored(apply_storage(tiny.llama().double(), config(), batches=b, notes=[])) for b in (plain, padded))
     assert all((first[n].codes == second[n].codes).float().mean() > 0.999 for n in first)
 
 

@@ -263,7 +263,7 @@ def batch_of(seed):
     return Collator(0).collate([{"input_ids": row, "labels": row} for row in chain(16, seed).tolist()])
 
 
-def tuned(model, selections, steps=30):
+def tuned(model, selections, steps=12):
     graft = graftwork.attach(model, "pv_tuning")
     groups = [{k: v for k, v in g.items() if k != "names"} for g in graft.parameter_groups()]
     step = TrainStep(model, CausalLMObjective(), BackpropEstimator(Backprop()), list(graft.named_parameters()), [graft], selections,
@@ -275,7 +275,7 @@ def tuned(model, selections, steps=30):
 
 @pytest.mark.slow
 def test_codes_and_values_recover_more_than_values_alone(tmp_path):
-    """Held-out loss of a tiny model, 0.794: in 2 bits 1.000, after 30 P steps 0.842, with V steps 0.828."""
+    """Held-out loss of a tiny model, 0.794: in 2 bits 1.000, after 12 P steps 0.878, with V steps 0.859."""
     def loss(model):
         ids = chain(32, 1)
         with torch.no_grad():
