@@ -58,6 +58,20 @@ def scatter(graft: Any, seed: int, size: float = 0.1) -> None:
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * size)
 
 
+def changes(graft: Any) -> list[Any]:
+    """The change (out, in) of each site's whole map, in the model's dtype, from its outputs on the unit inputs."""
+    import torch
+
+    found = []
+    with torch.no_grad():
+        for site in graft.sites.values():
+            unit = torch.eye(site.in_features, dtype=next(graft.model.parameters()).dtype)
+            with graft.disabled():
+                base = site.module(unit)
+            found.append((site.module(unit) - base).T)
+    return found
+
+
 def stored(weight: Any, method: str, **options: Any) -> Any:
     """A weight in a storage."""
     from ..registry import make_config
