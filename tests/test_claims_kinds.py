@@ -47,9 +47,10 @@ def test_memory_at_true_scale_and_an_optimizer_with_a_hidden_state(config, tmp_p
 
 @pytest.mark.parametrize("curve, plans", [(lambda v: 10e9 + 3e6 * v, 4), (lambda v: 10e9 + 1e6 * v + 50 * v * v, 24),
                                           (lambda v: 7e10 + 3e10 * (v > 1000), 18), (lambda v: 9e10, 1),
-                                          (lambda v: max(7e10 + v, 5e10 + 1e6 * v), 21)])
+                                          (lambda v: max(7e10 + v, 5e10 + 1e6 * v), 21),
+                                          (lambda v: max(3e10 + 2e5 * v, 2e10 + 3e7 * v), 9)])
 def test_the_largest_that_fits(curve, plans, tmp_path, monkeypatch):
-    """By a line, a parabola, a cliff, what never fits, and a plain before a slope, in place of plans."""
+    """By a line, a parabola, a cliff, what never fits, and two plains before a slope, in place of plans."""
     seen = []
     monkeypatch.setattr("graftwork.claims.kinds.memory_true_scale.simulate", lambda recipe: (
         seen.append(recipe["data"]["max_length"]) or {"device": curve(recipe["data"]["max_length"])}))

@@ -71,7 +71,7 @@ class Kind(Base):
             slope = (known[near]["device"] - known[low]["device"]) / (near - low)
             guess = int((low + (within - known[low]["device"]) / slope) // step * step) if slope > 0 else 2 * low
             # Where activations are not at the peak yet bytes hardly rise, and the line leads anywhere.
-            if high is None and abs(known[near]["device"] - known[low]["device"]) < 1e-4 * known[low]["device"]:
+            if high is None and abs(known[near]["device"] - known[low]["device"]) < 2e-3 * known[low]["device"]:
                 guess = 4 * low
             if high is not None and (guess >= high or len(known) > self.check.tries):
                 guess = (low + high) // 2 // step * step

@@ -6,7 +6,7 @@ CLAIM = {
     "source": "arXiv 2406.05223",
     "kind": "quality_scaled",
     "setting": "SmolLM2-135M-Instruct (de-quantized 4-bit weights with groups of 32), all linear maps of the blocks without their last "
-               "64 and 128 components (of at most 576), covariances of 24 rows of c4 (mode kpm, whose adapter starts as these components); loss "
+               "64 and 128 components (of at most 576), covariances of 24 rows of c4 (mode kpm, whose adapter starts as these); loss "
                "on 32 rows of 256 tokens of wikitext2, rows paired",
     "baseline": "svd",
     "check": {"tasks": [], "seeds": 1},

@@ -6,8 +6,8 @@ CLAIM = {
     "source": "arXiv 2310.08659",
     "kind": "quality_scaled",
     "setting": "SmolLM2-135M-Instruct (de-quantized 4-bit weights with groups of 32), all linear maps of the blocks in 2 and 4 bits, "
-               "groups of 64, r=64, five rounds; the model before any training, which for QLoRA is the quantized base: loss on 32 rows of 256 "
-               "tokens of wikitext2, rows paired",
+               "groups of 64, r=64, five rounds; the model before any training, which for QLoRA is the quantized base: loss on "
+               "32 rows of 256 tokens of wikitext2, rows paired",
     "baseline": "qlora",
     "check": {"tasks": [], "seeds": 1},
     "holds": "loftq.loss2 < qlora.loss2 and loftq.loss4 < qlora.loss4",
