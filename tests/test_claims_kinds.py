@@ -10,7 +10,6 @@ import torch
 
 import tiny
 from claims_support import made, tiny_config, verdict
-from graftwork.claims.claim import find
 from graftwork.claims.run import run_claim
 from graftwork.claims.table import describe
 from graftwork.errors import DataError
@@ -97,18 +96,6 @@ def test_counts_and_an_adapter_with_a_dense_change(config, tmp_path, monkeypatch
         self.change = torch.nn.Parameter(torch.zeros(site.out_features, site.in_features))
 
     monkeypatch.setattr(LoRAXSAdapter, "__init__", dense)
-    assert verdict(claim, tmp_path / "broken") == "does not hold here"
-
-
-@pytest.mark.slow
-def test_stacking_is_exact_and_a_sum_without_weights_is_not(tmp_path, monkeypatch):
-    claim = find("flora_stacking")
-    result = run_claim(claim, tmp_path / "good")
-    assert result["verdict"] == "holds" and result["seeds"] == 3
-    from graftwork.interchange import combine
-
-    own = combine._sums
-    monkeypatch.setattr(combine, "_sums", lambda grafts, weights, rank: own(grafts, [1.0 for _ in weights], rank))
     assert verdict(claim, tmp_path / "broken") == "does not hold here"
 
 
