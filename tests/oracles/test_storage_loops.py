@@ -44,10 +44,11 @@ PROCESSORS = {"avx512": ("avx512f", "avx2"), "avx2": ("avx2",), "other": ()}
 def processor(request, monkeypatch):
     """A kind of processor, of which this one can do no less."""
     loops = _compiled._loops()
-    if not all(map(loops._has, PROCESSORS[request.param])):
+    vectors = loops.vectors
+    if not all(map(vectors._has, PROCESSORS[request.param])):
         pytest.skip("a processor without it")
-    builders = (_compiled._product, loops.decoder, loops.product, loops._spread, loops._block)
-    monkeypatch.setattr(loops, "_has", PROCESSORS[request.param].__contains__)
+    builders = (_compiled._product, loops.decoder, loops.product, vectors.spread, vectors.block)
+    monkeypatch.setattr(vectors, "_has", PROCESSORS[request.param].__contains__)
     for builder in builders:
         builder.cache_clear()
     yield

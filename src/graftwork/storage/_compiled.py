@@ -76,7 +76,7 @@ def decode_table(codes: Tensor, scale: Tensor, block: int, table: tuple[float, .
     scale (ceil(n/block),) fp32; block: even; table: 16 numbers; high_first: the first code of a byte is in its highest bits. All
     contiguous."""
     if has_values(codes):
-        loop = _loops().decoder(_loops().code(4, block, True, high_first))
+        loop = _loops().decoder(_loops().vectors.code(4, block, True, high_first))
         _run(loop, out.numel(), scale.numel(), block, codes, scale, _table(table), out)
     return out
 
@@ -85,7 +85,7 @@ def decode_whole(codes: Tensor, scale: Tensor, zero: Tensor, group: int, out: Te
     """Fills out (rows, columns) fp32 with (code - zero) * scale of its codes (n,) uint8 in groups, of which scale and zero are
     (ceil(n/group),) fp32, and returns it; fake tensors it leaves as they are. All contiguous."""
     if has_values(codes):
-        _run(_loops().whole(_loops().code(8, group)), out.numel(), scale.numel(), group, codes, scale, zero, out)
+        _run(_loops().whole(_loops().vectors.code(8, group)), out.numel(), scale.numel(), group, codes, scale, zero, out)
     return out
 
 
@@ -98,7 +98,7 @@ def few(x: Tensor) -> bool:
     """Whether x (..., in) has so few rows, in fp32 or less."""
     if x.dtype not in _DTYPES or not decodes(x):
         return False
-    most = FEW if product_dtype(x.dtype, x.device) != torch.float32 else _loops().most_rows()
+    most = FEW if product_dtype(x.dtype, x.device) != torch.float32 else _loops().vectors.most_rows()
     return x.numel() <= most * x.shape[-1]
 
 
@@ -112,7 +112,7 @@ def few_product(x: Tensor, codes: Tensor, bits: int, scale: Tensor, zero: Tensor
     not matter then. Codes and numbers are contiguous, and ask for no gradient."""
     columns = x.shape[-1]
     out, flat = codes.numel() * 8 // (bits * columns), x.float().reshape(-1, columns).contiguous()
-    rows, kept = flat.shape[0], _loops().kept_as()
+    rows, kept = flat.shape[0], _loops().vectors.kept_as()
     if not has_values(x):  # a plan: the same bytes and operations
         flat = flat if rows == 1 or _parts(columns, run) == 1 else flat.clone()
         return (flat @ flat.new_empty(1, 1).expand(columns, out)).view(*x.shape[:-1], out)
@@ -137,7 +137,7 @@ def _product(one_row: bool, columns: int, bits: int, run: int, looked_up: bool, 
     """(parts of a row, columns of a run in one, the loop)."""
     parts = 1 if one_row else _parts(columns, run)
     run = math.gcd(run, columns // parts)
-    code = _loops().code(bits, run, looked_up, high_first)
+    code = _loops().vectors.code(bits, run, looked_up, high_first)
     return parts, run, _loops().product(code, run == code.unit, scales, zeros, one_row)
 
 
