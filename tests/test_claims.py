@@ -15,8 +15,9 @@ from graftwork.claims.claim import Claim, Fields, claims, find, in_order, read, 
 from graftwork.claims.expressions import judge
 from graftwork.claims.kinds import kind_of, kinds
 from graftwork.claims.kinds.base import merged
+from graftwork.claims.run import has_result, run_claim
 from graftwork.claims.samples import Samples, compare
-from graftwork.claims.table import page, results
+from graftwork.claims.table import _ends, page, results
 from graftwork.claims.training import Cell
 from graftwork.errors import UsageError
 from graftwork.recipe import load_recipe
@@ -180,6 +181,28 @@ def test_verdicts_and_the_table(tmp_path):
     assert text.count("missed, not refuted (larger)") == 1
     with pytest.raises(UsageError, match="no results"):
         results(tmp_path / "nothing")
+
+
+def test_a_result_belongs_to_the_arms_it_was_made_of(tmp_path):
+    claim = made("exactness", "own.error <= 1", {}, check={"seeds": 1}, measure=lambda *_: {"own": {"error": 0.5}})
+    run_claim(claim, tmp_path)
+    for change, kept in (({}, True), ({"minutes": 2}, True), ({"arms": {"base": {}}, "baseline": "base"}, False),
+                         ({"holds": "own.error < 1"}, False), ({"check": {"seeds": 2}}, False)):
+        assert has_result(Claim("made", "tests", claim.fields.model_copy(update=change), claim.measure), tmp_path) is kept
+    made_by_older = {k: v for k, v in json.loads((tmp_path / "made.json").read_text()).items() if k != "of"}
+    (tmp_path / "made.json").write_text(json.dumps(made_by_older))
+    assert has_result(claim, tmp_path)
+
+
+def test_rates_at_an_end_of_those_tried_are_told(monkeypatch):
+    arms = {name: {"adapter": {"method": "lora"}, "rates": rates} for name, rates in (
+        ("low", [1e-3, 3e-3, 1e-2]), ("middle", [1e-3, 3e-3, 1e-2]), ("high", [3e-4, 1e-3]), ("still", [0.0]))}
+    claim = made("quality_scaled", "low.loss < high.loss", arms, baseline="low", check={"tasks": ["e2e"]})
+    monkeypatch.setattr("graftwork.claims.table.claims", lambda: {"made": claim})
+    found = {"low": 1e-3, "middle": 3e-3, "high": 1e-3, "still": 0.0}
+    result = {"claim": "made", "quick": False, "kind": "quality_scaled", "figures": {arm: {"rate": rate} for arm, rate in found.items()}}
+    assert _ends(result) == "; best at an end of the rates tried: low, high"
+    assert _ends({**result, "claim": "another"}) == _ends({**result, "quick": True}) == ""
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_write_text
-from .cells import Cells
+from .cells import Cells, digest
 from .claim import Claim
 from .expressions import Evidence, judge
 from .kinds import kind_of
@@ -41,7 +41,7 @@ def run_claim(claim: Claim, folder: Path, *, quick: bool = False, tell: Callable
         "holds": claim.holds, "evidence": [e.to_json() for e in evidence], "refuted_by": claim.refuted_by,
         "refuted": refuted(claim, sets) if NOT in (verdict, portable) else None, "figures": shown,
         "seeds": max([len(sets)] + [v.seeds for v in samples(sets)]) if sets else 0, "n": max((v.rows for v in samples(sets)), default=1),
-        "first": claim.first, "command": f"graft claims run {claim.name} {'--quick' if quick else '--full'}", **_machine(),
+        "first": claim.first, "of": _of(claim), "command": f"graft claims run {claim.name} {'--quick' if quick else '--full'}", **_machine(),
         "seconds": round(cells.seconds, 1), "cpu_seconds": round(cells.cpu, 1)}
     atomic_write_text(_place(claim, folder, reduced), json.dumps(result, indent=1) + "\n")
     return result
@@ -51,11 +51,17 @@ def _place(claim: Claim, folder: Path, reduced: bool) -> Path:
     return Path(folder) / f"{claim.name}{'.quick' if reduced else ''}.json"
 
 
+def _of(claim: Claim) -> str:
+    """What a result is made from beside the code."""
+    return digest([claim.common, claim.arms, claim.check, claim.holds_here])
+
+
 def has_result(claim: Claim, folder: Path, *, quick: bool = False) -> bool:
-    """Whether a folder holds a result of the claim as it is now: of the same bar and setting."""
+    """Whether a folder holds a result of the claim as it is now: of the same bar and setting, and of the same arms."""
     try:
         made = json.loads(_place(claim, folder, quick and kind_of(claim.kind).reduces).read_text(encoding="utf-8"))
-        return all(made[key] == getattr(claim, key) for key in ("holds", "setting", "statement"))
+        same = all(made[key] == getattr(claim, key) for key in ("holds", "setting", "statement"))
+        return same and made.get("of", _of(claim)) == _of(claim)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from .claim import claims
+from .kinds import kind_of
 
 _UNITS = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"))
 _BYTES = ("peak", "device", "weights", "adapters", "gradients", "optimizer_state", "activations", "logits", "other", "beside", "file",
@@ -77,13 +79,24 @@ def describe(made: dict[str, Any]) -> str:
              f"  here: {made['setting']}"]
     if made["evidence"]:
         lines += [f"  {evidence_line(e, made['figures'])}" for e in made["evidence"]]
-        lines.append(f"  baseline {made['baseline'] or 'in the same function'}; {_spread(made)}; {made['seconds']} s")
+        lines.append(f"  baseline {made['baseline'] or 'in the same function'}; {_spread(made)}{_ends(made)}; {made['seconds']} s")
     return "\n".join(lines)
 
 
 def _spread(made: dict[str, Any]) -> str:
     rows = f", {made['n']} rows" if made["n"] > 1 else ""
     return f"{made['seeds']} seed{'s' if made['seeds'] != 1 else ''}{rows}" if made["seeds"] > 1 or rows else "exact, no seeds"
+
+
+def _ends(made: dict[str, Any]) -> str:
+    """The arms that were best at the lowest or the highest rate that they tried, in every task: beyond it they may be better."""
+    claim = claims().get(made["claim"])
+    if claim is None or made["quick"] or made["kind"] != "quality_scaled":
+        return ""
+    tried = {arm: own.get("rates", kind_of(claim.kind)(claim, False).check.rates) for arm, own in claim.arms.items()}
+    found = [arm for arm, rates in tried.items() if min(rates) < max(rates)
+             and made["figures"].get(arm, {}).get("rate") in (min(rates), max(rates))]
+    return f"; best at an end of the rates tried: {', '.join(found)}" if found else ""
 
 
 def page(found: list[dict[str, Any]], command: str) -> str:
@@ -107,5 +120,5 @@ def page(found: list[dict[str, Any]], command: str) -> str:
 def _row(made: dict[str, Any]) -> str:
     figures = "<br>".join(evidence_line(e, made["figures"]) for e in made["evidence"]) or "-"
     cells = [f"`{made['claim']}`", f"{made['system']}: {made['statement']} ({made['source']})", made["setting"],
-             f"**{verdict_of(made)}**", figures, _spread(made) if made["evidence"] else "-"]
+             f"**{verdict_of(made)}**", figures, _spread(made) + _ends(made) if made["evidence"] else "-"]
     return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
