@@ -41,8 +41,8 @@ def run_claim(claim: Claim, folder: Path, *, quick: bool = False, tell: Callable
         "holds": claim.holds, "evidence": [e.to_json() for e in evidence], "refuted_by": claim.refuted_by,
         "refuted": refuted(claim, sets) if NOT in (verdict, portable) else None, "figures": shown,
         "seeds": max([len(sets)] + [v.seeds for v in samples(sets)]) if sets else 0, "n": max((v.rows for v in samples(sets)), default=1),
-        "first": claim.first, "of": _of(claim), "command": f"graft claims run {claim.name} {'--quick' if quick else '--full'}", **_machine(),
-        "seconds": round(cells.seconds, 1), "cpu_seconds": round(cells.cpu, 1)}
+        "first": claim.first, "of": _of(claim), "command": f"graft claims run {claim.name} {'--quick' if quick else '--full'}",
+        **_machine(), "seconds": round(cells.seconds, 1), "cpu_seconds": round(cells.cpu, 1)}
     atomic_write_text(_place(claim, folder, reduced), json.dumps(result, indent=1) + "\n")
     return result
 
