@@ -17,6 +17,7 @@ from graftwork.cli.main import main
 from graftwork.estimators import _spsa, mezo
 from graftwork.modeling import arithmetic
 from graftwork.modeling.blockwise import quantize_blockwise
+from graftwork.objectives import _head
 from graftwork.optim.adamw import AdamWOptimizer
 from graftwork.planning import advise, simulate
 from graftwork.planning.ledger import CATEGORIES
@@ -318,6 +319,22 @@ def test_other_devices_need_no_wide_copies(folder, monkeypatch):
     slow, native = planned(doc, device="cpu"), planned(doc, device="cuda")
     assert native.peak_bytes < slow.peak_bytes and arithmetic.slow_on_cpu(torch.bfloat16)
     assert native.device["measured"] == "not measured on a GPU" and native.device["total_bytes"] > native.peak_bytes
+
+
+@pytest.mark.slow
+def test_other_devices_take_larger_pieces(folder, monkeypatch):
+    """Of the logits in fp32, of which processors see a few rows at a time: here one, where other devices see all."""
+    tiles, own = [], torch.log_softmax
+    monkeypatch.setitem(_head._TILE, "cpu", 1)
+    monkeypatch.setattr(torch, "log_softmax", lambda wide, dim: tiles.append(len(wide)) or own(wide, dim))
+    doc = document(folder, adapter={"method": "lora", "r": 1, "target_modules": ["down_proj"]}, train={"batch_size": 2},
+                   data={"max_length": 16})
+    seen = {}
+    for device in ("cpu", "cuda"):
+        planned(doc, device=device)
+        seen[device] = set(tiles)
+        tiles.clear()
+    assert seen["cpu"] == {1} and seen["cuda"] == {2 * 15} and arithmetic.planned_for is None
 
 
 # -- from a config alone, and the command --------------------------------------------------------------------------------

@@ -21,9 +21,18 @@ ROWS = 4
 PIECE = 2**20
 
 
+#: the kind of device that a plan is made for, while it is: its tensors without values lie on the CPU all the same
+planned_for: str | None = None
+
+
+def kind_of(device: torch.device) -> str:
+    """The kind of device that computes with tensors on `device`."""
+    return planned_for or device.type
+
+
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which products of `dtype` tensors are quickest on `device`: their own, or fp32."""
-    return torch.float32 if device.type == "cpu" and slow_on_cpu(dtype) else dtype
+    return torch.float32 if kind_of(device) == "cpu" and slow_on_cpu(dtype) else dtype
 
 
 @cache
@@ -116,7 +125,7 @@ def widen(model: nn.Module) -> None:
         kind = type(module)
         if not (kind is nn.Linear or is_conv1d(module)) or isinstance(module, WideLinear):
             continue
-        if module.weight.device.type == "cpu" and slow_on_cpu(module.weight.dtype):
+        if kind_of(module.weight.device) == "cpu" and slow_on_cpu(module.weight.dtype):
             use_linear(module)
 
 

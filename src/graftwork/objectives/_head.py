@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import IncompatibleError
-from ..modeling.arithmetic import WideLinear, pieces, product_dtype
+from ..modeling.arithmetic import WideLinear, kind_of, pieces, product_dtype
 from ..modeling.protocols import MovedRows
 from ..modeling.state import state_of
 from . import base
@@ -181,7 +181,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def _run(ctx, hidden, weight, bias, targets, scale, call, change):
         (n, d), vocabulary = hidden.shape, weight.shape[0]
         wants = [call.grad and wanted for wanted in (*ctx.needs_input_grad[:3], change is not None and ctx.needs_input_grad[6])]
-        dtype, size = product_dtype(call.dtype, hidden.device), _PIECE.get(hidden.device.type, _WIDE)
+        dtype, size = product_dtype(call.dtype, hidden.device), _PIECE.get(kind_of(hidden.device), _WIDE)
         terms = torch.empty(n, dtype=torch.float32, device=hidden.device)
         correct = torch.zeros(n, dtype=torch.bool, device=hidden.device)
         factors = (scale * call.rule.factor).unsqueeze(1)
@@ -241,7 +241,7 @@ def _to_gradient(z: Tensor, targets: Tensor, terms: Tensor, correct: Tensor, cal
     """Fills terms (c,) and, if asked, correct (c,) from the head's output z (c, V); with `grad` overwrites z with
     d term / d z / factor."""
     rule, smoothing, vocabulary = call.rule, call.smoothing, z.shape[1]
-    step = max(1, _TILE.get(z.device.type, _WIDE) // vocabulary)
+    step = max(1, _TILE.get(kind_of(z.device), _WIDE) // vocabulary)
     for start in range(0, z.shape[0], step):
         part = slice(start, start + step)
         tile, wanted = z[part], targets[part].unsqueeze(1)

@@ -185,14 +185,12 @@ def _unpacked(yes: bool) -> Iterator[None]:
 
 @contextmanager
 def products_of(device: str) -> Iterator[None]:
-    """Half-precision products as `device` computes them: other devices need none of the wide copies of a slow processor."""
-    kept = arithmetic.slow_on_cpu
-    if device != "cpu":
-        arithmetic.slow_on_cpu = lambda dtype: False
+    """Everything as `device` computes it: others need none of the wide copies of a slow processor, and take larger pieces."""
+    kept, arithmetic.planned_for = arithmetic.planned_for, device
     try:
         yield
     finally:
-        arithmetic.slow_on_cpu = kept
+        arithmetic.planned_for = kept
 
 
 def _mark_new_heads(recipe: Recipe, model: Any) -> None:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..modeling.arithmetic import product_dtype
+from ..modeling.arithmetic import kind_of, product_dtype
 from . import _tiles
 
 #: columns of scales are spread over at least so many codes, or they would be half of the work
@@ -36,7 +36,7 @@ NARROWEST = 16
 def serves(x: Tensor, bits: int, group: int, columns: int) -> bool:
     """Whether x is multiplied here: in fp32 on a CPU (other processors, and 16-bit types on those with products of them, multiply
     decoded tiles), by codes that fill bytes, in groups of whole bytes."""
-    if not x.is_cpu or 8 % bits or x.dtype != torch.float32 and product_dtype(x.dtype, x.device) != torch.float32:
+    if kind_of(x.device) != "cpu" or 8 % bits or x.dtype != torch.float32 and product_dtype(x.dtype, x.device) != torch.float32:
         return False
     return group >= columns or (group >= NARROWEST and group * bits % 8 == 0)
 

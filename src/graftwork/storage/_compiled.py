@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd import forward_ad
 
+from ..modeling import arithmetic
 from ..modeling.arithmetic import product_dtype
 from ..modeling.protocols import has_values
 from . import _team
@@ -62,7 +63,7 @@ def serves(*tensors: Tensor) -> bool:
 
 
 def _plain(tensors: tuple[Tensor, ...]) -> bool:
-    if getattr(forward_ad, "_current_level", -1) >= 0 or torch.compiler.is_compiling():
+    if getattr(forward_ad, "_current_level", -1) >= 0 or torch.compiler.is_compiling() or arithmetic.planned_for not in (None, "cpu"):
         return False
     for tensor in tensors:  # a loop in calls that a small product feels
         if not tensor.is_cpu or torch._C._functorch.is_functorch_wrapped_tensor(tensor):

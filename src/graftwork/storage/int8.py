@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..modeling.affine import dequantize_affine, per_number, quantize_affine
-from ..modeling.arithmetic import product_dtype
+from ..modeling.arithmetic import kind_of, product_dtype
 from ..modeling.trained_codes import blank, codes_of, stand_in
 from ..registry import register
 from . import _compiled, _tiles
@@ -119,7 +119,7 @@ class Int8Storage(Storage):
         run = math.gcd(columns, group)
         if _compiled.suits(x, 8, run):
             return _compiled.few_product(x, codes, 8, scale, zero, group, run).to(x.dtype)
-        if not (group == columns and x.dtype == torch.float32 and x.is_cpu or serves(x, 8, run, columns)):
+        if not (group == columns and x.dtype == torch.float32 and kind_of(x.device) == "cpu" or serves(x, 8, run, columns)):
             return tiled_product(x, self._tiles(), self._rounded)
         if _compiled.decodes(x, codes):
             if codes.shape[0] > _tiles.TILE:

@@ -32,6 +32,7 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from ..errors import ModelError, UsageError
+from ..modeling.arithmetic import kind_of
 from ..modeling.blockwise import BLOCK as NESTED_BLOCK
 from ..modeling.blockwise import dequantize_blockwise, dynamic_map, map_on, quantize_blockwise
 from ..registry import register
@@ -182,7 +183,7 @@ class NF4Storage(Storage):
         """codes and absmax of `rows` whole rows, the first of which starts with a block -> (rows, in) in dtype, rounded on the way to
         `rounding`, by default the compute dtype. out (rows * in,): may be filled with it."""
         block, rounding, who = self.options.block_size, rounding or self.compute_dtype, self._who(codes.device)
-        if who == "bitsandbytes" and (codes.device.type != "cpu" or rounding == torch.float32 or _vector_code()):
+        if who == "bitsandbytes" and (kind_of(codes.device) != "cpu" or rounding == torch.float32 or _vector_code()):
             return _bitsandbytes(codes, absmax, (rows, self.in_features), block, rounding).to(dtype)
         if who == "numba" and dtype == rounding == torch.float32 and _compiled.decodes(codes, absmax):  # in as few calls as can be
             out = torch.empty(rows * self.in_features, device=codes.device) if out is None else out
@@ -192,11 +193,11 @@ class NF4Storage(Storage):
     def _who(self, device: torch.device) -> str:
         """Who decodes. The vector code of bitsandbytes takes for granted that every row starts with its own block."""
         wanted = self.options.compute
-        if self._loops() and device.type == "cpu" and _compiled.decodes():
+        if self._loops() and kind_of(device) == "cpu" and _compiled.decodes():
             return "numba"
         fits = not self.in_features % self.options.block_size and self.options.block_size <= 1024 and self.compute_dtype != torch.float64
         if fits and wanted in ("auto", "bitsandbytes") and _importable():
-            quick = device.type == "cuda" or device.type == "cpu" and (_vector_code() or self.compute_dtype == torch.float32)
+            quick = kind_of(device) == "cuda" or kind_of(device) == "cpu" and (_vector_code() or self.compute_dtype == torch.float32)
             if quick or wanted == "bitsandbytes":
                 return "bitsandbytes"
         return "pytorch"
@@ -318,7 +319,7 @@ def _values(codes: Tensor, absmax: Tensor, size: int, block: int, rounding: torc
     if who == "numba" and real and not _compiled.serves(codes, absmax):
         who = "pytorch"
     direct = dtype == rounding == torch.float32 and who == "pytorch" and size % 2 == 0  # the result as the scratch
-    chunk = min((4 * CHUNK if direct else CHUNK) if codes.device.type == "cpu" else CHUNK_ELSEWHERE, size + size % 2)
+    chunk = min((4 * CHUNK if direct else CHUNK) if kind_of(codes.device) == "cpu" else CHUNK_ELSEWHERE, size + size % 2)
     scratch = None if direct or who == "bitsandbytes" and real else torch.empty(chunk, dtype=torch.float32, device=codes.device)
     index = torch.empty(chunk // 2, dtype=torch.int32, device=codes.device) if who == "pytorch" else None
     rounded = None if dtype == rounding else torch.empty(chunk, dtype=rounding, device=codes.device)
