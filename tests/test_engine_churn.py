@@ -267,7 +267,7 @@ def test_memory_is_flat_while_200_adapters_come_and_go(fleet):
                 beside.append(engine.bytes_beside())
             if i % 50 == 49:
                 gc.collect()
-                alive.append(sum(isinstance(thing, graftwork.Graft) and thing.model is model for thing in gc.get_objects()))
+                alive.append(sum(type(thing) is graftwork.Graft and thing.model is model for thing in gc.get_objects()))
         assert engine.memory.loads == 200 and engine.memory.evictions > 150
         assert max(pages) <= 24 and 0 < max(beside[33:]) <= max(beside[:33]), beside
         assert max(alive) <= len(engine.memory.residents) + 5, alive
