@@ -285,6 +285,22 @@ def test_a_few_tiles_of_stored_weights_stand_for_all(folder, adapter, monkeypatc
     assert every > 1.5 * few
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_few_rounds_of_products_losses_and_bases_stand_for_all(folder, full, monkeypatch):
+    """In 16 bits on a processor without products of them: pieces of weights that are widened, chunks and tiles of the loss."""
+    monkeypatch.setattr(arithmetic, "slow_on_cpu", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(arithmetic.pieces, "__defaults__", (2048,))  # 16 rows of 128
+    monkeypatch.setitem(_head._PIECE, "cpu", 2**14)
+    monkeypatch.setitem(_head._TILE, "cpu", 2**13)
+    learned = {"adapter": {"method": "nola", "r": 4, "n_basis": 64, "target_modules": "all-linear"}}
+    doc = document(folder, **({"adapter": None} if full else learned), optimizer="adamw", objective={"method": "causal_lm", "chunk_tokens": 33},
+                   train={"precision": "bf16", "batch_size": 2})
+    rounds, plain = [], torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *given, **options: rounds.append(1) or plain(*given, **options))
+    few, every = few_are_all(doc, rounds, monkeypatch)
+    assert every > 2 * few
+
+
 def test_lisa_s_optimizer_bytes_after_a_switch_equal_the_formula(folder):
     doc = document(folder, **RECIPES["lisa"])
     step, batches = built(doc)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..errors import ArtifactError
+from ..modeling import repeated
 from ..registry import register
 from .base import Adapter, AdapterConfig
 
@@ -94,7 +95,7 @@ class Basis:
             for start in range(0, self.count, step):
                 yield start, whole[start: start + step]
         else:
-            for group in range(math.ceil(self.count / GROUP)):
+            for group in repeated.each(range(math.ceil(self.count / GROUP))):
                 yield group * GROUP, self.draw(group)[: self.count - group * GROUP].to(device)
 
     def combine(self, coefficients: Tensor) -> Tensor:
@@ -108,11 +109,11 @@ class Basis:
 
     def project(self, gradient: Tensor) -> Tensor:
         """<G, V_i> / sqrt(count) for every i: (size,) -> (count,)."""
-        parts = []
-        for _, codes in self.groups(gradient.device):
-            parts.append(torch.mv(codes.to(gradient.dtype), gradient))
+        products = gradient.new_empty(self.count)
+        for start, codes in self.groups(gradient.device):
+            torch.mv(codes.to(gradient.dtype), gradient, out=products[start: start + codes.shape[0]])
             del codes
-        return torch.cat(parts).add_(0.5 * gradient.sum()).mul_(1.0 / (128.0 * math.sqrt(self.count)))
+        return products.add_(0.5 * gradient.sum()).mul_(1.0 / (128.0 * math.sqrt(self.count)))
 
 
 class _Combine(torch.autograd.Function):

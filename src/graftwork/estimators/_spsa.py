@@ -29,6 +29,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..modeling import repeated
 from ..modeling.arithmetic import round_stochastic
 from . import mezo
 from .base import StepContext, StepResult
@@ -140,7 +141,7 @@ class SPSAEstimator(MeZOEstimator):
                 g = next(draws[0]).mul_(coefficients[0] / n)
                 for draw, c in zip(draws[1:], coefficients[1:]):
                     g += next(draw).mul_(c / n)
-                for part in _parts(piece):
+                for part in repeated.each(_parts(piece)):
                     new = piece[part].to(kind) * decay
                     new -= self.rule(g[part], {slot: t[part] for slot, t in zip(state, view)}, count) * rate
                     if mask is not None:

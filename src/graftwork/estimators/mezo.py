@@ -28,6 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..modeling import repeated
 from ..modeling.arithmetic import round_stochastic
 from ..registry import MethodConfig, register
 from .base import Estimator, StepContext, StepResult, micro_forward
@@ -197,7 +198,7 @@ def _pieces(p: Tensor) -> Iterator[Tensor]:
         yield p.detach()
         return
     flat = p.detach().view(-1)
-    for start in range(0, flat.numel(), PIECE):
+    for start in repeated.each(range(0, flat.numel(), PIECE)):
         yield flat[start:start + PIECE]
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import repeated
+
 #: rows from which converting the weight pays
 ROWS = 4
 #: elements of W that are widened at a time
@@ -68,7 +70,7 @@ def pieces(weight: Tensor, dtype: torch.dtype, size: int = PIECE) -> Iterator[tu
         return
     step = max(1, size // weight.shape[1])
     buffer = torch.empty(min(step, weight.shape[0]), weight.shape[1], dtype=dtype, device=weight.device)
-    for start in range(0, weight.shape[0], step):
+    for start in repeated.each(range(0, weight.shape[0], step)):
         rows = slice(start, min(start + step, weight.shape[0]))
         yield rows, buffer[: rows.stop - rows.start].copy_(weight[rows])
 

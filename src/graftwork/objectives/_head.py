@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import IncompatibleError
+from ..modeling import repeated
 from ..modeling.arithmetic import WideLinear, kind_of, pieces, product_dtype
 from ..modeling.protocols import MovedRows
 from ..modeling.state import state_of
@@ -193,7 +194,7 @@ class _ChunkedLoss(torch.autograd.Function):
         moved, D = call.moved, None if change is None else change.to(dtype)
         with base.logits_scope():
             logits = torch.empty(min(call.chunk, n), vocabulary, dtype=dtype, device=hidden.device)
-            for start in range(0, n, call.chunk):
+            for start in repeated.each(range(0, n, call.chunk)):
                 part = slice(start, min(start + call.chunk, n))
                 z, h = logits[: part.stop - start], hidden[part].to(dtype)
                 for rows, w in pieces(weight, dtype, size):
@@ -242,7 +243,7 @@ def _to_gradient(z: Tensor, targets: Tensor, terms: Tensor, correct: Tensor, cal
     d term / d z / factor."""
     rule, smoothing, vocabulary = call.rule, call.smoothing, z.shape[1]
     step = max(1, _TILE.get(kind_of(z.device), _WIDE) // vocabulary)
-    for start in range(0, z.shape[0], step):
+    for start in repeated.each(range(0, z.shape[0], step)):
         part = slice(start, start + step)
         tile, wanted = z[part], targets[part].unsqueeze(1)
         wide = tile.float()

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ..modeling import repeated
 from ..modeling.blockwise import BLOCK
 
 #: tensors of more entries are cut
@@ -21,7 +22,7 @@ PIECE = 2**20
 
 def spans(size: int) -> Iterator[slice]:
     """The pieces of a tensor of `size` entries, in order."""
-    for start in range(0, size, PIECE):
+    for start in repeated.each(range(0, size, PIECE)):
         yield slice(start, min(start + PIECE, size))
 
 

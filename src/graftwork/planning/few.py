@@ -1,9 +1,9 @@
 """What is the same many times in a step is simulated a few times.
 
-Pieces. MeZO draws and adds its noise, optimizers update large tensors, and products decode stored weights in pieces of 2^20 values: 70,000
-of them for 70B. All need the memory of the second one (which begins while the first one's buffers are alive), so a large tensor moves by
-its first, second and last piece, and the work of the second counts for all between; so do the parts of a piece that the rules of
-zeroth order work on.
+Rounds. MeZO draws and adds its noise, optimizers update large tensors, and products decode or widen weights in pieces of 2^20 values,
+70,000 of them for 70B; losses are computed for some rows at a time; NOLA draws its random matrices in groups, sixteen a site and pass.
+All that goes through `modeling.repeated.each`. Every round needs the memory of the second one (which begins while the first one's
+buffers are alive), so the first, the second and the last are simulated, and the work of the second counts for all between.
 
 Sweeps. An estimator that measures one block at a time (`zo_blockwise`) goes forward through the whole model for each: 160 times for 80
 layers. Blocks of equal shapes need the same, so the first and the last of them are measured, and the work of the last counts for the rest.
@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..estimators import _spsa, mezo
-from ..optim import base, pieces
-from ..storage import _tiles
+from ..modeling import repeated
 from .work import Work
 
 
@@ -32,10 +31,7 @@ from .work import Work
 def few_for_all(work: Work, depth: int = 1, layers: int = 1) -> Iterator[None]:
     """Steps in this scope take few pieces and sweeps; `work.times` tells what each stands for. depth: layers of the simulated model,
     which stands for one of `layers`."""
-    parts = _spsa._parts
-    places = [(mezo, "_pieces", _few_pieces(work, mezo._pieces)), (_spsa, "_parts", lambda piece: _few(work, parts(piece))),
-              (base, "spans", lambda size: (slice(i, min(i + pieces.PIECE, size)) for i in _few(work, range(0, size, pieces.PIECE)))),
-              (_tiles, "each", lambda every: _few(work, every)), *_few_sweeps(work, depth, layers)]
+    places = [(repeated, "each", lambda rounds: _few(work, rounds)), *_few_sweeps(work, depth, layers)]
     kept = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     for owner, name, made in places:
         setattr(owner, name, made)
@@ -53,19 +49,6 @@ def _few(work: Work, every: Sequence[Any]) -> Iterator[Any]:
         work.times = around * (max(1, len(every) - 2) if i == 1 else 1)
         yield every[i]
     work.times = around
-
-
-def _few_pieces(work: Work, kept: Callable[[Tensor], Iterator[Tensor]]) -> Callable[[Tensor], Iterator[Tensor]]:
-    def few(p: Tensor) -> Iterator[Tensor]:
-        size = mezo.PIECE
-        if not p.is_contiguous() or p.numel() <= 3 * size:
-            yield from kept(p)
-            return
-        flat = p.detach().view(-1)
-        for start in _few(work, range(0, p.numel(), size)):
-            yield flat[start:start + size]
-
-    return few
 
 
 def _few_sweeps(work: Work, depth: int, layers: int) -> list[tuple[Any, str, Callable[..., Any]]]:

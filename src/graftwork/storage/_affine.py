@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..modeling import repeated
 from ..modeling.arithmetic import kind_of, product_dtype
 from . import _tiles
 
@@ -81,7 +82,7 @@ def _float_tiles(codes: Tensor, bits: int, tiles: list[slice]) -> Iterator[tuple
         return
     floats = torch.empty(step, each, width, device=codes.device)
     masked = torch.empty(step, width, dtype=torch.uint8, device=codes.device) if each > 1 else None
-    for rows in _tiles.each(tiles):
+    for rows in repeated.each(tiles):
         own, tile = codes[rows], floats[: rows.stop - rows.start]
         for i in range(each - 1):
             tile[:, i].copy_(torch.bitwise_and(own, 2 ** (bits * (i + 1)) - 1, out=masked[: own.shape[0]]))

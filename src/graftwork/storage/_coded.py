@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..modeling import repeated
 from ..modeling.arithmetic import dtype_for, product_dtype
 from . import _tiles
 from ._packing import pack, unpack
@@ -106,7 +107,7 @@ class CodedStorage(Storage):
         if len(tiles) == 1:
             return self._rounded(leaves, tiles[0], dtype)
         dense = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
-        for rows in _tiles.each(tiles):
+        for rows in repeated.each(tiles):
             dense[rows] = self._rounded(leaves, rows, dtype)
         return dense
 
@@ -146,7 +147,7 @@ def tiled_product(x: Tensor, tiles: list[slice], decode: Callable[[slice, torch.
         return F.linear(wide, decode(tiles[0], dtype)).to(x.dtype)
     flat = wide.reshape(-1, wide.shape[-1])
     y = torch.empty(flat.shape[0], tiles[-1].stop, dtype=x.dtype, device=x.device)
-    for rows in _tiles.each(tiles):
+    for rows in repeated.each(tiles):
         if dtype == x.dtype:
             torch.mm(flat, decode(rows, dtype).T, out=y[:, rows])
         else:
@@ -161,7 +162,7 @@ def tiled_transposed(grad: Tensor, tiles: list[slice], decode: Callable[[slice, 
     if len(tiles) == 1:
         return (wide @ decode(tiles[0], dtype)).to(grad.dtype)
     wide, found = wide.reshape(-1, grad.shape[-1]), None
-    for rows in _tiles.each(tiles):
+    for rows in repeated.each(tiles):
         tile = decode(rows, dtype)
         found = wide[:, rows] @ tile if found is None else found.addmm_(wide[:, rows], tile)
     return found.to(grad.dtype).view(*grad.shape[:-1], found.shape[1])
@@ -221,7 +222,7 @@ class _LeafProduct(torch.autograd.Function):
         wanted = [needed for needed in ctx.needs_input_grad[3:]]
         found = [torch.zeros_like(leaf) if needed else None for leaf, needed in zip(given, wanted)]
         dx = None
-        for tile in _tiles.each(storage._tiles()):
+        for tile in repeated.each(storage._tiles()):
             with torch.enable_grad():
                 own = [leaf.detach().requires_grad_(needed) for leaf, needed in zip(given, wanted)]
                 dense = storage.decode(storage._given(dict(zip(ctx.names, own))), tile)

@@ -1,8 +1,6 @@
-"""The rows of a matrix that a product decodes at a time. A plan replaces `each` to go through few of them (planning.few)."""
+"""The rows of a matrix that a product decodes at a time."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
 
 #: weights of a tile
 TILE = 1 << 20
@@ -12,8 +10,3 @@ def row_tiles(out_features: int, in_features: int, together: int = 1) -> list[sl
     """Slices of the rows of W: about TILE weights, and a multiple of `together` rows."""
     step = max(1, TILE // (in_features * together)) * together
     return [slice(start, min(start + step, out_features)) for start in range(0, out_features, step)]
-
-
-def each(tiles: Sequence[slice]) -> Iterable[slice]:
-    """The tiles to compute, in order."""
-    return tiles
