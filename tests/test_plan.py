@@ -293,8 +293,8 @@ def test_a_few_rounds_of_products_losses_and_bases_stand_for_all(folder, full, m
     monkeypatch.setitem(_head._PIECE, "cpu", 2**14)
     monkeypatch.setitem(_head._TILE, "cpu", 2**13)
     learned = {"adapter": {"method": "nola", "r": 4, "n_basis": 64, "target_modules": "all-linear"}}
-    doc = document(folder, **({"adapter": None} if full else learned), optimizer="adamw", objective={"method": "causal_lm", "chunk_tokens": 33},
-                   train={"precision": "bf16", "batch_size": 2})
+    doc = document(folder, **({"adapter": None} if full else learned), optimizer="adamw",
+                   objective={"method": "causal_lm", "chunk_tokens": 33}, train={"precision": "bf16", "batch_size": 2})
     rounds, plain = [], torch.Tensor.copy_
     monkeypatch.setattr(torch.Tensor, "copy_", lambda *given, **options: rounds.append(1) or plain(*given, **options))
     few, every = few_are_all(doc, rounds, monkeypatch)

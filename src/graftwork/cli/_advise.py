@@ -8,10 +8,11 @@ from typing import Any
 
 
 def run(recipe: str | None, overrides: list[str] | None, model: str | None, length: int, budget: str | None, device: str | None,
-        gpu: str | None, wishes: list[str] | None, among: list[str] | None, plans: int, output: Path | None, use_data: bool,
-        say: Callable[[str], None]) -> tuple[Any, list[str], str]:
+        gpu: str | None, wishes: list[str] | None, among: list[str] | None, plans: int, jobs: int | None, output: Path | None,
+        use_data: bool, say: Callable[[str], None]) -> tuple[Any, list[str], str]:
     """(what was found, files written, text to print)."""
     from ..errors import UsageError
+    from ..planning.ahead import cores
     from ..planning.measure import format_bytes, parse_bytes
     from ..planning.search import advise
     from ..recipe import load_recipe
@@ -35,7 +36,7 @@ def run(recipe: str | None, overrides: list[str] | None, model: str | None, leng
         say(f"note: {note}")
     say(f"budget {format_bytes(limit)} on {roofline.name}: {roofline.basis}")
     found = advise(loaded, budget=limit, device=device, roofline=roofline, wishes=named, plans=plans, among=restricted, tokens=tokens,
-                   say=say)
+                   say=say, jobs=jobs or min(plans, cores(), 4))
     found.notes += notes
     files = write(found, output) if output is not None and found.rows else []
     return found, files, text(found, files)

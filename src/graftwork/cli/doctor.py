@@ -109,8 +109,9 @@ def _compute(advice: list[dict[str, str]]) -> dict[str, Any]:
     import torch
 
     from ..modeling.arithmetic import slow_on_cpu
+    from ..planning.ahead import cores as own_cores
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = own_cores()
     found = {"cpu": torch.backends.cpu.get_cpu_capability(), "cores": cores, "threads": torch.get_num_threads(),
              "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"), "bf16_products_on_cpu": not slow_on_cpu(torch.bfloat16),
              "cuda": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],

@@ -25,6 +25,7 @@ def run(
                                                          "most (default: quality)."),
     among: list[str] = typer.Option(None, "--among", help="With --advise: AXIS=NAME,NAME restricts the search; adapter=full: full tuning."),
     plans: int = typer.Option(8, "--plans", min=1, help="With --advise: recipes planned at most."),
+    jobs: int = typer.Option(None, "--jobs", min=1, help="With --advise: processes that plan (default: one a core, at most 4)."),
     gpu: str = typer.Option(None, "--gpu", help="With --advise: a card by its published peaks: l4, a100-80gb, ..."),
     model: str = typer.Option(None, "--model", help="With --advise, instead of a recipe: name, folder, config.json or Hub id."),
     length: int = typer.Option(1024, "--length", min=2, help="With --model: tokens of a row."),
@@ -52,12 +53,12 @@ def run(
     if advise:
         from ._advise import run as search
 
-        found = search(recipe, overrides, model, length, budget, device, gpu, wishes, among, plans, output, not no_data, say)
+        found = search(recipe, overrides, model, length, budget, device, gpu, wishes, among, plans, jobs, output, not no_data, say)
         print(json.dumps(found[0].to_json() | {"written": found[1]}) if as_json else found[2])
         if not found[0].rows:
             raise typer.Exit(1)
         return
-    only = {"--for": wishes, "--among": among, "--gpu": gpu, "--model": model, "-o": output}
+    only = {"--for": wishes, "--among": among, "--gpu": gpu, "--model": model, "--jobs": jobs, "-o": output}
     if any(only.values()):
         raise UsageError(f"{', '.join(k for k, v in only.items() if v)} is for a search", remedy="add --advise")
     if recipe is None:

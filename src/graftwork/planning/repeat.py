@@ -18,9 +18,10 @@ nor are recipes that treat blocks differently (selections, chosen layers, estima
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from .blocks import tensors_in
 
 DEPTHS = (3, 4, 5)
 LEAST = 16
+#: how often operations of one kind may go through all blocks in one phase
+MOST_RUNS = 3
 #: options of an adapter that tell layers apart
 _CHOOSING = ("layers_to_transform", "rank_pattern", "alpha_pattern", "modules_to_save")
 Cells = Counter[tuple[str, int, int]]
@@ -182,15 +185,37 @@ def _aligned(traces: Sequence[Trace]) -> list[tuple[Any, Any, Any]]:
         matched.append([sorted(points, key=lambda p: p.event) for points in lists])
     aligned = []
     for lists in matched:
-        front = (len(lists[0]) + 1) // 2
-        back = len(lists[0]) - front
-        aligned += zip(*(points[:front] for points in lists))
-        if back:
-            aligned += zip(*(points[-back:] for points in lists))
-        between = lists[-1][front:len(lists[-1]) - back]
-        ends = [*lists[-1][:front], *lists[-1][len(lists[-1]) - back:]]
-        if between and max(p.total for p in between) > max(p.total for p in ends):
+        of_kind = next(filter(None, (_in_runs(lists, cuts) for cuts in _cuts(lists))), None)
+        if of_kind is None:
             return []
+        aligned += of_kind
+    return aligned
+
+
+def _cuts(lists: Sequence[list[Any]]) -> Iterator[tuple[int, ...]]:
+    """Where the operations of one kind may begin with the first block again, in operations a block: a pass and a penalty after it go
+    through the blocks one after the other. First uncut."""
+    yield ()
+    each = len(lists[1]) - len(lists[0])
+    if all(len(points) == each * depth for points, depth in zip(lists, DEPTHS)):
+        for runs in range(1, MOST_RUNS):
+            yield from combinations(range(1, each), runs)
+
+
+def _in_runs(lists: Sequence[list[Any]], cuts: tuple[int, ...]) -> list[tuple[Any, Any, Any]]:
+    """The aligned points of one kind; [] where what lies between the ends of a run is larger than they are."""
+    aligned: list[tuple[Any, Any, Any]] = []
+    marks = [[0, *(cut * depth for cut in cuts), len(points)] for points, depth in zip(lists, DEPTHS)]
+    for run in range(len(cuts) + 1):
+        own = [points[at[run]:at[run + 1]] for points, at in zip(lists, marks)]
+        front = (len(own[0]) + 1) // 2
+        back = len(own[0]) - front
+        deepest = own[-1]
+        between, ends = deepest[front:len(deepest) - back], [*deepest[:front], *deepest[len(deepest) - back:]]
+        if between and max(p.total for p in between) > max((p.total for p in ends), default=-1):
+            return []
+        aligned += zip(*(points[:front] for points in own))
+        aligned += zip(*(points[len(points) - back:] for points in own))
     return aligned
 
 

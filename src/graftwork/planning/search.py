@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ..cache import file_stamp, remember
 from ..errors import GraftworkError, UsageError, nearest
 from ..recipe import Recipe, load_recipe
 from ..registry import lookup
+from .ahead import Ahead, Planner
 from .evidence import Evidence, packaged
 from .judging import WISHES, Row, order, quality, reasons
 from .measure import expected_device_bytes, format_bytes
@@ -81,22 +83,25 @@ def planned(document: dict[str, Any], device: str) -> dict[str, Any]:
 
 def advise(recipe: Recipe, *, budget: int | None, device: str, roofline: Roofline, wishes: Sequence[str] = (), plans: int = 8,
            among: dict[str, list[str]] | None = None, tokens: int | None = None, say: Callable[[str], None] = lambda text: None,
-           evidence: Evidence | None = None, planner: Callable[[dict[str, Any], str], dict[str, Any]] = planned) -> Found:
+           evidence: Evidence | None = None, planner: Planner = planned, jobs: int = 1) -> Found:
     """Search from `recipe`: its model, data, objective and the rows that a step learns from stay. tokens: of the longest row, where
-    the data tell. plans: how many candidates are planned at most. Raises UsageError for wishes and recipes that it cannot serve."""
+    the data tell. plans: how many candidates are planned at most. jobs: processes that plan side by side; the result does not depend on
+    it, and a script that asks for more than one has to guard its main module, as for every pool of processes. Raises UsageError for
+    wishes and recipes that it cannot serve."""
     for wish in wishes:
         if wish not in WISHES:
             raise UsageError(f"nothing can be sought for '{wish}'{nearest(wish, WISHES)}", remedy=f"--for: {', '.join(WISHES)}")
     if recipe.is_fleet or recipe.adapter_from:
         raise UsageError("advice is for one new run: the recipe " + ("trains a fleet" if recipe.is_fleet else "continues a saved adapter"),
                          remedy="name one file in data.train, and no adapter.from")
-    search = _Search(recipe, budget, device, roofline, list(wishes) or ["quality"], evidence or packaged(), tokens, say, planner)
-    return search.run(plans, among)
+    with Ahead(planner, jobs) as ahead:
+        search = _Search(recipe, budget, device, roofline, list(wishes) or ["quality"], evidence or packaged(), tokens, say, ahead)
+        return search.run(plans, among)
 
 
 class _Search:
     def __init__(self, recipe: Recipe, budget: int | None, device: str, roofline: Roofline, wishes: list[str], evidence: Evidence,
-                 tokens: int | None, say: Callable[[str], None], planner: Callable[..., dict[str, Any]]):
+                 tokens: int | None, say: Callable[[str], None], planner: Ahead):
         self.recipe, self.budget, self.device, self.roofline, self.wishes = recipe, budget, device, roofline, wishes
         self.evidence, self.say, self.planner = evidence, say, planner
         self.base = recipe.document()
@@ -122,12 +127,20 @@ class _Search:
         keys = [order([w, *self.wishes]) for w in dict.fromkeys([*self.wishes, *WISHES])] + [lambda g: g.total, lambda g: g.seconds]
         picked = pick(fitting or pool, keys, lambda g: (str(g.candidate.arm.adapter), str(g.candidate.storage)), 4 * plans)
         tried, plans = 0, plans if fitting else min(plans, 3)
-        for guess in [*picked, *sorted(pool, key=lambda g: g.total)]:  # where nothing fits, the smallest are looked at last
+        line = [*picked, *sorted(pool, key=lambda g: g.total)]  # where nothing fits, the smallest are looked at last
+        for place, guess in enumerate(line):
             if tried == plans or (guess not in picked and self.fits_some()):
                 break
-            if (not fitting or self.corrected(guess)) and not any(row.candidate is guess.candidate for row in self.rows):
+            if self.open(guess, fitting):
+                coming = (g for g in line[place:] if self.open(g, fitting))
+                for each in islice(coming, min(self.planner.jobs, plans - tried)):
+                    self.planner.expect(self.planning_document(each.candidate), self.device)
                 tried += self.look(guess, tried, plans)
         return self.result(looked, shapes)
+
+    def open(self, guess: _Guessed, fitting: list[_Guessed]) -> bool:
+        """Whether it would be looked at, as far as is known now."""
+        return (not fitting or self.corrected(guess)) and not any(row.candidate is guess.candidate for row in self.rows)
 
     def anchor(self, space: Space) -> Candidate:
         """LoRA (the adapters' baseline) with AdamW on the first lossless storage, as many rows as a step learns from."""
