@@ -26,6 +26,7 @@ SIZES = dict(hidden_size=64, intermediate_size=176, vocab_size=512)
 CASES = {name: RECIPES[name] for name in ("lora", "lora accumulated", "checkpointing", "qlora", "paca", "galore")}
 CASES["mezo on int4"] = {"storage": "int4", "adapter": {"method": "lora", "r": 4}, "estimator": "mezo"}
 CASES["zo_blockwise"] = {"adapter": {"method": "lora", "r": 4, "target_modules": ["q_proj"]}, "estimator": "zo_blockwise"}
+CASES["vptq"] = {"storage": "vptq", "adapter": {"method": "lora", "r": 4}}  # which looks its vectors up, too
 CASES["s2_lora"] = {"adapter": {"method": "s2_lora", "r": 4, "target_modules": "all-linear"}}  # whose penalty comes after the pass
 #: those of every run; the rest is for `make test-all`
 EVERYWHERE = ("checkpointing", "mezo on int4", "zo_blockwise", "s2_lora")

@@ -54,11 +54,12 @@ class Trace:
 
     def moments(self) -> dict[tuple, list[Any]]:
         """{kind: its points in order}. A pass begins where a forward follows something else, and where tokens are embedded: estimators
-        without a backward pass go forward several times in a row."""
+        without a backward pass go forward several times in a row. Later lookups of other shapes are those of formats with code books."""
         found, number, last = defaultdict(list), 0, None
+        tokens = next((kind for kind in self.kinds.values() if kind[:1] == ("aten.embedding.default",)), None)
         for point in self.points:
             kind = self.kinds.get(point.event, ())
-            number += point.phase == "forward" and (last != "forward" or kind[:1] == ("aten.embedding.default",))
+            number += point.phase == "forward" and (last != "forward" or kind == tokens)
             last = point.phase
             found[number, point.phase, *kind].append(point)
         return found
