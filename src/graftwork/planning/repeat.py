@@ -21,7 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ from .blocks import tensors_in
 
 DEPTHS = (3, 4, 5)
 LEAST = 16
-#: how often operations of one kind may go through all blocks in one phase
-MOST_RUNS = 3
+#: how often operations of one kind may go through all blocks in one phase, and how many divisions into such runs are tried
+MOST_RUNS, MOST_CUTS = 3, 1000
 #: options of an adapter that tell layers apart
 _CHOOSING = ("layers_to_transform", "rank_pattern", "alpha_pattern", "modules_to_save")
 Cells = Counter[tuple[str, int, int]]
@@ -186,11 +186,22 @@ def _aligned(traces: Sequence[Trace]) -> list[tuple[Any, Any, Any]]:
         matched.append([sorted(points, key=lambda p: p.event) for points in lists])
     aligned = []
     for lists in matched:
-        of_kind = next(filter(None, (_in_runs(lists, cuts) for cuts in _cuts(lists))), None)
-        if of_kind is None:
+        of_kind: list[tuple[Any, Any, Any]] = []
+        for cuts in islice(_cuts(lists), MOST_CUTS):
+            tried = _in_runs(lists, cuts)
+            if tried and (not of_kind or _uneven(tried) < _uneven(of_kind)):
+                of_kind = tried
+            if of_kind and not _uneven(of_kind):
+                break
+        if not of_kind:
             return []
         aligned += of_kind
     return aligned
+
+
+def _uneven(aligned: Sequence[tuple[Any, Any, Any]]) -> int:
+    """How many of these moments are not affine in the number of blocks."""
+    return sum(c.total - b.total != b.total - a.total for a, b, c in aligned)
 
 
 def _cuts(lists: Sequence[list[Any]]) -> Iterator[tuple[int, ...]]:
