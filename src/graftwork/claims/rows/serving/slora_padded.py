@@ -9,7 +9,7 @@ CLAIM = {
     "setting": "SmolLM2-135M-Instruct fp32, 32 rows on 32 adapters of ranks 8, 16, 32 and 64 on q and v, requests that come and "
                "go (answers of 4 to 24 tokens); both sides take the same steps, by turns; tokens a second of processor time",
     "baseline": "padded",
-    "holds": "padded.rate <= 0.5 * engine.rate",
+    "holds": "padded.rate <= 0.5 * engine.rate and padded.rate < engine.rate",
     "refuted_by": "padded products as fast",
     "minutes": 8,
 }
