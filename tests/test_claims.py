@@ -17,7 +17,7 @@ from graftwork.claims.kinds import kind_of, kinds
 from graftwork.claims.kinds.base import merged
 from graftwork.claims.run import has_result, run_claim
 from graftwork.claims.samples import Samples, compare
-from graftwork.claims.table import _ends, page, results
+from graftwork.claims.table import _ends, evidence_line, page, results
 from graftwork.claims.training import Cell
 from graftwork.errors import UsageError
 from graftwork.recipe import load_recipe
@@ -181,6 +181,15 @@ def test_verdicts_and_the_table(tmp_path):
     assert text.count("missed, not refuted (larger)") == 1
     with pytest.raises(UsageError, match="no results"):
         results(tmp_path / "nothing")
+
+
+def test_what_only_an_interval_meets_is_told():
+    each = {"text": "own.loss <= base.loss", "left": 1.1, "right": 1.0, "interval": [-0.2, 0.4], "met": True}
+    assert "` met by its interval, not by its mean: 1.1 against 1" in evidence_line(each)
+    assert "` met by its interval" in evidence_line(each | {"text": "own.rate >= base.rate", "left": 0.9})
+    for other in ({"left": 0.9}, {"interval": None}, {"left": None}):
+        assert "` met: " in evidence_line(each | other)
+    assert "` not met: " in evidence_line(each | {"met": False})
 
 
 def test_a_result_belongs_to_the_arms_it_was_made_of(tmp_path):

@@ -58,8 +58,16 @@ def evidence_line(each: dict[str, Any], figures: dict[str, Any] | None = None) -
     low, high = each["interval"] or (None, None)
     interval = f", difference [{low:+.4g}, {high:+.4g}]" if low is not None and high is not None else ""
     plain = re.fullmatch(r"[\w.]+ [<>=]+ [\w.]+", each["text"])
-    return f"`{each['text']}` {'met' if each['met'] else 'not met'}: " + (
+    return f"`{each['text']}` {_outcome(each)}: " + (
         sides if plain or not own else f"{', '.join(own)} ({sides})") + interval
+
+
+def _outcome(each: dict[str, Any]) -> str:
+    """A bar of "no worse than" is met while its interval allows it; where the mean alone would miss it, that is said."""
+    sign, left, right = re.search(r" ([<>])= ", each["text"]), each["left"], each["right"]
+    if each["met"] and sign and each["interval"] and None not in (left, right) and (left > right if sign[1] == "<" else left < right):
+        return "met by its interval, not by its mean"
+    return "met" if each["met"] else "not met"
 
 
 def _value(figure: Any) -> float:
