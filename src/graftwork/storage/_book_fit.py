@@ -7,6 +7,8 @@ have at most 65,536 of them).
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,10 @@ from torch import Tensor
 SOFT, HARD = 10, 100
 #: numbers of an attention matrix, or logits, that are alive at a time
 PIECE = 1 << 22
+#: jlcm: logits that a step changes at a time on a processor, where they stay in its cache
+TILE = 1 << 17
+#: jlcm: chances and slopes below count as 0. Smaller ones have squares that are no normal fp32 numbers, on which processors are slow
+TINY = 1e-16
 
 
 def masses(values: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -119,39 +125,71 @@ def rows_alike(weight: Tensor, groups: int, iterations: int = 20) -> Tensor:
 def joint(weight: Tensor, book: Tensor, which: Tensor, importance: Tensor, hessian: Tensor, *, iterations: int, rate: float, reach: int,
           proximal: float) -> tuple[Tensor, Tensor]:
     """Book and codes trained together on tr((D - W) H (D - W)^T). weight (out, in) fp32; book (books, K), sorted; which (out,): the
-    row's book; importance (out,): what the error of a row counts. -> codes (out, in) uint8 and the book: the best seen."""
-    size, window = book.shape[1], torch.arange(-reach, reach + 1, device=weight.device)
-    codes = nearest_rows(weight, book, which).long()
-    places = codes[..., None] + window
-    outside = (places < 0) | (places >= size)
-    places = places.clamp(0, size - 1) + size * which[:, None, None]
+    row's book; importance (out,): what the error of a row counts. -> codes (out, in) uint8 and the book: the best seen.
+
+    Logits and their moments are (2 reach + 1, rows, in) for some rows at a time, which a step changes while they are in the cache."""
+    size, device = book.shape[1], weight.device
+    codes, window = nearest_rows(weight, book, which), torch.arange(-reach, reach + 1, device=device)
+    places = torch.arange(size, device=device) + window[:, None]
+    outside, places = (places < 0) | (places >= size), places.clamp(0, size - 1)
     gap = ((book[:, -1] - book[:, 0]) / (size - 1)).clamp(min=1e-30)
-    unit = gap[which][:, None, None]
-    h = hessian.to(weight.device) / hessian.diagonal().mean().clamp(min=1e-30)
+    h = hessian.to(device) / hessian.diagonal().mean().clamp(min=1e-30)
     weigh, book = (importance / importance.mean())[:, None], book.clone()
-    logits = -((weight[..., None] - book.flatten()[places]) / unit) ** 2
-    logits.masked_fill_(outside, -torch.inf)
-    states = [(logits, torch.zeros_like(logits), torch.zeros_like(logits), rate),
-              (book, torch.zeros_like(book), torch.zeros_like(book), 0.1 * rate * gap[:, None])]
+    moments = torch.zeros_like(book), torch.zeros_like(book)
+
+    def around() -> Tensor:  # (2 reach + 1, books K): what the codes within reach of each stand for
+        return book[:, places].transpose(0, 1).reshape(len(window), -1)
+
+    parts, values = [], around()
+    every = max(1, (TILE if device.type == "cpu" else PIECE) // (len(window) * weight.shape[1]))
+    for low in range(0, len(weight), every):
+        rows = slice(low, low + every)
+        base, unit = (codes[rows].long() + size * which[rows, None]).flatten(), gap[which[rows]][:, None]
+        shape = (len(window), *weight[rows].shape)
+        logits = -((weight[rows] - values.index_select(1, base).view(shape)) / unit) ** 2
+        logits.masked_fill_(outside.repeat(1, len(book)).index_select(1, base).view(shape), -torch.inf)
+        parts.append((rows, base, unit, logits, torch.zeros_like(logits), torch.zeros_like(logits)))
     best, kept = None, None
     for step in range(1, iterations + 2):
-        values, chosen = book.flatten()[places], logits.argmax(-1, keepdim=True)
-        at = values.gather(-1, chosen)
-        loss = float((weigh * ((at[..., 0] - weight) @ h) * (at[..., 0] - weight)).sum(dtype=torch.float64))
+        left, sharp = 1 - (step - 1) / max(1, iterations), SOFT * (HARD / SOFT) ** ((step - 1) / max(1, iterations))
+        values, loss, picked = around(), 0.0, torch.empty_like(codes)
+        by_code = torch.zeros(values.shape, dtype=torch.float64, device=device)
+        for rows, base, unit, logits, first, second in parts:
+            below, value, own = logits - logits.amax(0), values.index_select(1, base).view(logits.shape), weight[rows]
+            chosen = _last_zero(below)
+            at = value.gather(0, chosen[None])[0]
+            picked[rows] = codes[rows] + (chosen - reach).to(torch.uint8)
+            loss += float((weigh[rows] * ((at - own) @ h) * (at - own)).sum(dtype=torch.float64))
+            if step > iterations:
+                continue
+            # Not exp(-inf) and, in _adam, not sqrt(0): they take twenty times as long as other numbers.
+            p = F.threshold(below.mul_(sharp).clamp_(min=math.log(TINY) - 1).exp_(), TINY, 0.0, inplace=True)
+            p /= p.sum(0)
+            mean = (p * value).sum(0)
+            p *= weigh[rows] * ((mean - own) @ h)
+            by_code += torch.stack([values.new_zeros(values.shape[1]).index_add_(0, base, each.flatten()) for each in p])
+            if proximal:
+                p /= (value - at).abs_().div_(unit).clamp_(min=1).pow_(proximal)
+            move = F.hardshrink(p.mul_(value.sub_(mean)), TINY)
+            _adam(logits, move, first, second, step, rate * left)
         if best is None or loss < best:
-            best, kept = loss, ((places.gather(-1, chosen)[..., 0] % size).to(torch.uint8), book.clone())
-        if step > iterations:
-            break
-        p = (SOFT * (HARD / SOFT) ** ((step - 1) / iterations) * logits).softmax(-1)
-        mean = (p * values).sum(-1, keepdim=True)
-        slope = (weigh * ((mean[..., 0] - weight) @ h))[..., None]
-        move = slope * p * (values - mean)
-        if proximal:
-            move *= ((values - at).abs() / unit).clamp(min=1).pow_(-proximal)
-        by_code = torch.zeros_like(book.flatten()).index_add_(0, places.flatten(), p.mul_(slope).flatten())
-        for (value, first, second, speed), gradient in zip(states, (move, by_code.view_as(book))):
-            first.lerp_(gradient, 0.1)
-            second.lerp_(gradient**2, 0.01)
-            scaled = first / (1 - 0.9**step) / ((second / (1 - 0.99**step)).sqrt() + 1e-12)
-            value -= speed * (1 - (step - 1) / iterations) * scaled
+            best, kept = loss, (picked, book.clone())
+        if step <= iterations:
+            slope = torch.zeros_like(book)
+            for place, each in zip(places, by_code.to(book.dtype)):
+                slope.index_add_(1, place, each.view_as(book))
+            _adam(book, slope, *moments, step, 0.1 * rate * left * gap[:, None])
     return kept
+
+
+def _last_zero(below: Tensor) -> Tensor:
+    """Where (n, ...) numbers <= 0 are 0 along the first axis, the last of such: int64. `argmax` takes ten times as long."""
+    order = torch.arange(float(len(below)), device=below.device).view(-1, *[1] * (below.dim() - 1))
+    return (below * 1e30).clamp_(min=-len(below)).add_(order).amax(0).long()
+
+
+def _adam(value: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, rate: float | Tensor) -> None:
+    """Adam's step number `step` (beta 0.9 and 0.99), in place."""
+    first.lerp_(gradient, 0.1)
+    second.mul_(0.99).addcmul_(gradient, gradient, value=0.01)
+    value -= first / second.div(1 - 0.99**step).add_(1e-24).sqrt_() * (rate / (1 - 0.9**step))
