@@ -380,6 +380,12 @@ def test_a_stored_model_under_fake_tensors(method):
         logits.sum().backward()
         assert logits.shape == (2, 8, tiny.VOCAB)
         fake, planned = sizes(method, model.named_parameters()), sum(p.nbytes for p in model.parameters())
+        stored = [module for module in model.modules() if isinstance(module, Storage)]  # alike, and still each its own
+        kept = [each for module in stored for each in module.parameters()]
+        assert len({each.untyped_storage()._cdata for each in kept}) == len(kept)
+        for module in stored[:1]:
+            module.register_forward_hook(lambda *_: None)
+        assert not any(module._forward_hooks for module in stored[1:])
     real = apply_storage(tiny.llama(), lookup("storage", method).config(), batches=SOME)
     if method == "mixllm":  # its wide rows lie where a ranking of the whole model puts them, as many as planned
         assert sum(p.nbytes for p in real.parameters()) == pytest.approx(planned, rel=0.01)

@@ -264,6 +264,11 @@ class Ledger(TorchDispatchMode):
             return _LOGITS
         return _OTHER if self._stepping else _ACTIVATIONS
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        # PyTorch would keep its compiler out of every call by a wrapper that takes a tenth of a plan's time; nothing compiles here.
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for kind in types:
             if hasattr(kind, "__tensor_flatten__"):

@@ -12,7 +12,8 @@ x_n[i] and x_n[-i] are affine in n for fixed i, what lies between them is affine
 The same holds for the bytes of each category, parameters, operations and flops. Nothing is taken on trust: the blocks of the whole
 model are compared module by module, and x_5 - x_4 = x_4 - x_3 is asked of the moment that wins, in every category. Where anything
 differs there is no answer, and the caller simulates every block. Models of fewer than `LEAST` blocks gain nothing and are not tried;
-nor are recipes that treat blocks differently (selections, chosen layers, estimators that move some of the weights).
+nor are recipes that treat blocks differently (selections, chosen layers, estimators that move some of the weights, formats that are
+allocated under a budget).
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ def blocks_of(recipe: Recipe) -> int | None:
     targets = getattr(adapter, "target_modules", None)
     named = [targets] if isinstance(targets, str) else targets or []
     if (layers < LEAST or recipe.is_fleet or recipe.adapter_from or recipe.selection or estimator.moves_some
+            or lookup("storage", recipe.storage.method).cls.allocates
             or task_of(recipe) != "causal_lm" or any(getattr(adapter, name, None) for name in _CHOOSING)
             or any(c.isdigit() for name in named for c in name)):
         return None

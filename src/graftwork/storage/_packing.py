@@ -47,16 +47,16 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     if 8 % bits == 0:
         codes = torch.stack([(packed >> shift) & low for shift in range(0, 8, bits)], -1)
         return codes.flatten(1)[:, :count]
-    packed = F.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits))
-    word = torch.zeros(packed.shape[:2], dtype=torch.int64, device=packed.device)
-    for k in range(bits):
-        word |= packed[..., k].long() << 8 * k
-    codes = torch.stack([(word >> bits * i) & low for i in range(8)], -1).to(torch.uint8)
+    wide = torch.int32 if bits < 4 else torch.int64  # eight codes in one number
+    packed = F.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits)).to(wide)
+    word = (packed << torch.arange(0, 8 * bits, 8, dtype=wide, device=packed.device)).sum(-1, keepdim=True, dtype=wide)
+    codes = (word >> torch.arange(0, 8 * bits, bits, dtype=wide, device=packed.device)).bitwise_and_(low).to(torch.uint8)
     return codes.flatten(1)[:, :count]
 
 
 #: where whole codes fill a byte: a type as wide as the fp32 values of its codes together
 _TOGETHER = {4: torch.int64, 2: torch.complex128}
+
 
 def look_up(packed: Tensor, count: int, bits: int, table: tuple[float, ...], choice: Tensor | None = None) -> Tensor:
     """table[unpack(packed, count, bits)]: (rows, count) fp32, new. table: 2**bits numbers (fewer if no code is higher).

@@ -8,6 +8,7 @@ storage reads its codes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -43,6 +44,8 @@ class Storage(nn.Module):
     """Whether single codes may move: it has a leaf `codes`, a row for every row of W, and `recoded`."""
     does_without: ClassVar[bool] = False
     """Whether a format that reads statistics can be made without them (with a warning: it costs quality)."""
+    allocates: ClassVar[bool] = False
+    """Whether maps that are alike may get different formats."""
     options: StorageConfig
     in_features: int
     out_features: int
@@ -350,15 +353,40 @@ def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None, batc
         return model
     from .calibration.statistics import with_attributes
 
-    prepared = cls.prepare(model, config, [])
+    prepared, made = cls.prepare(model, config, []), {}
     todo = places(model, config)[::-1]
     while todo:  # what is done is let go, with its dense weight
         place = todo.pop()
-        store(model, place, config, with_attributes(None, prepared.get(place.name)))
+        key = _kind(place, prepared.get(place.name, {}))
+        if key in made:
+            install(model, place, _another(made[key]))
+        else:
+            stored = store(model, place, config, with_attributes(None, prepared.get(place.name)))
+            if key is not None:
+                made[key] = stored
         if on_site:
             on_site(place.name)
     model.__dict__["graft_storage"] = config
     return model
+
+
+def _kind(place: Place, attributes: Mapping[str, Any]) -> tuple | None:
+    """What a weight without values shares with all whose storages are like its own; None for one with values."""
+    dense, bias = place.product.dense(), place.product.bias if place.expert is None else None
+    if has_values(dense):
+        return None
+    known = tuple((name, tuple(value.tolist())) for name, value in sorted(attributes.items()))
+    return tuple(dense.shape), dense.dtype, dense.device, None if bias is None else (tuple(bias.shape), bias.dtype), known
+
+
+def _another(stored: nn.Module) -> nn.Module:
+    """The like of a module without values, with tensors of its own; `deepcopy` asks for the address of fake ones, which they lack."""
+    made = copy.copy(stored)
+    made.__dict__ |= {name: copy.copy(value) for name, value in stored.__dict__.items() if isinstance(value, dict | list | set)}
+    for kind, again in (("_parameters", lambda each: nn.Parameter(torch.empty_like(each), each.requires_grad)),
+                        ("_buffers", torch.empty_like), ("_modules", _another)):
+        getattr(made, kind).update({name: again(each) for name, each in getattr(stored, kind).items() if each is not None})
+    return made
 
 
 def load_stored(ref: Any, config: StorageConfig | None, *, on_site: Any = None, notes: list[str] | None = None, batches: Any = None,

@@ -87,6 +87,8 @@ def sizes_of(config: Mixed, weight: Tensor) -> list[int]:
 class MixedStorage(Storage):
     """Never made itself: `from_weight` gives storages of the candidates' classes."""
 
+    allocates = True
+
     @classmethod
     def needs(cls, config):
         own = {"outputs": {"hessian"}, "loss": {"loss"}}.get(config.cost, set())
