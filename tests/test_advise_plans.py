@@ -9,10 +9,13 @@ import json
 import random
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import tiny
 from graftwork.errors import GraftworkError
 from graftwork.planning.evidence import packaged
+from graftwork.planning.measure import measure_peak
 from graftwork.planning.search import describe
 from graftwork.planning.space import Candidate, Space
 from graftwork.recipe import load_recipe
@@ -68,8 +71,22 @@ def candidates(space):
     return found
 
 
+@pytest.fixture(scope="module")
+def scratch(space):
+    """Bytes that the kernel of attention allocates and frees within a call on these models: what a ledger says that it does not see.
+    10 KiB with AVX-512, none on other processors."""
+    heads, rows, length, width = 4, 4, 48, 32
+
+    def attend():
+        return F.scaled_dot_product_attention(*inputs, is_causal=True)
+
+    inputs = [torch.zeros(rows, heads, length, width, requires_grad=True) for _ in range(3)]
+    others = measure_peak(lambda: None).baseline_bytes
+    return measure_peak(attend).peak_bytes - others - 4 * rows * heads * length * (width + 1)  # its output, and a sum a row
+
+
 @pytest.mark.parametrize("number", [pytest.param(n, marks=pytest.mark.slow if n < EVERY else pytest.mark.full) for n in range(DRAWS)])
-def test_recipes_of_the_space_are_planned_within_two_percent(space, candidates, number):
+def test_recipes_of_the_space_are_planned_within_two_percent(space, candidates, scratch, number):
     candidate = candidates[number]
     doc = candidate.document(space.base)
     try:
@@ -78,5 +95,7 @@ def test_recipes_of_the_space_are_planned_within_two_percent(space, candidates, 
         pytest.skip(f"{describe(candidate)}: {error.message}")
     # of adapters the second step is the heaviest: what the first one leaves is state
     found = max(measured(doc, at) for at in ((0, 1, 8) if candidate.arm.selection else (1,) if candidate.arm.adapter else (0, 1)))
+    error = expected.peak_bytes / found - 1
+    assert error >= -0.02
     least, most = BOUNDS.get((doc["adapter"] or {}).get("method"), (-0.02, 0.02))
-    assert least <= expected.peak_bytes / found - 1 <= most, (describe(candidate), expected.peak_bytes, found, expected.categories)
+    assert least - scratch / found <= error <= most, (describe(candidate), expected.peak_bytes, found, expected.categories)
