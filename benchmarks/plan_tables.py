@@ -38,6 +38,8 @@ METHODS = {
     "lora": ("LoRA r=16, all linear", {"adapter": LORA}, EXACT, True),
     "qlora": ("QLoRA r=16: NF4, double quantization", {"storage": {"method": "nf4", "double_quant": True}, "adapter": LORA}, EXACT, True),
     "nola": ("NOLA r=16, 64 + 64 numbers a site", {"adapter": {**LORA, "method": "nola", "n_basis": 64}}, EXACT, True),
+    "mos": ("MoS r=16", {"adapter": {**LORA, "method": "mos"}}, EXACT, True),
+    "mixed": ("LoRA r=16 on a format for every matrix, 3.5 bits", {"storage": "mixed", "adapter": LORA}, "one allocation", True),
     "mezo": ("MeZO, full tuning", {**FULL, "estimator": "mezo"}, EXACT, False),
 }
 COLUMNS = ("weights", "adapters", "gradients", "optimizer_state", "activations", "logits", "other")
@@ -96,7 +98,8 @@ def page(result: dict) -> str:
              "`expected on CUDA` adds what a device is assumed to need beside them:", "", f"> {cuda['basis']}.", "",
              "`planned in` is the processor time of the plan on the machine that wrote this page (one thread). `figure` says what the "
              "tensor bytes are: *exact* for the shapes of this step; *one draw of layers*: which layers LISA draws moves the peak by the "
-             "gradients of the drawn layers at most (0.75 GiB for 7B, 3.2 GiB for 70B), this is the draw of seed 0. Not in the figures: "
+             "gradients of the drawn layers at most (0.75 GiB for 7B, 3.2 GiB for 70B), this is the draw of seed 0; *one allocation*: "
+             "formats are chosen by errors, which no shape tells, so that they fill the budget. Not in the figures: "
              "scratch memory inside one operation, such as that of GaLore's SVD or of attention kernels.", ""]
     for model in dict.fromkeys(each["model"] for each in rows):
         lines += [*table(rows, model), ""]

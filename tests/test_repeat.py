@@ -72,7 +72,8 @@ def test_70b_is_grown_to_what_every_block_gave():
 def test_recipes_that_tell_blocks_apart_are_not_grown(folder, tall):
     assert blocks_of(load_recipe(document(folder))) == LAYERS
     lora = {"method": "lora", "layers_to_transform": [1, 2, 3]}
-    for sections in (RECIPES["lisa"], {"adapter": lora}, {"adapter": {"method": "lora", "rank_pattern": {"q_proj": 2}}},
+    for sections in (RECIPES["lisa"], {"storage": "mixed"}, {"adapter": lora},
+                     {"adapter": {"method": "lora", "rank_pattern": {"q_proj": 2}}},
                      {"adapter": {"method": "lora", "target_modules": ["layers.0.self_attn.q_proj"]}}):
         assert blocks_of(load_recipe(document(folder, **sections))) is None
 
