@@ -266,7 +266,7 @@ class Ledger(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls):
-        # PyTorch would keep its compiler out of every call by a wrapper that takes a tenth of a plan's time; nothing compiles here.
+        # PyTorch would keep its compiler out by a wrapper around each of a plan's half million calls; nothing compiles here.
         return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
