@@ -7,7 +7,7 @@ from typing import Any
 #: adaquant takes 100 steps by default, half an hour of a core each
 CALIBRATIONS: dict[str, dict[str, Any]] = {"rtn": {}, "gptq": {}, "awq": {}, "hqq": {}, "adaquant": {"steps": 30}}
 QUICK = ("dense", "int4, rtn", "int4, gptq", "int2, rtn", "int2, gptq")
-#: what a fit of a code book takes by default is most of an hour for jlcm (100 steps over the nearest 7 codes), ten minutes for edkm
+#: what a fit of a code book takes by default is half an hour for jlcm (100 steps over the nearest 7 codes), ten minutes for edkm
 FITS: dict[str, dict[str, Any]] = {"edkm": {"iterations": 25}, "jlcm": {"iterations": 10, "reach": 1}}
 #: rows of calibration where they are not those of the others
 ROWS_OF = {"int4, gptq, 64 rows": 64}
