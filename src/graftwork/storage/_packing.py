@@ -69,9 +69,13 @@ def look_up(packed: Tensor, count: int, bits: int, table: tuple[float, ...], cho
     index = packed.int()
     if choice is not None:
         index = index.view(*choice.shape, -1) + (choice.int() << span).unsqueeze(-1)
-    # Nothing fake may be remembered.
-    found = (entries if has_values(packed) else entries.__wrapped__)(table, bits, packed.device)
-    return found.index_select(0, index.reshape(-1)).view(torch.float32).view(rows, -1)[:, :count]
+    if has_values(packed):
+        found = entries(table, bits, packed.device)
+    else:  # nothing fake may be remembered
+        size = len(table) if bits == 8 else 256 * max(1, len(table) >> bits)
+        found = packed.new_empty(size, dtype=_TOGETHER.get(bits, torch.float32))
+    found = found.index_select(0, index.reshape(-1)).view(torch.float32).view(rows, -1)
+    return found if found.shape[1] == count else found[:, :count]
 
 
 @lru_cache(64)
