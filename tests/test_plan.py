@@ -318,18 +318,6 @@ def test_lisa_s_optimizer_bytes_after_a_switch_equal_the_formula(folder):
     assert planned(doc).categories["optimizer_state"] == always + layer
 
 
-@pytest.mark.parametrize("name", ["lora accumulated", "checkpointing"])
-def test_a_first_micro_batch_like_the_other_need_not_be_simulated(folder, monkeypatch, name):
-    doc = document(folder, **RECIPES[name])
-    doc["train"]["grad_accumulation"] = 3
-    short = planned(doc)
-    monkeypatch.setattr(simulate, "_no_heavier", lambda first, other: False)
-    whole = planned(doc)
-    assert short.flops == whole.flops and short.trained == whole.trained
-    assert 0 <= whole.peak_bytes - short.peak_bytes <= 64  # losses of the first rows
-    assert 1 <= sum(cell[3] for cell in short.work) / sum(cell[3] for cell in whole.work) < 1.1
-
-
 def test_the_telling_micro_batches():
     def batch(rows, tokens, trained):
         return {"input_ids": torch.zeros(rows, tokens), "n_targets": trained}
