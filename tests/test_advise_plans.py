@@ -95,7 +95,8 @@ def test_recipes_of_the_space_are_planned_within_two_percent(space, candidates, 
         pytest.skip(f"{describe(candidate)}: {error.message}")
     # of adapters the second step is the heaviest: what the first one leaves is state
     found = max(measured(doc, at) for at in ((0, 1, 8) if candidate.arm.selection else (1,) if candidate.arm.adapter else (0, 1)))
-    error = expected.peak_bytes / found - 1
-    assert error >= -0.02
-    least, most = BOUNDS.get((doc["adapter"] or {}).get("method"), (-0.02, 0.02))
-    assert least - scratch / found <= error <= most, (describe(candidate), expected.peak_bytes, found, expected.categories)
+    method = (doc["adapter"] or {}).get("method")
+    least, most = BOUNDS.get(method, (-0.02, 0.02))
+    if method == "increlora":  # its peak lies in attention
+        least = max(least - scratch / found, -0.02)
+    assert least <= expected.peak_bytes / found - 1 <= most, (describe(candidate), expected.peak_bytes, found, expected.categories)

@@ -162,7 +162,7 @@ def joint(weight: Tensor, book: Tensor, which: Tensor, importance: Tensor, hessi
             loss += float((weigh[rows] * ((at - own) @ h) * (at - own)).sum(dtype=torch.float64))
             if step > iterations:
                 continue
-            # Not exp(-inf) and, in _adam, not sqrt(0): they take twenty times as long as other numbers.
+            # Not exp(-inf) and, in _adam, not sqrt(0): they take many times as long as other numbers.
             p = F.threshold(below.mul_(sharp).clamp_(min=math.log(TINY) - 1).exp_(), TINY, 0.0, inplace=True)
             p /= p.sum(0)
             mean = (p * value).sum(0)

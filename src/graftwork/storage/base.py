@@ -357,13 +357,12 @@ def apply_storage(model: nn.Module, config: StorageConfig, *, on_site=None, batc
     todo = places(model, config)[::-1]
     while todo:  # what is done is let go, with its dense weight
         place = todo.pop()
-        key = _kind(place, prepared.get(place.name, {}))
-        if key in made:
-            install(model, place, _another(made[key]))
+        known = prepared.get(place.name, {})
+        key = _kind(place, known)
+        if key is None or key not in made:
+            made[key] = store(model, place, config, with_attributes(None, known))
         else:
-            stored = store(model, place, config, with_attributes(None, prepared.get(place.name)))
-            if key is not None:
-                made[key] = stored
+            install(model, place, _another(made[key]))
         if on_site:
             on_site(place.name)
     model.__dict__["graft_storage"] = config
