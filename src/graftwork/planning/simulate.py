@@ -3,8 +3,8 @@
 Model (from its config alone), storage, grafts, optimizer and batch are built by the code that a run uses
 (training.build), inside FakeTensorMode: shapes and dtypes are exact, no memory is touched, nothing is computed. The second
 step runs with optimizer state in place, so the peak of both is the peak of a run whose shapes do not change. Where a first step
-would leave nothing but that state (grafts under backpropagation), the state is allocated without it; where it leaves nothing (MeZO),
-it is left out.
+would leave nothing but that state (grafts under backpropagation), the state is allocated without it, and a first micro-batch of the
+shape of the other one gives way to gradients in place; where it leaves nothing (MeZO), it is left out.
 
 The batch: where the data and the tokenizer can be read, the heaviest step of the run as it will be collated (of its
 micro-batches the first and the heaviest other one); else batch_size rows of max_length tokens, all trained. Upper bounds
@@ -250,8 +250,13 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, device: str, batches: list[t
         try:
             heaviest = step.heaviest_steps()  # the second of the two steps has the optimizer's state from the start
             first = heaviest.start if len(heaviest) > 1 else max(heaviest.start - 1, 0)
+            taken, stands_for = fake, 1
             if _state_alone(step):
                 _allocate_state(step)
+                if len(batches) == 2 and _no_heavier(*batches):
+                    taken, stands_for = fake[1:], 2
+                    for _, parameter in step.parameters:
+                        parameter.grad = torch.empty_like(parameter)
             elif not _leaves_nothing(step):
                 step.run(fake, first)
             ledger.track(step.estimator.state_dict(), "optimizer_state")
@@ -260,7 +265,8 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, device: str, batches: list[t
                 ledger.on_operation = work
             else:
                 recorder.inner = work
-            step.run(fake, first + 1)
+            step.run(taken, first + 1)
+            work.repeat(stands_for)
         finally:
             objectives.logits_scope = scope
     trained = sum(p.numel() for _, p in step.parameters)
@@ -282,6 +288,14 @@ def _state_alone(step: Any) -> bool:
     """True where the first step leaves nothing behind but optimizer state: it need not be simulated."""
     return bool(step.grafts) and step.optimizer is not None and not step.selections and step.estimator.gradients \
         and not (step.optimizer.config.fused or step.estimator.moves_some)
+
+
+def _no_heavier(first: tuple[dict[str, Any], bool], other: tuple[dict[str, Any], bool]) -> bool:
+    """Whether the first micro-batch is of the shape of the other one, so that the other, which begins with gradients in place, needs as
+    much at every moment or more."""
+    (one, no_padding), (two, neither) = first, other
+    return one["input_ids"].shape == two["input_ids"].shape and no_padding == neither and (one.get("n_targets") or 0) <= (
+        two.get("n_targets") or 0) and one.keys() == two.keys()
 
 
 def _leaves_nothing(step: Any) -> bool:

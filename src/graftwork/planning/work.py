@@ -77,6 +77,11 @@ class Work:
             dtype = str(results[0].dtype).removeprefix("torch.") if flops and results else ""
             (self.update if self.inside_optimizer() else self.cells)[dtype, flops, moved] += self.times
 
+    def repeat(self, times: int) -> None:
+        """What was counted of micro-batches comes `times` times."""
+        self.operations *= times
+        self.cells = Counter({cell: n * times for cell, n in self.cells.items()})
+
     def step(self, micro_batches: float) -> list[list[Any]]:
         """[dtype, flops, bytes, count] of a whole step, in which what was counted comes `micro_batches` times and the update once."""
         total = Counter({cell: n * micro_batches for cell, n in self.cells.items()})
