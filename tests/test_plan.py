@@ -75,7 +75,7 @@ RECIPES = {
     "lora bf16": {"train": {"precision": "bf16"}},
     "lora accumulated": {"train": {"grad_accumulation": 3, "batch_size": 2}, "adapter": {"method": "lora", "dropout": 0.1}},
     "checkpointing": {"train": {"gradient_checkpointing": True}},
-    "bat on fp8, checkpointing": {"storage": "fp8", "adapter": "bat", "train": {"gradient_checkpointing": True}},
+    "bat on fp8, checkpointing": {"storage": "fp8", "adapter": {"method": "bat", "r": 32}, "train": {"gradient_checkpointing": True}},
     "qlora": {"storage": "nf4"},
     "qpissa": {"storage": "nf4", "initializer": "pissa", **SHORT},  # the codes that it replaces stay
     "lq_lora": {"storage": {"method": "int3", "group_size": 32}, "initializer": "lq_lora", **SHORT},
