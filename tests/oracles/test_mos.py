@@ -110,6 +110,29 @@ def test_kinds_do_not_mix():
     assert changed == {"k_proj"}
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pool_is_put_together_once_a_micro_batch(checkpointing):
+    """Gradients as of pools that every use makes for itself, two backward passes added, a piece written between uses included."""
+    def gradients(kept):
+        model = tiny.llama()
+        graft = fill(attach(model, "mos"))
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=model.graft_state.checkpoint_kwargs())
+            model.train()
+        with model.graft_state.scope(kept=kept):
+            for _ in range(2):
+                output(model, IDS).square().mean().backward()
+                with torch.no_grad():
+                    next(iter(graft.adapters.values())).public_A.mul_(1.5)
+        return [p.grad for p in graft.parameters() if p.requires_grad]
+
+    kept = {}
+    for mine, alone in zip(gradients(kept), gradients(None), strict=True):
+        close(mine, alone, 1e-5)
+    assert len(kept) == 2 * 7  # factors of seven kinds; sites of two blocks have one pool
+    assert all(t.grad_fn.name() == "CatBackward0" for _, t in kept.values())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [None, ["a", "a"]])
 def test_kept_factors_follow_a_shard_of_another_site(rows):

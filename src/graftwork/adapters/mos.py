@@ -9,6 +9,7 @@
 
 Parameters e (in + out) a site, as a LoRA of rank e, while the change has rank up to r: r <= p + (e - p) L. The choice of shards depends
 on nothing that is learned or read; a shard gets the sum of the gradients of its uses. p = e = r, l = 1 is LoRA, bit for bit.
+In training a pool is put together once a micro-batch for all its sites, fp32 values as many as its parameters.
 
 The pools are kept in equal pieces, one at each site of the kind: (e - p) l public rows and p l private ones, so a site's file entry
 and its count are its own; the public pool is the pieces in the order of the sites. The draws are saved (int32, 2 (r - p) l a site),
@@ -57,6 +58,18 @@ class Pools(nn.Module):
         for site in sites:
             self.sites.setdefault(kind_of(site), []).append(site.name)
         self.__dict__["members"] = {}  # site -> adapter; not as submodules, which would list each parameter twice
+
+    def pool(self, kind: tuple, attribute: str, device: torch.device, kept: dict | None) -> Tensor:
+        """The public rows of all sites of a kind, one tensor on a device. Put together once where there is a place to keep it: each use
+        of a pool of its own would send a gradient to the piece of every site, uses times sites of them."""
+        pieces, key = self.pieces(kind, attribute), (self, kind, attribute, device)
+        values = None if kept is None else [(id(t), t._version) for t in pieces]
+        if values is not None and key in kept and kept[key][0] == values:
+            return kept[key][1]
+        made = torch.cat([t if t.device == device else t.to(device) for t in pieces])
+        if kept is not None:
+            kept[key] = values, made
+        return made
 
     def pieces(self, kind: tuple, attribute: str) -> list[Tensor]:
         """The public rows of all sites of a kind, in order."""
@@ -151,14 +164,12 @@ class MoSAdapter(Adapter):
         first = inputs[-1]  # a learned one
         return torch.is_inference_mode_enabled(), first.device, first.dtype, *((id(t), t._version) for t in inputs)
 
-    def assembled(self, name: str, width: int) -> Tensor:
-        """The r vectors of a factor, (r, width): drawn shards of the public pool, then the private ones."""
+    def assembled(self, name: str, width: int, kept: dict | None = None) -> Tensor:
+        """The r vectors of a factor, (r, width): drawn shards of the public pool, then the private ones. kept: of the micro-batch."""
         index, private = getattr(self, f"index_{name}"), getattr(self, f"private_{name}")
         parts = []
         if index is not None:
-            pieces = self.pools.pieces(self.kind, f"public_{name}")
-            pool = torch.cat([t if t.device == index.device else t.to(index.device) for t in pieces])
-            parts.append(pool.index_select(0, index))
+            parts.append(self.pools.pool(self.kind, f"public_{name}", index.device, kept).index_select(0, index))
         if private is not None:
             parts.append(private)
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(self.r, width)
@@ -167,14 +178,14 @@ class MoSAdapter(Adapter):
         version = self.version()
         if version is None:
             self._built = None
-            return self._build()
+            return self._build(None if base is None or base.noise is None else base.noise.current.kept)
         if self._built is None or self._built[0] != version:
             self._built = (version, self._build())
         return self._built[1]
 
-    def _build(self) -> tuple[Tensor, Tensor]:
-        B = self.assembled("B", self.out_features).T
-        return B if self.scale == 1.0 else B * self.scale, self.assembled("A", self.in_features)
+    def _build(self, kept: dict | None = None) -> tuple[Tensor, Tensor]:
+        B = self.assembled("B", self.out_features, kept).T
+        return B if self.scale == 1.0 else B * self.scale, self.assembled("A", self.in_features, kept)
 
     # -- many rows ---------------------------------------------------------------------------------------------------
     @classmethod

@@ -86,7 +86,7 @@ class Estimator:
 def micro_forward(ctx: StepContext, micro: int):
     """The objective's output on one micro-batch, inside the clock and the routing of that micro-batch."""
     batch = ctx.batches[micro]
-    changes: dict[str, Any] = {"step": ctx.step, "micro": micro, "seed": ctx.seed, "labels": batch.get("labels")}
+    changes: dict[str, Any] = {"step": ctx.step, "micro": micro, "seed": ctx.seed, "labels": batch.get("labels"), "kept": {}}
     if batch.get("rows") is not None:
         changes["rows"] = tuple(batch["rows"])
     if "segment_ids" in batch:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -31,7 +31,9 @@ class ForwardState:
     labels: of the batch (N, T), -100 where nothing is trained; a prefix that depends on the prompt tells it from the answer
     by them. None: all input is prompt.
     real: (N, T) bool, False at padding; None: nothing is known to be padding.
-    recomputing: True while activation checkpointing repeats a forward (losses, statistics, counters must not count it)."""
+    recomputing: True while activation checkpointing repeats a forward (losses, statistics, counters must not count it).
+    kept: what sites make once for all of them while one micro-batch goes forward and back, by key; gone with the state. None: the
+    state is not of one micro-batch, and nothing may be kept."""
 
     rows: tuple[str | None | tuple[tuple[str, float], ...], ...] | None = None
     expansion: int = 1
@@ -46,6 +48,7 @@ class ForwardState:
     labels: torch.Tensor | None = None
     real: torch.Tensor | None = None
     recomputing: bool = False
+    kept: dict | None = field(default=None, compare=False, repr=False)
 
 
 class StateHolder:
