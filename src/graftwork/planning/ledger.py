@@ -63,6 +63,13 @@ def _index(category: str) -> int:
     return _INDEX[category]
 
 
+class Course:
+    """What a stretch of operations did to the totals: how many they were, its highest moment and what it left, relative to its start."""
+
+    def __init__(self, start: Snapshot):
+        self.start, self.high, self.operations, self.left = start, start, 0, 0
+
+
 class Ledger(TorchDispatchMode):
     """Counts live tensor bytes by category inside `with ledger:` (see the module docstring).
 
@@ -96,6 +103,7 @@ class Ledger(TorchDispatchMode):
         self._inside = False
         self._points: list[Snapshot] = []
         self._stride = 1
+        self._course: Course | None = None
         self._peak = self._snapshot()
 
     # ---- what exists, and what it is -------------------------------------------------------------------------
@@ -318,6 +326,45 @@ class Ledger(TorchDispatchMode):
         self.refresh()
         return result
 
+    # ---- stretches that come again -----------------------------------------------------------------------------
+
+    @property
+    def where(self) -> tuple:
+        """What decides the category of new storages, beside their shapes."""
+        return *self._forced, self._stepping > 0
+
+    def known(self) -> set[int]:
+        """Addresses of the storages that are counted now."""
+        return set(self._blocks)
+
+    @contextmanager
+    def course(self) -> Iterator[Course]:
+        """Note what happens inside, to be replayed."""
+        self._course = course = Course(self._snapshot())
+        try:
+            yield course
+        finally:
+            self._course = None
+            course.operations, course.left = self.events - course.start.event, self.live_bytes - course.start.total
+
+    def replay(self, course: Course) -> None:
+        """Go through a stretch once more, up to its highest moment, without its operations; what it leaves is not there yet, and the last
+        of its operations is the one that will make it."""
+        start, high = course.start, course.high
+        self.events += course.operations - 1
+
+        def since(now: list[int], then: list[int], before: list[int]) -> list[int]:
+            return [n + b - a for n, b, a in zip(now, then, before)]
+
+        def moment() -> Snapshot:  # each of its own: what is found out about a tensor later changes them one by one
+            here = self._snapshot()
+            return Snapshot(here.event, here.phase, here.total + high.total - start.total, since(here.bytes, high.bytes, start.bytes),
+                            since(here.pools, high.pools, start.pools), here.blocks + high.blocks - start.blocks)
+
+        if self.live_bytes + high.total - start.total > self._peak.total:
+            self._peak = moment()
+        self._keep(moment())
+
     # ---- peak and timeline -----------------------------------------------------------------------------------
 
     def _snapshot(self) -> Snapshot:
@@ -327,12 +374,20 @@ class Ledger(TorchDispatchMode):
     def _sample(self) -> None:
         if self.live_bytes > self._peak.total:
             self._peak = self._snapshot()
+        if self._course is not None and self.live_bytes > self._course.high.total:
+            self._course.high = self._snapshot()
         points = self._points
-        if points and self.events // self._stride == points[-1].event // self._stride:
-            if self.live_bytes > points[-1].total:
-                points[-1] = self._snapshot()
+        if not points or self.events // self._stride != points[-1].event // self._stride or self.live_bytes > points[-1].total:
+            self._keep(self._snapshot())
+
+    def _keep(self, moment: Snapshot) -> None:
+        """A point, or in place of the last one where that is of the same stretch and no higher."""
+        points = self._points
+        if points and moment.event // self._stride == points[-1].event // self._stride:
+            if moment.total > points[-1].total:
+                points[-1] = moment
             return
-        points.append(self._snapshot())
+        points.append(moment)
         while len(points) > self.timeline_points:  # longer stretches; each keeps its highest moment
             self._stride *= 2
             stretches: dict[int, Snapshot] = {}

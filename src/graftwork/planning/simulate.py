@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from ..modeling import arithmetic
 from ..recipe import Recipe, load_recipe
 from ..training.batches import FleetBatches, StepBatches, heaviest_step, total_steps
 from ..training.build import build_grafts, build_model, build_step, reads_data
+from .decodings import alike, shapes_alone
 from .few import few_for_all
 from .ledger import CATEGORIES, POOLS, Ledger
 from .measure import expected_device_bytes
@@ -221,7 +222,8 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, device: str, batches: list[t
     ledger = Ledger(logits_width=getattr(model.config.get_text_config(), "vocab_size", None),
                     **({"timeline_points": sys.maxsize} if grows else {}))
     recorder = Recorder(ledger) if grows else None
-    grafts = _grafts(recipe, model, names, notes)
+    with shapes_alone(model):
+        grafts = _grafts(recipe, model, names, notes)
     step, saved = build_step(recipe, model, grafts, steps), _saved_bytes(model, grafts)
     work = Work(lambda: ledger._stepping > 0)
     ledger.on_operation = recorder
@@ -265,7 +267,8 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, device: str, batches: list[t
                 ledger.on_operation = work
             else:
                 recorder.inner = work
-            step.run(taken, first + 1)
+            with nullcontext() if grows else alike(model, ledger, work):  # growing compares operation by operation
+                step.run(taken, first + 1)
             work.repeat(stands_for)
         finally:
             objectives.logits_scope = scope

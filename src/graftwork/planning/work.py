@@ -16,6 +16,9 @@ Not counted: decompositions (SVD, QR) have bytes but no flops, since PyTorch has
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,6 +46,14 @@ def _formulas() -> dict[Any, Any]:
             lambda q, k, v, *args, out_val=None, **kw: sdpa_flop_count(q.shape, k.shape, v.shape),
             aten._scaled_dot_product_flash_attention_for_cpu_backward:
             lambda grad, q, k, v, *args, out_val=None, **kw: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)}
+
+
+@dataclass
+class Counted:
+    """Operations, and the cells of a stretch of them."""
+
+    operations: int = 0
+    cells: Counter[Cell] = field(default_factory=Counter)
 
 
 class Work:
@@ -76,6 +87,26 @@ class Work:
         if flops or moved:
             dtype = str(results[0].dtype).removeprefix("torch.") if flops and results else ""
             (self.update if self.inside_optimizer() else self.cells)[dtype, flops, moved] += self.times
+
+    @contextmanager
+    def apart(self) -> Iterator[Counted]:
+        """What is counted inside, also by itself: once, whatever an operation stands for now."""
+        outer, around = (self.operations, self.cells, self.update), self.times
+        self.operations, self.cells, self.update, self.times = 0, Counter(), Counter(), 1
+        counted = Counted()
+        try:
+            yield counted
+        finally:
+            counted.operations, counted.cells = self.operations, self.cells + self.update
+            (self.operations, self.cells, self.update), self.times = outer, around
+            self.add(counted)
+
+    def add(self, counted: Counted) -> None:
+        """Once more what was counted apart, as many times as an operation stands for now."""
+        self.operations += self.times * counted.operations
+        into = self.update if self.inside_optimizer() else self.cells
+        for cell, n in counted.cells.items():
+            into[cell] += self.times * n
 
     def repeat(self, times: int) -> None:
         """What was counted of micro-batches comes `times` times."""
