@@ -23,6 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ..modeling import repeated
 from ..modeling.arithmetic import linear
 from ..modeling.protocols import Base, Product, StorageProduct, has_values
 from ..registry import register
@@ -57,10 +58,12 @@ class DirectionBank:
 
 
 def row_norms(weight: Tensor, B: Tensor, A: Tensor) -> Tensor:
-    """||W + B A|| of each row, fp32 (out,); no wide copy of W is made."""
+    """||W + B A|| of each row, fp32 (out,), without gradient; no wide copy of W is made."""
     step = max(1, PIECE // weight.shape[1])
-    return torch.cat([torch.linalg.vector_norm(torch.addmm(weight[i: i + step].float(), B[i: i + step], A), dim=1)
-                      for i in range(0, weight.shape[0], step)])
+    norms = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    for rows in repeated.each([slice(i, i + step) for i in range(0, weight.shape[0], step)]):
+        norms[rows] = torch.linalg.vector_norm(torch.addmm(weight[rows].float(), B[rows], A), dim=1)
+    return norms
 
 
 def _weight_state(product: Product) -> tuple:

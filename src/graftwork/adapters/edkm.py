@@ -193,6 +193,8 @@ class EDKMAdapter(Replaced):
         return r * (site.in_features + site.out_features) if r else site.in_features * site.out_features
 
     def start(self, product, pristine, generator):
+        if not has_values(self.book):
+            return  # a plan: the size of the book does not depend on the weight
         config = make_config("storage", "codebook", bits=self.bits, book_dtype="fp32")
         self.book.copy_(lookup("storage", "codebook").cls.from_weight(product.dense().detach(), config).leaves()["book"][0])
 
