@@ -55,7 +55,7 @@ def test_noted_decodings_are_as_simulated_ones(folder, monkeypatch, replays, nam
 
 
 @pytest.mark.parametrize("leaves", ["nothing", "a tensor", "its argument"])
-def test_calls_that_leave_more_than_a_result_are_simulated(leaves, replays):
+def test_calls_that_leave_more_than_a_result_are_simulated(leaves, replays, monkeypatch):
     """A call that keeps a tensor, or returns one that was there."""
     kept, model = [], torch.nn.ModuleList(make_storage(torch.zeros(8, 8), "nf4", registry.make_config("storage", "nf4")) for _ in range(6))
 
@@ -64,15 +64,11 @@ def test_calls_that_leave_more_than_a_result_are_simulated(leaves, replays):
             kept.append(torch.empty(1000))
         return x if leaves == "its argument" else x @ torch.zeros(8, 8)
 
-    cls = type(model[0])
-    was, cls.forward_product = cls.forward_product, forward_product
-    try:
-        ledger, work, x = Ledger(), Work(), torch.zeros(4, 8)
-        ledger.on_operation = work
-        with torch.no_grad(), ledger, decodings.alike(model, ledger, work):
-            got = [stored.forward_product(x) for stored in model]
-    finally:
-        cls.forward_product = was
+    monkeypatch.setattr(type(model[0]), "forward_product", forward_product)
+    ledger, work, x = Ledger(), Work(), torch.zeros(4, 8)
+    ledger.on_operation = work
+    with torch.no_grad(), ledger, decodings.alike(model, ledger, work):
+        got = [stored.forward_product(x) for stored in model]
     assert len(replays) == (4 if leaves == "nothing" else 0)
     assert len(kept) == (6 if leaves == "a tensor" else 0) and all(t.shape == (4, 8) for t in got)
     assert all("forward_product" not in vars(stored) for stored in model)

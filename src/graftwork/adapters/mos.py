@@ -9,7 +9,7 @@
 
 Parameters e (in + out) a site, as a LoRA of rank e, while the change has rank up to r: r <= p + (e - p) L. The choice of shards depends
 on nothing that is learned or read; a shard gets the sum of the gradients of its uses. p = e = r, l = 1 is LoRA, bit for bit.
-In training a pool is put together once a micro-batch for all its sites, fp32 values as many as its parameters.
+In training the public rows of a kind are put together once a micro-batch for all its sites, so they are in memory twice.
 
 The pools are kept in equal pieces, one at each site of the kind: (e - p) l public rows and p l private ones, so a site's file entry
 and its count are its own; the public pool is the pieces in the order of the sites. The draws are saved (int32, 2 (r - p) l a site),

@@ -222,7 +222,7 @@ def _simulate(recipe: Recipe, mode: FakeTensorMode, device: str, batches: list[t
     ledger = Ledger(logits_width=getattr(model.config.get_text_config(), "vocab_size", None),
                     **({"timeline_points": sys.maxsize} if grows else {}))
     recorder = Recorder(ledger) if grows else None
-    with shapes_alone(model), few_for_all(Work()):
+    with shapes_alone(model), few_for_all(Work()):  # what attaching takes is not in the figures
         grafts = _grafts(recipe, model, names, notes)
     step, saved = build_step(recipe, model, grafts, steps), _saved_bytes(model, grafts)
     work = Work(lambda: ledger._stepping > 0)
